@@ -1,0 +1,1 @@
+"""The north-south edge."""

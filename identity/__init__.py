@@ -1,0 +1,1 @@
+"""Pure core: names, keys, certificates, signed records, wire schemas and the error tree."""

@@ -1,0 +1,197 @@
+"""Signed records: the envelope and the payloads of everything that is not an X.509 certificate.
+
+Envelope (compact JWS shape, RFC 7515 section 7.1): ``b64(header).b64(payload).b64(signature)``. The header of a type
+is a constant, so it is compared, never parsed; the algorithm is pinned to EdDSA (Ed25519, RFC 8032); the signature
+covers the exact bytes; the payload is parsed only after it held. Unknown fields are refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Final, Literal, TypeVar
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from identity.errors import BadInput, NotVerified
+from identity.keys import b64, unb64
+
+RECORD_VERSION: Final = 1
+SIGNATURE_LEN: Final = 64
+
+# Our limits, bytes of the whole envelope.
+MAX_SMALL: Final = 16 * 1024
+MAX_POLICY: Final = 12 * 1024 * 1024
+
+Seconds = Annotated[int, Field(ge=0, le=1 << 40)]  # seconds since the epoch, UTC
+Count = Annotated[int, Field(ge=0, le=(1 << 63) - 1)]
+
+
+class Payload(BaseModel):
+    """Base of the record payloads. `typ` names the type in the protected header; `role` the key that may sign it."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+    typ: ClassVar[str]
+    role: ClassVar[str]
+    limit: ClassVar[int] = MAX_SMALL
+
+    trust_domain: str
+
+
+class EndpointRecord(Payload):
+    """Which tunnel key an endpoint has. `underlay` are ``address:port`` hints, IPv6 in brackets."""
+
+    typ: ClassVar[str] = "endpoint"
+    role: ClassVar[str] = "records"
+
+    endpoint: str
+    kind: Literal["host", "sidecar"]
+    tunnel_key: str  # canonical X25519, b64
+    underlay: list[str] = Field(max_length=16)
+    ciphers: list[Literal["chacha20poly1305", "aes-256-gcm"]] = Field(max_length=2)
+    generation: Count
+    issued: Seconds
+    expires: Seconds
+
+
+class PlacementRecord(Payload):
+    """Where one instance of an identity is now, and the tunnel key that may speak for its addresses.
+
+    state: ``prepare`` (a move to `endpoint` is being made ready; nothing may be accepted from it yet),
+    ``active``, or ``revoked`` (nobody holds it). Receivers keep the highest epoch and refuse lower ones for ever.
+    """
+
+    typ: ClassVar[str] = "placement"
+    role: ClassVar[str] = "records"
+
+    spiffe_id: str
+    name: str
+    instance: Count
+    endpoint: str
+    tunnel_key: str
+    epoch: Annotated[int, Field(ge=1, le=(1 << 63) - 1)]
+    state: Literal["prepare", "active", "revoked"]
+    addresses: list[str] = Field(min_length=2, max_length=2)  # [IPv4, IPv6]
+    labels: dict[str, str]
+    fence: Literal["available", "strict"] = "available"
+    issued: Seconds
+
+
+class PolicyFile(BaseModel):
+    """One source file of a policy bundle."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+    name: str
+    text: str
+
+
+class PolicyRecord(Payload):
+    """The policy in force: its source files and the SHA-256 digest that names it."""
+
+    typ: ClassVar[str] = "policy"
+    role: ClassVar[str] = "policy"
+    limit: ClassVar[int] = MAX_POLICY
+
+    revision: Count
+    digest: str
+    files: list[PolicyFile]
+    author: str
+    issued: Seconds
+
+
+class Heartbeat(Payload):
+    """Freshness of everything: the newest (timeline, revision) at `time`."""
+
+    typ: ClassVar[str] = "heartbeat"
+    role: ClassVar[str] = "records"
+
+    timeline: str
+    revision: Count
+    time: Seconds
+
+
+class SignerChain(BaseModel):
+    """A record-signing key and its certificate chain (leaf first, PEM) to a root of the bundle."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+    role: Literal["records", "policy"]
+    chain: list[str] = Field(min_length=1, max_length=4)
+
+
+class BundleRecord(Payload):
+    """The trust bundle: the roots of one trust domain and the keys that may sign records. `sequence` only grows."""
+
+    typ: ClassVar[str] = "bundle"
+    role: ClassVar[str] = "records"
+
+    sequence: Count
+    roots: list[str] = Field(min_length=1, max_length=8)  # PEM
+    signers: list[SignerChain] = Field(max_length=8)
+    issued: Seconds
+
+
+P = TypeVar("P", bound=Payload)
+
+
+def header(typ: str) -> bytes:
+    """The protected header of a record type, exact bytes."""
+    return f'{{"alg":"EdDSA","typ":"retinue-{typ}","v":{RECORD_VERSION}}}'.encode()
+
+
+def sign(payload: Payload, key: Ed25519PrivateKey) -> str:
+    """Seal a payload. The bytes signed are the bytes sent and stored. Raises BadInput when it would be too large."""
+    signed = f"{b64(header(payload.typ))}.{b64(payload.model_dump_json().encode())}"
+    envelope = f"{signed}.{b64(key.sign(signed.encode()))}"
+    if len(envelope) > payload.limit:
+        raise BadInput("record.large", f"a {payload.typ} record of {len(envelope)} bytes; at most {payload.limit}")
+    return envelope
+
+
+def verify(kind: type[P], envelope: str, keys: Sequence[Ed25519PublicKey], *, trust_domain: str) -> P:
+    """Check the signature against `keys` (any may match), then parse. Raises NotVerified; never returns unverified data."""
+    if not isinstance(envelope, str) or len(envelope) > kind.limit:
+        raise NotVerified("record.large", f"a {kind.typ} record is larger than {kind.limit} bytes")
+    signed, dot, signature_text = envelope.rpartition(".")
+    prefix = b64(header(kind.typ)) + "."
+    if not dot or not signed.startswith(prefix):
+        raise NotVerified("record.type", f"not a version {RECORD_VERSION} {kind.typ} record")
+    try:
+        signature = unb64(signature_text, length=SIGNATURE_LEN)
+        message = signed.encode("ascii")
+    except (BadInput, UnicodeEncodeError):
+        raise NotVerified("record.signature", f"the signature of a {kind.typ} record is malformed") from None
+    for key in keys:
+        try:
+            key.verify(signature, message)
+        except InvalidSignature:
+            continue
+        break
+    else:
+        raise NotVerified("record.signature", f"no {kind.role} key of this trust domain signed this {kind.typ} record")
+    return _parse(kind, signed[len(prefix) :], trust_domain)
+
+
+def _parse(kind: type[P], payload_text: str, trust_domain: str) -> P:
+    try:
+        payload = kind.model_validate_json(unb64(payload_text))
+    except (BadInput, ValidationError) as e:
+        why = e.errors()[0]["type"] if isinstance(e, ValidationError) else "encoding"
+        raise NotVerified("record.schema", f"a signed {kind.typ} record does not fit its schema ({why})") from None
+    if payload.trust_domain != trust_domain:
+        raise NotVerified("record.trust_domain", f"a {kind.typ} record of another trust domain")
+    return payload
+
+
+def envelope_hash(envelope: str) -> str:
+    """SHA-256 of the exact bytes, hex."""
+    return hashlib.sha256(envelope.encode()).hexdigest()
+
+
+def state_hash(objects: dict[str, str]) -> str:
+    """SHA-256 over the sorted (key, envelope) pairs: equal on both ends of a feed when they hold the same set."""
+    digest = hashlib.sha256()
+    for key in sorted(objects):
+        digest.update(f"{key}\0{envelope_hash(objects[key])}\n".encode())
+    return digest.hexdigest()

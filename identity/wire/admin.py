@@ -1,0 +1,159 @@
+"""Administration: `retinue-ca` <-> CA over the local unix socket (root of the same machine only).
+
+    GET  /v1/info                         -> Info
+    POST /v1/tokens        TokenCreate    -> Token
+    GET  /v1/hosts                        -> HostList
+    POST /v1/workloads     WorkloadAdd    -> Workload
+    GET  /v1/workloads                    -> WorkloadList
+    POST /v1/workloads/move    WorkloadMove   -> MoveReply
+    POST /v1/workloads/revoke  WorkloadRef    -> Workload
+    POST /v1/hosts/revoke      HostRef        -> Host
+    POST /v1/policy        PolicyApply    -> PolicyReply
+    GET  /v1/policy                       -> PolicyReply
+    GET  /v1/explain?src=&dst=&proto=&port= -> ExplainReply (also on the endpoint API for members)
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from identity.wire import Message
+
+
+class Info(Message):
+    trust_domain: str
+    timeline: str
+    revision: int
+    listen: str
+    root_fingerprint: str
+    pid: int
+
+
+class TokenCreate(Message):
+    """A join token for a host, or for the sidecar of a workload (then the instance is placed at enrolment)."""
+
+    host: str | None = Field(default=None, max_length=63)
+    workload: str | None = Field(default=None, max_length=255)  # sidecar of this workload
+    ttl: int = Field(default=600, ge=1, le=86400)  # seconds
+
+
+class Token(Message):
+    """The token, shown once; it is a secret."""
+
+    token: str
+    endpoint: str
+    kind: Literal["host", "sidecar"]
+    expires: int
+
+
+class Host(Message):
+    name: str
+    kind: Literal["host", "sidecar"]
+    spiffe_id: str
+    tunnel_key: str
+    underlay: list[str]
+    generation: int
+    state: Literal["enrolled", "revoked"]
+    enrolled: int
+    svid_expires: int
+    revision: int | None = None  # last applied, as reported
+    connected: bool = False
+
+
+class HostList(Message):
+    hosts: list[Host]
+
+
+class HostRef(Message):
+    name: str = Field(max_length=63)
+
+
+class WorkloadAdd(Message):
+    """Create one instance of an identity. Without a host it stays unplaced until a sidecar enrols for it."""
+
+    name: str = Field(max_length=255)
+    host: str | None = Field(default=None, max_length=63)
+    labels: dict[str, str] = {}
+    fence: Literal["available", "strict"] = "available"
+
+
+class WorkloadRef(Message):
+    name: str = Field(max_length=255)
+    instance: int = Field(default=0, ge=0)
+
+
+class WorkloadMove(Message):
+    name: str = Field(max_length=255)
+    instance: int = Field(default=0, ge=0)
+    to: str = Field(max_length=63)
+    wait: float = Field(default=5.0, ge=0, le=300)  # seconds for each phase
+    force: bool = False  # commit even when the new holder did not report ready
+
+
+class Workload(Message):
+    name: str
+    instance: int
+    spiffe_id: str
+    labels: dict[str, str]
+    host: str | None
+    epoch: int
+    state: Literal["unplaced", "active", "moving", "revoked"]
+    addresses: list[str]
+    fence: Literal["available", "strict"]
+
+
+class WorkloadList(Message):
+    workloads: list[Workload]
+
+
+class MoveReply(Message):
+    """How a move went: milliseconds from the request to each step; None when the step was not waited out."""
+
+    workload: Workload
+    from_host: str | None
+    prepared_ms: float | None
+    committed_ms: float
+    released_ms: float | None
+    waiting_for: list[str] = []  # endpoints that had not reported when the wait was over
+
+
+class PolicyFileIn(Message):
+    name: str = Field(max_length=255)
+    text: str
+
+
+class PolicyApply(Message):
+    files: list[PolicyFileIn] = Field(max_length=256)
+    dry_run: bool = False
+    author: str = Field(default="", max_length=255)
+
+
+class PolicyReply(Message):
+    """The policy in force (or that would be), and what it changes: pairs gained and lost."""
+
+    revision: int
+    digest: str
+    files: list[PolicyFileIn]
+    author: str
+    issued: int
+    gained: list[dict[str, Any]] = []  # {"src","dst","ports"}
+    lost: list[dict[str, Any]] = []
+    applied: bool = True
+
+
+class ExplainReply(Message):
+    """policy.explain's answer, as data; `verdict` is allow or deny."""
+
+    src: str
+    dst: str
+    proto: str
+    port: int | None
+    verdict: Literal["allow", "deny"]
+    reason: str
+    rule: str | None
+    where: str | None  # file:line of the rule
+    digest: str
+    near_misses: list[str] = []
+    smallest_change: str | None = None

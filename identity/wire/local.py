@@ -1,0 +1,109 @@
+"""The agent's local API: `retinue`, sidecars and the gateway <-> agent over a unix socket (root, 0600).
+
+    GET  /v1/status                  -> Status
+    POST /v1/attach    Attach        -> AttachReply
+    POST /v1/detach    InstanceRef   -> AttachReply
+    GET  /v1/explain?src=&dst=&proto=&port=  -> identity.wire.admin.ExplainReply
+    GET  /v1/snapshot                -> SnapshotReply   (envelopes; the reader verifies them again)
+    GET  /v1/watch                   -> newline-delimited SnapshotReply, one at every applied change
+    POST /v1/svid      InstanceRef   -> SvidFiles       (key material for the service of a sidecar or attachment)
+    POST /v1/sidecar-token  identity.wire.enroll.SidecarTokenRequest -> SidecarTokenReply
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from identity.wire import Message
+
+
+class InstanceRef(Message):
+    name: str = Field(max_length=255)
+    instance: int = Field(default=0, ge=0)
+
+
+class Attach(Message):
+    """Give an instance a place on this host.
+
+    kind netns: `netns` is a named network namespace (``ip netns``) or an absolute path such as /proc/PID/ns/net;
+    kind host: the instance is this network namespace itself.
+    """
+
+    name: str = Field(max_length=255)
+    instance: int = Field(default=0, ge=0)
+    kind: Literal["netns", "host"] = "netns"
+    netns: str | None = Field(default=None, max_length=4096)
+
+
+class Attachment(Message):
+    name: str
+    instance: int
+    kind: Literal["netns", "host"]
+    netns: str | None
+    state: Literal["waiting", "prepared", "active", "fenced"]
+    epoch: int | None
+    addresses: list[str]
+
+
+class AttachReply(Message):
+    attachment: Attachment | None
+
+
+class PeerStatus(Message):
+    endpoint: str
+    tunnel_key: str
+    underlay: str | None
+    allowed_ips: list[str]
+    cipher: str
+    latest_handshake: int | None
+    rx_bytes: int
+    tx_bytes: int
+
+
+class Condition(Message):
+    """One coded health condition."""
+
+    code: str
+    severity: Literal["info", "warning", "error"]
+    text: str
+
+
+class Status(Message):
+    version: str
+    trust_domain: str
+    endpoint: str
+    kind: Literal["host", "sidecar"]
+    spiffe_id: str
+    device: str  # "userspace (retinue-engine)", "kernel"
+    interface: str
+    control: Literal["connected", "disconnected"]
+    timeline: str | None
+    revision: int | None
+    policy_revision: int | None
+    policy_digest: str | None
+    staleness_s: float | None  # since the newest heartbeat
+    svid_expires: int
+    attachments: list[Attachment]
+    peers: list[PeerStatus]
+    firewall_elements: int
+    conditions: list[Condition]
+    ready: bool
+
+
+class SnapshotReply(Message):
+    timeline: str | None
+    revision: int | None
+    trust_domain: str
+    objects: dict[str, str]
+
+
+class SvidFiles(Message):
+    """PEM texts; the key is the workload's and is made on this host."""
+
+    spiffe_id: str
+    certificate: str
+    key: str
+    bundle: str
+    expires: int

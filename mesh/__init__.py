@@ -1,0 +1,1 @@
+"""One mesh endpoint: a host agent or a sidecar."""

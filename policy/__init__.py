@@ -1,0 +1,1 @@
+"""The policy language and its one evaluator: pure and total."""

@@ -1,0 +1,1 @@
+"""Importers: foreign firewall formats to Retinue policy, keeping the source truth table."""
