@@ -1,0 +1,52 @@
+# Every target makes its own environment first (tools/setup.sh); a second run starts at once.
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(HOME)/.cargo/bin:$(PATH):/usr/sbin:/sbin
+CARGO := cargo --quiet
+CRATE := --manifest-path mesh/engine/Cargo.toml
+
+.PHONY: help setup demo test check test-unit test-native test-netns bench docs docs-check lock clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+setup:  ## system packages, Python environment, native build
+	@PYTHON=$(PYTHON) tools/setup.sh
+
+demo: setup  ## the product's main job on real packets, in under half a minute (root)
+	@$(BIN)/retinue demo $(ARGS)
+
+test: setup  ## all checks and all tests
+	@$(MAKE) --no-print-directory check test-native
+	@$(BIN)/python tools/run_tests.py
+
+check: setup  ## formatting, lints, types, architecture, generated docs
+	@$(BIN)/ruff check
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/python tools/check_tree.py
+	@$(BIN)/python tools/reference_docs.py --check
+	@cargo fmt $(CRATE) --check
+	@$(CARGO) clippy $(CRATE) --all-targets --locked -- -D warnings
+
+test-unit: setup  ## tests that need no privilege
+	@$(BIN)/python -m pytest tests/unit tests/cli
+
+test-native: setup  ## the engine's own tests
+	@cargo test $(CRATE) --locked --no-default-features -q
+
+test-netns: setup  ## real packets in network namespaces (root)
+	@CI=true $(BIN)/python -m pytest tests/netns
+
+bench: setup  ## tunnel throughput and latency beside no tunnel and wireguard-go; writes out/bench.json (root)
+	@$(BIN)/python -m tests.bench $(ARGS)
+
+docs: setup  ## generate docs/reference from the code
+	@$(BIN)/python tools/reference_docs.py
+
+lock: setup  ## pin the closure of the Python dependencies with hashes
+	@$(BIN)/python -m pip install -q uv && $(BIN)/uv pip compile -q --generate-hashes --no-emit-index-url --no-header --extra dev -o requirements.lock pyproject.toml
+
+clean:  ## remove what make made
+	rm -rf .venv out mesh/engine/target mesh/_native*.so
