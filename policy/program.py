@@ -58,7 +58,10 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule. `id` is unique in its program; `why` is the author's reason."""
+    """One rule. `id` is unique in its program; `why` is the author's reason.
+
+    `concerns` narrows the rule to flows with at least one end that it selects (a segment's members, a scope).
+    """
 
     id: str
     action: Action
@@ -68,6 +71,7 @@ class Rule:
     where: Where | None = None
     why: str = ""
     directions: tuple[Direction, ...] = BOTH
+    concerns: Selector | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,13 @@ class Named:
 
 
 @dataclass(frozen=True, slots=True)
+class Under:
+    """Subjects whose name is `prefix` or lies below it in the tree (``shop`` has ``shop/api`` below it)."""
+
+    prefix: str
+
+
+@dataclass(frozen=True, slots=True)
 class In:
     """The label `key` exists and its value is one of `values`."""
 
@@ -146,4 +157,4 @@ class Nets:
     excluding: tuple[str, ...] = ()
 
 
-Selector = Everything | Nothing | Named | In | Exists | Not | AllOf | AnyOf | Nets
+Selector = Everything | Nothing | Named | Under | In | Exists | Not | AllOf | AnyOf | Nets
