@@ -1,0 +1,132 @@
+"""The trust bundle: what an endpoint believes. Opened from a root pin, then only replaced by what it already trusts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+from identity import certs, records
+from identity.errors import NotVerified
+from identity.names import SpiffeId, TrustDomain
+from identity.records import BundleRecord, Payload, SignerChain
+
+P = TypeVar("P", bound=Payload)
+
+
+@dataclass(frozen=True, slots=True)
+class TrustBundle:
+    """Verified roots and record keys of one trust domain. `keys` maps a role to the keys that may sign for it."""
+
+    trust_domain: TrustDomain
+    sequence: int
+    issued: int
+    roots: tuple[x509.Certificate, ...]
+    keys: Mapping[str, tuple[Ed25519PublicKey, ...]]
+    envelope: str
+
+    def verify(self, kind: type[P], envelope: str) -> P:
+        """The payload of a record signed by a key of the kind's role. Raises NotVerified ``record.*``."""
+        return records.verify(kind, envelope, self.keys.get(kind.role, ()), trust_domain=self.trust_domain.name)
+
+    def verify_svid(
+        self, chain: str | Sequence[str] | Sequence[x509.Certificate], now: float, expect: SpiffeId | None = None
+    ) -> certs.Svid:
+        """A verified TLS leaf; `chain` is PEM or parsed, leaf first. Raises NotVerified ``chain.*``, ``cert.*``,
+        ``svid.name`` when it is not `expect`.
+        """
+        svid = certs.verify_chain(_certificates(chain), self.roots, self.trust_domain, now)
+        if expect is not None and svid.spiffe_id != expect:
+            raise NotVerified("svid.name", f"the certificate is of {svid.spiffe_id}, not of {expect}")
+        return svid
+
+    def accept_next(self, envelope: str, now: float) -> TrustBundle:
+        """The newer bundle, when its records signer chains to a root trusted here and its sequence is not lower.
+
+        Raises NotVerified; this bundle then stays in force.
+        """
+        newer = open_bundle(envelope, self.roots, self.trust_domain, now)
+        if newer.sequence < self.sequence:
+            raise NotVerified("bundle.rollback", f"a bundle with sequence {newer.sequence} after {self.sequence}")
+        return newer
+
+    def fingerprints(self) -> frozenset[str]:
+        """Fingerprints of the roots, lower-case hex SHA-256."""
+        return frozenset(map(certs.fingerprint, self.roots))
+
+    def roots_pem(self) -> str:
+        """The roots as one PEM text."""
+        return "".join(map(certs.pem, self.roots))
+
+
+def open_bundle(
+    envelope: str, trusted: str | Sequence[x509.Certificate], trust_domain: TrustDomain, now: float
+) -> TrustBundle:
+    """Open a bundle on the strength of a root fingerprint (hex SHA-256) or of roots trusted already.
+
+    The record names its own signers, so it is read once without belief: a records signer must chain to a trusted root,
+    then the envelope must hold under that signer's key, and only then do its roots and other signers count.
+    Raises NotVerified ``bundle.*``, ``record.*``, ``chain.*`` or ``cert.*``.
+    """
+    claimed = records.unverified(BundleRecord, envelope, trust_domain=trust_domain.name)
+    claimed_roots = tuple(map(_root, claimed.roots))
+    if isinstance(trusted, str):
+        anchors = tuple(root for root in claimed_roots if certs.fingerprint(root) == trusted)
+        if not anchors:
+            raise NotVerified(
+                "bundle.root", "the bundle does not hold the pinned root",
+                hint="the CA is not the one the fingerprint was taken from",
+            )  # fmt: skip
+    else:
+        anchors = tuple(trusted)
+    keys = _anchored_keys(claimed, anchors, trust_domain, now)
+    record = records.verify(BundleRecord, envelope, keys, trust_domain=trust_domain.name)
+    for root in claimed_roots:
+        certs.check_root(root, trust_domain, now)
+    by_role: dict[str, tuple[Ed25519PublicKey, ...]] = dict.fromkeys(certs.SIGNER_ROLES, ())
+    for signer in record.signers:
+        by_role[signer.role] += (_signer_key(signer, claimed_roots, trust_domain, now),)
+    return TrustBundle(trust_domain, record.sequence, record.issued, claimed_roots, by_role, envelope)
+
+
+def _anchored_keys(
+    claimed: BundleRecord, anchors: Sequence[x509.Certificate], trust_domain: TrustDomain, now: float
+) -> list[Ed25519PublicKey]:
+    keys, why = [], NotVerified("bundle.no_signer", "the bundle names no key that signs records")
+    for signer in claimed.signers:
+        if signer.role == BundleRecord.role:
+            try:
+                keys.append(_signer_key(signer, anchors, trust_domain, now))
+            except NotVerified as e:
+                why = e
+    if not keys:
+        raise why
+    return keys
+
+
+def _signer_key(
+    signer: SignerChain, roots: Sequence[x509.Certificate], trust_domain: TrustDomain, now: float
+) -> Ed25519PublicKey:
+    svid = certs.verify_chain(certs.parse_chain(signer.chain), roots, trust_domain, now, profile=certs.SIGNER)
+    if svid.spiffe_id.segments != ("cp", signer.role):
+        raise NotVerified("bundle.signer_name", f"{svid.spiffe_id} may not sign as {signer.role}")
+    assert isinstance(svid.public_key, Ed25519PublicKey)
+    return svid.public_key
+
+
+def _root(text: str) -> x509.Certificate:
+    parsed = certs.parse_chain(text)
+    if len(parsed) != 1:
+        raise NotVerified("bundle.roots", "each root of a bundle is one certificate")
+    return parsed[0]
+
+
+def _certificates(chain: str | Sequence[str] | Sequence[x509.Certificate]) -> Sequence[x509.Certificate]:
+    if isinstance(chain, str):
+        return certs.parse_chain(chain)
+    parsed = [c for c in chain if isinstance(c, x509.Certificate)]
+    texts = [c for c in chain if isinstance(c, str)]
+    return parsed if parsed and not texts else certs.parse_chain(texts)
