@@ -88,7 +88,7 @@ class Node:
                 raise self.bad("policy.missing_key", f"{what} needs the key {key}")
         return {key: value for key, (_, value) in self.entries.items()}
 
-    def keys(self) -> Iterator[tuple[str, Node, Node]]:
+    def pairs(self) -> Iterator[tuple[str, Node, Node]]:
         """(key, key node, value node) of a map."""
         for key, (key_node, value) in self.entries.items():
             yield key, key_node, value

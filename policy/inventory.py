@@ -56,7 +56,7 @@ def _labels(node: Node | None) -> dict[str, str]:
         return {}
     out = {}
     node.mapping("labels")
-    for key, _, value in node.keys():
+    for key, _, value in node.pairs():
         if value.kind != "scalar":
             raise value.bad("policy.type", f"label {ascii(key)[:60]} must be one value")
         out[key] = value.text

@@ -1,0 +1,526 @@
+"""The policy language: YAML files in, one checked Policy out, or BadPolicy with file:line:column, a code and a hint.
+
+Several files form one policy and their order never matters. Everything is resolved here (groups, services, scopes), so
+that nothing later can fail on what a person wrote. What is part of the language but not enforced by any data plane yet
+is checked like the rest and then refused with ``policy.not_enforced``: never silently accepted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Sequence
+from typing import Final, Literal
+
+from identity.errors import BadInput, BadPolicy
+from identity.labels import KEY, VALUE
+from identity.names import workload_path
+from policy.document import Node, parse
+from policy.model import (
+    Budget,
+    Consent,
+    FlowTest,
+    Grant,
+    Guardrail,
+    Mode,
+    Policy,
+    PolicyRule,
+    ReachTest,
+    Segment,
+    Service,
+)
+from policy.ports import ANYTHING, NAMES, union
+from policy.program import Action, Everything, Selector
+from policy.selectors import (
+    NAME,
+    WORDS,
+    Names,
+    node_text,
+    positioned,
+    provably_outside,
+    read_ports,
+    where,
+)
+from policy.windows import Window, parse_duration, parse_instant
+
+VERSION: Final = 1
+MAX_FILES: Final = 1_000
+TOP: Final = frozenset({
+    "meshpolicy", "scope", "owners", "review", "labels", "groups", "services", "guardrails", "segments", "grants",
+    "offers", "accepts", "idle", "tests",
+})  # fmt: skip
+_RULE: Final = frozenset({"id", "from", "to", "on", "why", "when", "mode", "max_rate"})
+_LATER: Final = "remove it; it will be accepted once it is enforced"
+
+
+def digest(files: Sequence[tuple[str, str]]) -> str:
+    """Hex SHA-256 over the names and texts, whatever their order."""
+    out = hashlib.sha256(b"meshpolicy files\0")
+    for name, text in sorted(files):
+        for part in (name, text):
+            raw = part.encode("utf-8", "surrogatepass")
+            out.update(len(raw).to_bytes(8, "big") + raw)
+    return out.hexdigest()
+
+
+def load(files: Sequence[tuple[str, str]]) -> Policy:
+    """Files as (name, text) -> Policy. Raises BadPolicy; then nothing of it may be used."""
+    if not files:
+        raise BadPolicy("policy.empty", "a policy needs at least one file")
+    if len(files) > MAX_FILES:
+        raise BadPolicy("policy.too_large", f"{len(files)} files; at most {MAX_FILES}")
+    names = [name for name, _ in files]
+    if len(set(names)) != len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise BadPolicy("policy.duplicate_file", "the same file is given twice", file=twice)
+    return _Loader().load(sorted(files))
+
+
+class _Loader:
+    """One load: collects the files' sections, then resolves them."""
+
+    def __init__(self) -> None:
+        self.names = Names()
+        self.ids: dict[str, Node] = {}
+        self.segment_names: dict[str, Node] = {}
+        self.guardrails: list[Guardrail] = []
+        self.segments: list[Segment] = []
+        self.grants: list[Grant] = []
+        self.consents: list[Consent] = []
+        self.tests: list[FlowTest | ReachTest] = []
+        self.owners: dict[str, tuple[str, ...]] = {}
+
+    def load(self, files: Sequence[tuple[str, str]]) -> Policy:
+        tops = [self._top(name, text) for name, text in files]
+        for scope, top in tops:
+            self._declarations(scope, top)
+        for key, (name_node, body) in self.names.service_nodes.items():
+            # Words only: a service that names services would need an order.
+            words = [
+                read_ports(n, n.scalar(f"service {key[1]}")) for n in body.one_or_more(f"service {key[1]}")
+            ]
+            self.names.services[key] = Service(key[1], key[0], union(words), where(name_node))
+        for key, (name_node, _) in self.names.group_nodes.items():
+            self.names.resolve(key, name_node)
+        for scope, top in tops:
+            self._sections(scope, top)
+        if self.names.later:
+            raise min(self.names.later, key=lambda e: (e.file, e.line, e.column))
+        return Policy(
+            digest=digest(files),
+            files=tuple(name for name, _ in files),
+            owners=dict(sorted(self.owners.items())),
+            label_keys=dict(sorted(self.names.labels.items())),
+            groups=tuple(self.names.groups[k] for k in sorted(self.names.groups)),
+            services=tuple(self.names.services[k] for k in sorted(self.names.services)),
+            guardrails=tuple(sorted(self.guardrails, key=lambda g: (g.scope, g.rule.id))),
+            segments=tuple(sorted(self.segments, key=lambda s: s.name)),
+            grants=tuple(sorted(self.grants, key=lambda g: g.rule.id)),
+            consents=tuple(sorted(self.consents, key=lambda c: (c.scope, str(c.where)))),
+            tests=tuple(self.tests),
+        )
+
+    def _top(self, name: str, text: str) -> tuple[str, dict[str, Node]]:
+        root = parse(name, text)
+        if root.kind != "map":
+            raise root.bad(
+                "policy.type", "a policy file is a map of key: value", hint="begin with meshpolicy: 1"
+            )
+        if "meshpolicy" not in root.entries:
+            raise root.bad(
+                "policy.version", "the file does not say which version it is", hint="begin with meshpolicy: 1"
+            )
+        top = root.mapping("the policy", TOP)
+        if top["meshpolicy"].text != str(VERSION):
+            raise top["meshpolicy"].bad(
+                "policy.version", f"this reads policy version {VERSION}", hint="write meshpolicy: 1"
+            )
+        scope = ""
+        if "scope" in top:
+            positioned(top["scope"], workload_path, top["scope"].scalar("scope"))
+            scope = top["scope"].text
+        return scope, {key: node for key, node in top.items() if not node.null}
+
+    # ---- names: labels, groups, services
+
+    def _declarations(self, scope: str, top: dict[str, Node]) -> None:
+        if "labels" in top:
+            self._labels(scope, top["labels"].mapping("labels", {"keys"}, {"keys"})["keys"])
+        for section, table in (("groups", self.names.group_nodes), ("services", self.names.service_nodes)):
+            if section not in top:
+                continue
+            top[section].mapping(section)
+            for key, key_node, value in top[section].pairs():
+                what = section[:-1]
+                if not NAME.fullmatch(key):
+                    raise key_node.bad("policy.name", f"not a {what} name: {ascii(key)[:60]}",
+                                       hint="a lower-case letter, then letters, digits, - and _")  # fmt: skip
+                if section == "services" and (key in NAMES or key == "any"):
+                    raise key_node.bad("policy.name", f"{key} is a protocol already")
+                if (scope, key) in table:
+                    first = table[scope, key][0]
+                    raise key_node.bad(
+                        "policy.duplicate",
+                        f"{what} {key} is defined twice (first at {first.file}:{first.line})",
+                    )
+                if value.null:
+                    raise key_node.bad(
+                        f"policy.empty_{what}",
+                        f"{what} {key} is empty",
+                        hint="an empty one never means all; remove it or fill it",
+                    )
+                table[scope, key] = (key_node, value)
+
+    def _labels(self, scope: str, node: Node) -> None:
+        found: dict[str, frozenset[str]] = {}
+        if node.kind == "map":
+            for key, key_node, value in node.pairs():
+                self._label_key(key, key_node, found)
+                nodes = value.one_or_more(f"label {key}")
+                if [n.text for n in nodes] == ["*"]:
+                    found[key] = frozenset()
+                    continue
+                for one in nodes:
+                    if not VALUE.fullmatch(one.scalar(f"a value of label {key}")):
+                        raise one.bad("label.value", f"not a label value for {key}: {ascii(one.text)[:60]}")
+                found[key] = frozenset(one.text for one in nodes)
+        else:
+            for one in node.sequence("labels.keys"):
+                self._label_key(one.scalar("a label key"), one, found)
+        if not found:
+            raise node.bad("policy.empty", "labels.keys is empty")
+        for key, values in found.items():
+            mine = self.names.labels.setdefault(scope, {})
+            if key in mine and mine[key] != values:
+                raise node.bad("policy.duplicate", f"label key {key} is declared twice, differently")
+            mine[key] = values
+
+    def _label_key(self, key: str, node: Node, found: dict[str, frozenset[str]]) -> None:
+        if not KEY.fullmatch(key):
+            raise node.bad("label.key", f"not a label key: {ascii(key)[:60]}")
+        if key in WORDS:
+            raise node.bad("label.key", f"{key} is a word of the language and cannot be a label key")
+        if key in found:
+            raise node.bad("policy.duplicate", f"label key {key} is declared twice")
+        found[key] = frozenset()
+
+    # ---- sections
+
+    def _sections(self, scope: str, top: dict[str, Node]) -> None:
+        if "owners" in top:
+            words = [n.scalar("an owner") for n in top["owners"].one_or_more("owners")]
+            self.owners[scope] = tuple(sorted({*self.owners.get(scope, ()), *words}))
+        if "review" in top:
+            fields = top["review"].mapping("review", {"approvals", "paths"}, {"approvals"})
+            fields["approvals"].integer("approvals", 1, 20)
+            for one in fields["paths"].sequence("paths") if "paths" in fields else ():
+                one.scalar("a path")
+            self.names.not_enforced(top["review"], "a number of approvals", _LATER)
+        if "idle" in top:
+            fields = top["idle"].mapping("idle", {"keep_membership", "on_return"})
+            if "keep_membership" in fields:
+                _duration(fields["keep_membership"])
+            if "on_return" in fields:
+                _one_of(fields["on_return"], "on_return", {"reattest_then_current_policy"})
+            self.names.not_enforced(top["idle"], "handling of idle workloads", _LATER)
+        each: tuple[tuple[str, Callable[[str, Node], None]], ...] = (
+            ("guardrails", self._guardrail), ("segments", self._segment), ("grants", self._grant),
+            ("offers", self._consent("offer")), ("accepts", self._consent("accept")), ("tests", self._test),
+        )  # fmt: skip
+        for section, read in each:
+            for node in top[section].sequence(section) if section in top else ():
+                read(scope, node)
+
+    def _guardrail(self, scope: str, node: Node) -> None:
+        outer = node.mapping("a guardrail", {"deny", "pass"})
+        if len(outer) != 1:
+            raise node.bad(
+                "policy.guardrail",
+                "a guardrail is one deny or one pass",
+                hint="write - deny: {id: ..., from: ..., to: ...}",
+            )
+        kind, body = next(iter(outer.items()))
+        fields = body.mapping(f"a guardrail {kind}", _RULE, {"from", "to"})
+        label = fields.get("id") or fields.get("why")
+        if label is None or not _is_id(label):
+            raise (label or body).bad(
+                "policy.missing_key",
+                "a guardrail needs an id",
+                hint="add id: SEC-12, or a why that is one word",
+            )
+        action = Action.DENY if kind == "deny" else Action.PASS
+        self.guardrails.append(Guardrail(scope, self._rule(scope, body, fields, action, label, "guardrail:")))
+
+    def _segment(self, scope: str, node: Node) -> None:
+        known = {"name", "members", "mode", "budget", "allow", "deny", "alert", "sensitive", "why"}
+        fields = node.mapping("a segment", known, {"name"})
+        name = fields["name"].scalar("name")
+        if not NAME.fullmatch(name):
+            raise fields["name"].bad("policy.name", f"not a segment name: {ascii(name)[:60]}")
+        if name in self.segment_names:
+            first = self.segment_names[name]
+            raise fields["name"].bad(
+                "policy.duplicate", f"segment {name} is defined twice (first at {first.file}:{first.line})"
+            )
+        self.segment_names[name] = fields["name"]
+        members = (
+            self.names.selector(fields["members"], scope, f"members of {name}")
+            if "members" in fields
+            else None
+        )
+        mode, until = self._mode(fields["mode"]) if "mode" in fields else ("enforce", None)
+        rules = []
+        for kind in ("allow", "deny"):
+            nodes = fields[kind].sequence(kind) if kind in fields and not fields[kind].null else []
+            for one in nodes:
+                body = one.mapping(f"a rule of {name}", _RULE, {"id", "from", "to", "on"})
+                rules.append(self._rule(scope, one, body, Action(kind), body["id"]))
+        if "alert" in fields:
+            self._alert(fields["alert"])
+        self.segments.append(
+            Segment(
+                name, scope, members, mode, tuple(sorted(rules, key=lambda r: r.id)), where(fields["name"]), until,
+                self._budget(fields.get("budget")), "sensitive" in fields and _boolean(fields["sensitive"]),
+            )
+        )  # fmt: skip
+
+    def _mode(self, node: Node) -> tuple[Mode, int | None]:
+        if node.kind == "scalar":
+            word = _one_of(node, "mode", {"draft", "audit", "enforce"})
+            if word == "audit":
+                raise node.bad(
+                    "policy.audit_end",
+                    "audit needs an end date",
+                    hint="write mode: {audit_until: 2031-03-01}",
+                )
+            return ("draft", None) if word == "draft" else ("enforce", None)
+        value = node.mapping("mode", {"audit_until"}, {"audit_until"})["audit_until"]
+        until = _instant(value)
+        self.names.not_enforced(node, "audit mode", "use mode: draft to test the segment, or enforce")
+        return "audit", until
+
+    def _alert(self, node: Node) -> None:
+        fields = node.mapping("alert", {"on_deny", "collapse"}, {"on_deny"})
+        _one_of(fields["on_deny"], "on_deny", {"page", "log", "webhook"})
+        if "collapse" in fields:
+            _duration(fields["collapse"])
+        self.names.not_enforced(node, "alerting per segment", _LATER)
+
+    def _budget(self, node: Node | None) -> Budget:
+        if node is None:
+            return Budget()
+        fields = node.mapping("budget", {"rules", "unused_ratio"})
+        ratio = None
+        if "unused_ratio" in fields:
+            try:
+                ratio = float(fields["unused_ratio"].scalar("unused_ratio"))
+            except ValueError:
+                ratio = -1.0
+            if not 0 <= ratio <= 1:
+                raise fields["unused_ratio"].bad("policy.number", "unused_ratio must be from 0 to 1")
+        return Budget(fields["rules"].integer("rules", 1, 1_000_000) if "rules" in fields else None, ratio)
+
+    def _grant(self, scope: str, node: Node) -> None:
+        known = (_RULE - {"when", "mode"}) | {"not_before", "not_after", "until", "approved_by"}
+        fields = node.mapping("a grant", known, {"id", "from", "to", "on"})
+        if "not_after" not in fields and "until" not in fields:
+            raise node.bad(
+                "policy.grant_end", "a grant needs an end", hint="add not_after: 2031-02-11T18:00Z"
+            )
+        before = _instant(fields["not_before"]) if "not_before" in fields else None
+        after = _instant(fields["not_after"]) if "not_after" in fields else None
+        if before is not None and after is not None and before >= after:
+            raise fields["not_after"].bad("policy.grant_end", "not_after is not later than not_before")
+        ends = None
+        if "until" in fields:
+            value = fields["until"].mapping("until", {"workload_ends"}, {"workload_ends"})["workload_ends"]
+            ends = value.scalar("workload_ends")
+            positioned(value, workload_path, ends)
+            self.names.not_enforced(fields["until"], "an end condition", "use not_after: with a time")
+        if "approved_by" in fields:
+            for one in fields["approved_by"].one_or_more("approved_by"):
+                one.scalar("an approver")
+            self.names.not_enforced(fields["approved_by"], "approval of a grant", "say who agreed in why:")
+        rule = self._rule(scope, node, fields, Action.ALLOW, fields["id"], "grant:")
+        self.grants.append(Grant(scope, rule, before, after, ends))
+
+    def _consent(self, kind: Literal["offer", "accept"]) -> Callable[[str, Node], None]:
+        own, peer = ("from", "to") if kind == "offer" else ("to", "from")
+
+        def read(scope: str, node: Node) -> None:
+            fields = node.mapping(f"an {kind}", {"from", "to", "on", "why"}, {peer, "on"})
+            if not scope:
+                raise node.bad(
+                    "policy.consent",
+                    f"an {kind} needs a scope",
+                    hint="add scope: to the file; a file of the whole mesh uses rules",
+                )
+            other = fields[peer].scalar(peer)
+            positioned(fields[peer], workload_path, other)
+            if not provably_outside_path(other, scope):
+                raise fields[peer].bad(
+                    "policy.consent",
+                    f"{other} is not outside the scope {scope}",
+                    hint="inside one scope, write a rule",
+                )
+            mine: Selector | None = self.names.selector(fields[own], scope, own) if own in fields else None
+            self._inside(scope, fields.get(own), mine)
+            ports = self.names.ports(fields["on"], scope, "on")
+            self.consents.append(Consent(kind, scope, mine or Everything(), other, ports, where(node)))
+
+        return read
+
+    def _rule(
+        self, scope: str, node: Node, fields: dict[str, Node], action: Action, name: Node, prefix: str = ""
+    ) -> PolicyRule:
+        rule_id = name.scalar("id")
+        if not _is_id(name):
+            raise name.bad(
+                "policy.name",
+                f"not a rule id: {ascii(rule_id)[:60]}",
+                hint="letters, digits, . _ and -, for example web-to-api",
+            )
+        if rule_id in self.ids:
+            first = self.ids[rule_id]
+            raise name.bad(
+                "policy.duplicate", f"the id {rule_id} is used twice (first at {first.file}:{first.line})"
+            )
+        self.ids[rule_id] = name
+        src = self.names.selector(fields["from"], scope, "from")
+        dst = self.names.selector(fields["to"], scope, "to")
+        if action is Action.ALLOW:
+            self._inside(scope, fields["from"], src)
+            self._inside(scope, fields["to"], dst)
+        elif scope and provably_outside(src, scope) and provably_outside(dst, scope):
+            raise fields["to"].bad(
+                "policy.outside_scope", f"neither end of {rule_id} is inside the scope {scope}"
+            )
+        if "on" not in fields and action is not Action.DENY:
+            raise node.bad(
+                "policy.missing_key", "this needs the key on", hint="write on: tcp/443, a service, or on: any"
+            )
+        ports = self.names.ports(fields["on"], scope, "on") if "on" in fields else ANYTHING
+        why = fields["why"].scalar("why") if "why" in fields else ""
+        mode = self._mode(fields["mode"])[0] if "mode" in fields else "enforce"
+        if "max_rate" in fields:
+            fields["max_rate"].scalar("max_rate")
+            self.names.not_enforced(fields["max_rate"], "a rate ceiling", _LATER)
+        window = self._window(fields["when"]) if "when" in fields else None
+        words = (
+            node_text(fields["from"]),
+            node_text(fields["to"]),
+            node_text(fields["on"]) if "on" in fields else "any",
+        )
+        return PolicyRule(
+            prefix + rule_id, action, src, dst, ports, where(node), why[:400], window, mode, words
+        )
+
+    def _inside(self, scope: str, node: Node | None, selector: Selector | None) -> None:
+        if node is not None and selector is not None and scope and provably_outside(selector, scope):
+            raise node.bad("policy.outside_scope", f"this lies outside the scope {scope}",
+                           hint="a flow between scopes needs offers: on one side and accepts: on the other")  # fmt: skip
+
+    def _window(self, node: Node) -> Window:
+        fields = node.mapping("when", {"cron", "for", "tz"}, {"cron", "for"})
+        zone = fields["tz"].scalar("tz") if "tz" in fields else "UTC"
+        try:
+            return Window.parse(fields["cron"].scalar("cron"), fields["for"].scalar("for"), zone)
+        except BadInput as error:
+            raise fields[{"time.cron": "cron", "time.zone": "tz"}.get(error.code, "for")].bad(
+                error.code, error.message, hint=error.hint
+            ) from None
+
+    # ---- tests
+
+    def _test(self, scope: str, node: Node) -> None:
+        if "replay" in node.mapping("a test"):
+            fields = node.mapping("a replay test", {"replay", "max_new_denied"}, {"replay"})
+            fields["replay"].scalar("replay")
+            if "max_new_denied" in fields:
+                fields["max_new_denied"].integer("max_new_denied", 0, 1_000_000_000)
+            self.names.not_enforced(node, "a replay of recorded flows", _LATER)
+            return
+        if "reach" in node.mapping("a test"):
+            fields = node.mapping("a reach test", {"reach", "depth", "never", "why"}, {"reach", "never"})
+            depth = fields.get("depth")
+            limit = None if depth is None or depth.text == "any" else depth.integer("depth", 1, 1_000_000)
+            self.tests.append(
+                ReachTest(
+                    self.names.selector(fields["reach"], scope, "reach"),
+                    self.names.selector(fields["never"], scope, "never"),
+                    limit, where(node), (node_text(fields["reach"]), node_text(fields["never"])),
+                )
+            )  # fmt: skip
+            return
+        fields = node.mapping(
+            "a test", {"from", "to", "on", "expect", "by", "at", "why"}, {"from", "to", "expect"}
+        )
+        expect: Literal["allow", "deny"] = (
+            "allow" if _one_of(fields["expect"], "expect", {"allow", "deny"}) == "allow" else "deny"
+        )
+        to = fields["to"]
+        on = fields.get("on")
+        if on is None:
+            # The short form: to: "api:tcp/80"
+            target, colon, rest = to.text.partition(":") if to.kind == "scalar" else ("", "", "")
+            if not colon or not rest:
+                raise node.bad(
+                    "policy.missing_key",
+                    "a test needs ports",
+                    hint='write to: "api:tcp/80", or add on: tcp/80',
+                )
+            word = rest.strip()
+            to = Node("scalar", to.file, to.line, to.column, target.strip(), plain=False)
+            on = Node("scalar", to.file, to.line, to.column + len(target) + 1, word)
+        self.tests.append(
+            FlowTest(
+                self.names.selector(fields["from"], scope, "from"),
+                self.names.selector(to, scope, "to"),
+                self.names.ports(on, scope, "on"),
+                expect, where(node), fields["by"].scalar("by") if "by" in fields else "",
+                _instant(fields["at"]) if "at" in fields else None,
+                (node_text(fields["from"]), node_text(to), node_text(on)),
+            )
+        )  # fmt: skip
+
+
+def provably_outside_path(path: str, scope: str) -> bool:
+    """Neither below the scope nor above it."""
+    return not (path == scope or path.startswith(scope + "/") or scope.startswith(path + "/"))
+
+
+def _is_id(node: Node) -> bool:
+    text = node.text
+    return node.kind == "scalar" and len(text) <= 100 and bool(text) and text.isascii() and (
+        text.replace("-", "").replace("_", "").replace(".", "").isalnum()
+    )  # fmt: skip
+
+
+def _one_of(node: Node, what: str, known: Collection[str]) -> str:
+    word = node.scalar(what)
+    if word not in known:
+        raise node.bad(
+            "policy.value", f"{what} cannot be {ascii(word)[:40]}", hint=f"one of: {', '.join(sorted(known))}"
+        )
+    return word
+
+
+def _boolean(node: Node) -> bool:
+    return _one_of(node, "this", {"true", "false"}) == "true"
+
+
+def _instant(node: Node) -> int:
+    try:
+        return parse_instant(node.scalar("an instant"))
+    except BadPolicy:
+        raise
+    except BadInput as error:
+        raise node.bad(error.code, error.message, hint=error.hint) from None
+
+
+def _duration(node: Node) -> int:
+    try:
+        return parse_duration(node.scalar("a duration"))
+    except BadPolicy:
+        raise
+    except BadInput as error:
+        raise node.bad(error.code, error.message, hint=error.hint) from None
