@@ -233,11 +233,13 @@ class Lab:
     ) -> Process:
         """Start a process (in the namespace with this full name) and register it for removal."""
         with self._lock:
-            log = self.dir / "logs" / name
-            process = Process(argv, name=name, log=log, notify=self.dir / "notify" / name, netns=netns, env=env, cwd=self.dir)
-            old = self.processes.get(name)
+            old = self.processes.pop(name, None)
             if old is not None:
-                old.close()
+                old.close()  # its notify socket has the name of the new one's
+            process = Process(
+                argv, name=name, log=self.dir / "logs" / name, notify=self.dir / "notify" / name,
+                netns=netns, env=env, cwd=self.dir,
+            )  # fmt: skip
             self.processes[name] = process
             self.entry.processes.append((process.pid, process.started or 0))
             self.entry.save()

@@ -201,8 +201,9 @@ class Process:
 
     def close(self) -> None:
         """Release the notify socket; the process is left alone."""
-        self._notify.close()
-        self._notify_path.unlink(missing_ok=True)
+        if self._notify.fileno() != -1:  # once: a successor may listen at the same path
+            self._notify.close()
+            self._notify_path.unlink(missing_ok=True)
 
 
 def run(
