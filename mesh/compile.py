@@ -1,0 +1,390 @@
+"""Verified state and local facts -> the plan of the data plane. Pure: no clock, no sockets, the same input the same plan.
+
+Who may talk is decided by policy.evaluate alone. Subjects are put into classes (equal under every selector of the
+program), and each pair of classes is evaluated once, so the cost does not grow with pairs of instances.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Final
+
+from identity.records import EndpointRecord, PlacementRecord, PolicyRecord
+from mesh.plan import (
+    AES,
+    CHACHA,
+    AttachmentKind,
+    AttachmentPlan,
+    AttachmentState,
+    Changes,
+    Cipher,
+    Note,
+    Overlay,
+    PairPlan,
+    PeerPlan,
+    Plan,
+    diff,
+)
+from mesh.snapshot import InstanceKey, Snapshot, instance_key
+from policy.evaluate import matches, permitted
+from policy.ports import NOTHING, PortMap
+from policy.program import Program, Selector, Subject
+
+__all__ = ["Changes", "Compiler", "LocalAttachment", "LocalFacts", "Plan", "compile_plan", "diff", "program_of", "veth_name"]
+
+DEFAULT_MTU: Final = 1420  # 1500 less the outer IPv6 and WireGuard headers
+KEEPALIVE: Final = 25  # seconds; below the usual NAT binding of 30 s
+_PROGRAMS: Final = 4  # compiled policies kept
+
+
+@dataclass(frozen=True, slots=True)
+class LocalAttachment:
+    """A place on this machine that was given to an instance.
+
+    netns: a named namespace or a path, for kind netns. inode: its identity (mesh.netns.identify), so that two names of
+    one namespace share one link; without it the name is the identity.
+    """
+
+    kind: AttachmentKind
+    netns: str | None = None
+    inode: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFacts:
+    """What the endpoint knows about itself.
+
+    held:   instances whose addresses were active here before; elsewhere now, they are `fenced`, not `waiting`
+    fenced: instances withheld from the snapshot because it is too old to trust (mesh.sync.View)
+    """
+
+    endpoint: str
+    tunnel_key: str
+    interface: str = "rtn0"
+    mtu: int = DEFAULT_MTU
+    attachments: Mapping[InstanceKey, LocalAttachment] = field(default_factory=dict)
+    held: frozenset[InstanceKey] = frozenset()
+    fenced: frozenset[InstanceKey] = frozenset()
+    keepalive: int = KEEPALIVE
+
+
+def veth_name(interface: str, place: LocalAttachment) -> str:
+    """Name of the host side of the pair of a namespace: ``rt`` and 12 hex digits, the same after every restart."""
+    identity = str(place.inode) if place.inode is not None else f"netns {place.netns}"
+    return "rt" + hashlib.sha256(f"{interface}\0{identity}".encode()).hexdigest()[:12]
+
+
+class Classes:
+    """Port maps of one program, computed once per pair of subject classes."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._selectors = tuple(_selectors(program))
+        self._class_of: dict[tuple[str, str, tuple[tuple[str, str], ...]], int] = {}
+        self._subjects: list[Subject] = []
+        self._by_signature: dict[int, int] = {}
+        self._ports: dict[tuple[int, int], PortMap] = {}
+
+    def class_of(self, record: PlacementRecord) -> int:
+        """Number of the class of the identity of a placement."""
+        key = (record.name, record.spiffe_id, tuple(sorted(record.labels.items())))
+        if (known := self._class_of.get(key)) is not None:
+            return known
+        subject = Subject(record.name, dict(record.labels), record.spiffe_id)
+        signature = 0
+        for bit, selector in enumerate(self._selectors):
+            if matches(selector, subject):
+                signature |= 1 << bit
+        number = self._by_signature.setdefault(signature, len(self._subjects))
+        if number == len(self._subjects):
+            self._subjects.append(subject)
+        self._class_of[key] = number
+        return number
+
+    def permitted(self, src: PlacementRecord, dst: PlacementRecord) -> PortMap:
+        """All that `src` may send to `dst`."""
+        pair = (self.class_of(src), self.class_of(dst))
+        if (known := self._ports.get(pair)) is None:
+            known = permitted(self.program, self._subjects[pair[0]], self._subjects[pair[1]])
+            self._ports[pair] = known
+        return known
+
+    @property
+    def count(self) -> int:
+        """Classes seen so far."""
+        return len(self._subjects)
+
+
+def _selectors(program: Program) -> Iterable[Selector]:
+    found: dict[Selector, None] = {}
+    for tier in program.tiers:
+        for rule in tier.rules:
+            found.update(dict.fromkeys((rule.src, rule.dst)))
+            if rule.concerns is not None:
+                found[rule.concerns] = None
+        found.update(dict.fromkeys(tier.isolates.values()))
+    return found
+
+
+def program_of(record: PolicyRecord) -> Program:
+    """Compile a policy record. Raises BadPolicy."""
+    from policy.compile import compile_policy
+    from policy.language import load
+
+    return compile_policy(load([(file.name, file.text) for file in record.files]))
+
+
+class Compiler:
+    """`compile_plan` with the compiled policies kept from call to call; the results are the same."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[tuple[tuple[str, str], ...], Classes] = OrderedDict()
+
+    def classes(self, record: PolicyRecord) -> Classes:
+        """The policy, compiled. Raises BadPolicy."""
+        key = tuple((file.name, file.text) for file in record.files)
+        if key not in self._kept:
+            self._kept[key] = Classes(program_of(record))
+            while len(self._kept) > _PROGRAMS:
+                self._kept.popitem(last=False)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def plan(self, snapshot: Snapshot, facts: LocalFacts) -> Plan:
+        """The plan of this state. Raises BadPolicy for a policy that does not compile: then the old plan stays."""
+        classes = None if snapshot.policy is None else self.classes(snapshot.policy)
+        return _Compilation(snapshot, facts, classes).run()
+
+
+def compile_plan(snapshot: Snapshot, facts: LocalFacts, *, program: Program | None = None) -> Plan:
+    """The plan of this state; `program` instead of the snapshot's own policy. Raises BadPolicy."""
+    if program is not None:
+        return _Compilation(snapshot, facts, Classes(program)).run()
+    return Compiler().plan(snapshot, facts)
+
+
+class _Compilation:
+    """One run: read the placements, pair ours with the others, collect peers, attachments and pairs."""
+
+    def __init__(self, snapshot: Snapshot, facts: LocalFacts, classes: Classes | None) -> None:
+        self.snapshot, self.facts, self.classes = snapshot, facts, classes
+        self.overlay = Overlay.of(snapshot.trust_domain)
+        self.notes: dict[Note, None] = {}
+        self.endpoints = self._endpoints()
+        self.active: dict[InstanceKey, PlacementRecord] = {}  # ours and others', refusable ones left out
+        self.prepares: dict[InstanceKey, PlacementRecord] = {}
+        self._sort_placements()
+
+    def _note(self, code: str, text: str) -> None:
+        self.notes[Note(code, text)] = None
+
+    def _endpoints(self) -> dict[str, EndpointRecord]:
+        """Endpoints a tunnel may lead to. One key is one endpoint; two that claim the same get none."""
+        owners: dict[str, list[str]] = {}
+        for name, record in self.snapshot.endpoints.items():
+            owners.setdefault(record.tunnel_key, []).append(name)
+        usable: dict[str, EndpointRecord] = {}
+        for name, record in self.snapshot.endpoints.items():
+            if name == self.facts.endpoint:
+                continue
+            if len(owners[record.tunnel_key]) > 1 or record.tunnel_key == self.facts.tunnel_key:
+                self._note("plan.key_shared", f"the tunnel key of {name} belongs to another endpoint too; no tunnel")
+                continue
+            usable[name] = record
+        return usable
+
+    def _sort_placements(self) -> None:
+        for key, record in self.snapshot.placements.items():
+            if record.state == "active" and self._sound(key, record):
+                self.active[key] = record
+        for key, record in self.snapshot.prepares.items():
+            current = self.snapshot.placements.get(key)
+            if record.state != "prepare" or (current is not None and record.epoch <= current.epoch):
+                continue  # a move that is over: the placement in force has overtaken it
+            if self._sound(key, record):
+                self.prepares[key] = record
+        owners: dict[str, set[InstanceKey]] = {}
+        for key, record in (*self.active.items(), *self.prepares.items()):
+            for address in record.addresses:
+                owners.setdefault(address, set()).add(key)
+        for address, keys in owners.items():
+            if len(keys) > 1:
+                names = " and ".join(sorted(keys))
+                self._note("plan.address_shared", f"{names} claim the address {address}; neither is served")
+                for key in keys:
+                    self.active.pop(key, None)
+                    self.prepares.pop(key, None)
+
+    def _sound(self, key: InstanceKey, record: PlacementRecord) -> bool:
+        """Is the placement what its key says, inside the overlay, and does its endpoint have that tunnel key?"""
+        if key != instance_key(record.name, record.instance):
+            self._note("plan.key", f"the placement of {record.name} stands under {key}; ignored")
+            return False
+        if not self._in_overlay(record.addresses):
+            self._note("plan.address", f"the addresses of {key} are not overlay addresses; ignored")
+            return False
+        if record.endpoint == self.facts.endpoint:
+            if record.tunnel_key != self.facts.tunnel_key:
+                self._note("plan.own_key", f"{key} is placed on an earlier tunnel key of this endpoint; not served yet")
+                return False
+            return True
+        endpoint = self.endpoints.get(record.endpoint)
+        if endpoint is not None and endpoint.tunnel_key != record.tunnel_key:
+            self._note("plan.stale_key", f"{key} is placed on another tunnel key than {record.endpoint} has; not served")
+            return False
+        return True
+
+    def _in_overlay(self, addresses: Iterable[str]) -> bool:
+        """One IPv4 and one IPv6 overlay address, in this order and in canonical form."""
+        try:
+            v4, v6 = (ip_address(a) for a in addresses)
+        except ValueError:
+            return False
+        inside = isinstance(v4, IPv4Address) and v4 in self.overlay.v4
+        inside = inside and isinstance(v6, IPv6Address) and v6 in self.overlay.v6
+        return inside and [str(v4), str(v6)] == list(addresses)
+
+    # ---- the run
+
+    def run(self) -> Plan:
+        me = self.facts.endpoint
+        ours = {k: r for k, r in self.prepares.items() if r.endpoint == me}
+        ours |= {k: r for k, r in self.active.items() if r.endpoint == me}
+        others = {k: r for k, r in self.active.items() if r.endpoint != me}
+        warming = {k: r for k, r in self.prepares.items() if r.endpoint != me}
+        attachments = {key: self._attachment(key, place) for key, place in sorted(self.facts.attachments.items())}
+        attached = {k for k, a in attachments.items() if a.state in {"prepared", "active"}}
+
+        pairs: dict[tuple[InstanceKey, InstanceKey], PairPlan] = {}
+        allowed: dict[str, set[InstanceKey]] = {}
+        warm: set[str] = set()
+        for key, record in ours.items():
+            for other_key, other in others.items():
+                if other_key == key:
+                    continue
+                there, back = self._permitted(record, other), self._permitted(other, record)
+                if (not there and not back) or not self._usable(other, other_key):
+                    continue
+                allowed.setdefault(other.endpoint, set()).add(other_key)
+                if key in attached:
+                    self._pair(pairs, key, record, other_key, other, there)
+                    self._pair(pairs, other_key, other, key, record, back)
+            for other_key, other in warming.items():
+                talks = other_key != key and (self._permitted(record, other) or self._permitted(other, record))
+                if talks and other.endpoint in self.endpoints:
+                    warm.add(other.endpoint)
+            if key in attached:
+                for other_key in attached:
+                    if other_key != key:
+                        self._pair(pairs, key, record, other_key, ours[other_key], self._permitted(record, ours[other_key]))
+        peers = [self._peer(name, allowed.get(name, set()), others) for name in sorted(allowed.keys() | warm)]
+        return Plan(
+            overlay=self.overlay,
+            interface=self.facts.interface,
+            mtu=self.facts.mtu,
+            peers={peer.tunnel_key: peer for peer in peers},
+            attachments=attachments,
+            pairs=pairs,
+            remotes={a: k for keys in allowed.values() for k in sorted(keys) for a in others[k].addresses},
+            notes=tuple(self.notes),
+            timeline=self.snapshot.timeline,
+            revision=self.snapshot.revision,
+            policy_digest=self.snapshot.policy.digest if self.snapshot.policy is not None else "",
+        )
+
+    def _usable(self, other: PlacementRecord, key: InstanceKey) -> bool:
+        if other.endpoint in self.endpoints:
+            return True
+        self._note("plan.no_endpoint", f"{key} is on {other.endpoint}, whose endpoint record is not here; no tunnel")
+        return False
+
+    def _permitted(self, src: PlacementRecord, dst: PlacementRecord) -> PortMap:
+        return NOTHING if self.classes is None else self.classes.permitted(src, dst)
+
+    def _pair(
+        self, pairs: dict[tuple[InstanceKey, InstanceKey], PairPlan], src_key: InstanceKey, src: PlacementRecord,
+        dst_key: InstanceKey, dst: PlacementRecord, ports: PortMap,
+    ) -> None:  # fmt: skip
+        if ports:
+            policy = self.snapshot.policy
+            revision = f" (policy revision {policy.revision})" if policy is not None else ""
+            pairs[src_key, dst_key] = PairPlan(
+                src_key, dst_key, _both(src), _both(dst), ports, f"{src_key} may reach {dst_key}: {ports}{revision}"
+            )
+
+    def _peer(self, name: str, instances: set[InstanceKey], others: Mapping[InstanceKey, PlacementRecord]) -> PeerPlan:
+        record = self.endpoints[name]
+        addresses = sorted(a for key in instances for a in others[key].addresses)
+        shown = ", ".join(sorted(instances)[:3]) + (f" and {len(instances) - 3} more" if len(instances) > 3 else "")
+        return PeerPlan(
+            endpoint=name,
+            tunnel_key=record.tunnel_key,
+            underlay=self._underlay(record),
+            allowed_ips=tuple(f"{a}/{128 if ':' in a else 32}" for a in addresses),
+            keepalive=self.facts.keepalive,
+            cipher=self._cipher(record),
+            why=f"policy permits {shown}" if instances else "warm for a move that is being made ready",
+        )
+
+    def _underlay(self, record: EndpointRecord) -> str | None:
+        for hint in record.underlay:
+            address, _, port = hint.rpartition(":")
+            try:
+                parsed = ip_address(address.removeprefix("[").removesuffix("]"))
+            except ValueError:
+                parsed = None
+            bracketed = address.startswith("[") and address.endswith("]")
+            sound = parsed is not None and bracketed == isinstance(parsed, IPv6Address)
+            sound = sound and not (isinstance(parsed, IPv6Address) and parsed in self.overlay.v6)
+            if sound and port.isascii() and port.isdigit() and 1 <= int(port) <= 65535:
+                return hint
+            self._note("plan.underlay", f"{record.endpoint} has an unusable underlay hint {ascii(hint)[:60]}")
+        return None
+
+    def _cipher(self, record: EndpointRecord) -> Cipher:
+        """AES only when both *signed* records offer it: both ends decide from the same two records."""
+        own = self.snapshot.endpoints.get(self.facts.endpoint)
+        if own is not None and own.tunnel_key == self.facts.tunnel_key and AES in own.ciphers and AES in record.ciphers:
+            return AES
+        return CHACHA
+
+    def _attachment(self, key: InstanceKey, place: LocalAttachment) -> AttachmentPlan:
+        record = self.active.get(key)
+        coming = self.prepares.get(key)
+        state: AttachmentState
+        if record is not None and record.endpoint == self.facts.endpoint:
+            state, why = "active", f"placed here at epoch {record.epoch}"
+        elif coming is not None and coming.endpoint == self.facts.endpoint:
+            record, state, why = coming, "prepared", f"a move to here is being made ready, epoch {coming.epoch}"
+        else:
+            gone = self.snapshot.placements.get(key)
+            state = "fenced" if key in self.facts.held or key in self.facts.fenced else "waiting"
+            if key in self.facts.fenced:
+                why = "the newest sign of life of the control plane is too old"
+            elif gone is None:
+                why = "no placement is known"
+            elif gone.state == "revoked":
+                why = f"revoked at epoch {gone.epoch}"
+            elif gone.endpoint != self.facts.endpoint:
+                why = f"placed on {gone.endpoint} at epoch {gone.epoch}"
+            else:
+                why = "its placement is not usable"
+            record = None
+        return AttachmentPlan(
+            key=key,
+            kind=place.kind,
+            netns=place.netns,
+            veth=veth_name(self.facts.interface, place) if place.kind == "netns" else None,
+            state=state,
+            epoch=None if record is None else record.epoch,
+            addresses=() if record is None else _both(record),
+            why=why,
+        )
+
+
+def _both(record: PlacementRecord) -> tuple[str, str]:
+    return record.addresses[0], record.addresses[1]

@@ -1,0 +1,169 @@
+"""Tunnel devices: one small interface, kernel WireGuard and the userspace engine behind it.
+
+A device enforces keys and allowed IPs, nothing else; ports are the firewall's (mesh/firewall.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, Literal, Protocol
+
+from mesh.plan import CHACHA, Cipher, PeerPlan
+
+Choice = Literal["auto", "userspace", "kernel"]
+
+# Our bits of the packet mark. ACCEPTED: the firewall let it pass; TUNNEL: an outer packet of the device itself.
+ACCEPTED: Final = 0x0200_0000
+TUNNEL: Final = 0x0400_0000
+
+
+@dataclass(frozen=True, slots=True)
+class PeerState:
+    """A peer as the device has it. `latest_handshake` is seconds since the epoch, None when there was none."""
+
+    underlay: str | None = None
+    allowed_ips: frozenset[str] = frozenset()
+    keepalive: int = 0
+    cipher: Cipher = CHACHA
+    latest_handshake: int | None = None
+    rx_bytes: int = 0
+    tx_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceState:
+    """A device as it is; peers by tunnel key (b64 as in the records). The private key is never read back."""
+
+    public_key: str | None = None
+    listen_port: int = 0
+    fwmark: int = 0
+    peers: Mapping[str, PeerState] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerChange:
+    """One peer's part of a change. None leaves a property as it is; `allowed_ips` replaces the whole list.
+
+    create: the peer may be new (else it is updated only when it is there).
+    """
+
+    tunnel_key: str
+    remove: bool = False
+    create: bool = False
+    underlay: str | None = None
+    allowed_ips: tuple[str, ...] | None = None
+    keepalive: int | None = None
+    cipher: Cipher | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceConfig:
+    """What a device is given once. `private_key` returns 32 raw bytes; it is called only to hand them over."""
+
+    interface: str
+    mtu: int
+    listen_port: int
+    private_key: Callable[[], bytes]
+    run_dir: Path
+    engine: Path | None = None
+    fwmark: int = TUNNEL
+
+
+class Device(Protocol):
+    """A tunnel device. All methods raise RetinueError; `apply` is all or nothing as far as the device can."""
+
+    kind: Literal["userspace", "kernel"]
+
+    async def start(self) -> bool:
+        """Make it exist and carry its key and port. True when it was there before with its peers (adopted)."""
+        ...
+
+    async def read(self) -> DeviceState: ...
+
+    async def apply(self, changes: Iterable[PeerChange]) -> None: ...
+
+    async def counters(self) -> Mapping[str, PeerState]: ...
+
+    async def stop(self, *, clean: bool) -> None:
+        """Let go of it; `clean` also removes it."""
+        ...
+
+    def describe(self) -> str:
+        """``userspace (retinue-engine 0.1.0)`` or ``kernel``."""
+        ...
+
+
+def peer_changes(have: Mapping[str, PeerState], want: Mapping[str, PeerPlan]) -> tuple[PeerChange, ...]:
+    """What turns the peers a device has into those of a plan.
+
+    Peers that gain an address come first: where one address changes hands the device moves it in one step, so there is
+    no moment at which nobody or both have it. Then those that lose, then removals. The underlay of a peer that is
+    there is left alone, for it may have roamed, unless the device knows none.
+    """
+    gain: list[PeerChange] = []
+    lose: list[PeerChange] = []
+    for key, plan in want.items():
+        old = have.get(key)
+        allowed = frozenset(plan.allowed_ips)
+        if old is None:
+            gain.append(PeerChange(key, create=True, underlay=plan.underlay, allowed_ips=plan.allowed_ips,
+                                   keepalive=plan.keepalive, cipher=plan.cipher))  # fmt: skip
+            continue
+        change = PeerChange(
+            key,
+            underlay=plan.underlay if old.underlay is None else None,
+            allowed_ips=plan.allowed_ips if allowed != old.allowed_ips else None,
+            keepalive=plan.keepalive if plan.keepalive != old.keepalive else None,
+            cipher=plan.cipher if plan.cipher != old.cipher else None,
+        )
+        if change == PeerChange(key):
+            continue
+        (gain if allowed - old.allowed_ips else lose).append(change)
+    gone = [PeerChange(key, remove=True) for key in have if key not in want]
+    return (*gain, *lose, *gone)
+
+
+def after(have: Mapping[str, PeerState], changes: Iterable[PeerChange]) -> dict[str, PeerState]:
+    """The peers a device has once `changes` are applied: an address belongs to the peer it was given to last."""
+    peers = dict(have)
+    for change in changes:
+        if change.remove:
+            peers.pop(change.tunnel_key, None)
+            continue
+        old = peers.get(change.tunnel_key)
+        if old is None and not change.create:
+            continue
+        old = old or PeerState()
+        allowed = old.allowed_ips if change.allowed_ips is None else frozenset(change.allowed_ips)
+        for key, other in peers.items():
+            if key != change.tunnel_key and other.allowed_ips & allowed:
+                peers[key] = _with_allowed(other, other.allowed_ips - allowed)
+        peers[change.tunnel_key] = PeerState(
+            underlay=change.underlay or old.underlay,
+            allowed_ips=allowed,
+            keepalive=old.keepalive if change.keepalive is None else change.keepalive,
+            cipher=change.cipher or old.cipher,
+            latest_handshake=old.latest_handshake,
+            rx_bytes=old.rx_bytes,
+            tx_bytes=old.tx_bytes,
+        )
+    return peers
+
+
+def _with_allowed(peer: PeerState, allowed: frozenset[str]) -> PeerState:
+    return PeerState(peer.underlay, allowed, peer.keepalive, peer.cipher, peer.latest_handshake, peer.rx_bytes, peer.tx_bytes)
+
+
+async def choose(choice: Choice, config: DeviceConfig) -> tuple[Device, str]:
+    """The device to use and why. Raises NoPrivilege or NotFound when the wish cannot be met."""
+    from mesh.devices.kernel import KernelDevice, probe
+    from mesh.devices.userspace import UserspaceDevice
+
+    if choice == "userspace":
+        return UserspaceDevice(config), "asked for"
+    why_not = await probe()
+    if choice == "kernel" or not why_not:
+        return KernelDevice(config), "asked for" if choice == "kernel" else "the kernel has WireGuard"
+    return UserspaceDevice(config), why_not
