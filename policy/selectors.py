@@ -107,6 +107,8 @@ class Names:
     services: dict[tuple[str, str], Service] = field(default_factory=dict)
     open_groups: list[tuple[str, str]] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
+    sizes: dict[tuple[str, str], int] = field(default_factory=dict)
+    spent: int = 0  # terms of the groups named by the selector that is being read
     later: list[BadPolicy] = field(default_factory=list)
 
     def not_enforced(self, node: Node, what: str, hint: str) -> None:
@@ -119,7 +121,9 @@ class Names:
 
     def selector(self, node: Node, scope: str, what: str) -> Selector:
         """Read a selector. Raises BadPolicy."""
+        outer, self.spent = self.spent, 0
         found = self._selector(node, scope, what)
+        self.spent = outer
         terms, nesting = measure(found)
         if terms > MAX_TERMS or nesting > MAX_NESTING:
             raise node.bad("policy.too_complex", f"{what} has {terms} terms, nested {nesting} deep, once its groups are written out",
@@ -213,7 +217,15 @@ class Names:
             raise node.bad("policy.unknown_group", f"there is no group {ascii(name)[:60]}",
                            hint=nearest(name, known) or "define it under groups:, or select by labels: {app: shop}")  # fmt: skip
         self.used.add(key[1])
-        return self.resolve(key, node).selector
+        selector = self.resolve(key, node).selector
+        if key not in self.sizes:
+            self.sizes[key] = measure(selector)[0]
+        self.spent += self.sizes[key]
+        if self.spent > MAX_TERMS:  # before the product is built, not after
+            raise node.bad(
+                "policy.too_complex", f"more than {MAX_TERMS} terms once the groups are written out"
+            )
+        return selector
 
     def resolve(self, key: tuple[str, str], node: Node) -> Group:
         """The group of a (scope, name), resolving what it names first. Raises BadPolicy."""

@@ -1,0 +1,149 @@
+"""Policy -> Program: one guardrail tier, top-down by scope, then one segment tier where deny beats allow, then default deny.
+
+Time is an argument: rules whose window is closed or whose grant has ended are left out. Whoever compiles must compile
+again at `next_change`. Without a time the narrowest reading holds: nothing that depends on time allows, all of it denies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+from policy.model import Consent, Policy, PolicyRule, Segment
+from policy.program import Action, Everything, Program, Rule, Selector, Tier, Under
+from policy.selectors import both, inside
+from policy.windows import show_instant
+
+GUARDRAILS = "guardrails"
+SEGMENTS = "segments"
+
+
+@dataclass(frozen=True, slots=True)
+class Inactive:
+    """A rule that is written but not in force, and why."""
+
+    rule: Rule
+    reason: str
+
+
+def compile_policy(policy: Policy, now: int | None = None, running: Collection[str] | None = None) -> Program:
+    """The program in force at `now` (seconds since the epoch).
+
+    running: names of the workloads that exist, for grants that end with one; without it such grants are not in force.
+    """
+    guardrails = sorted(
+        (g for g in policy.guardrails if _closed(g.rule, now) is None),
+        # Ancestors first; in one scope deny beats pass; the id only settles which of two equal denies is named.
+        key=lambda g: (g.scope.count("/") + bool(g.scope), g.rule.action is not Action.DENY, g.rule.id),
+    )
+    first = tuple(_rule(g.rule, g.rule.src, g.rule.dst, _under(g.scope)) for g in guardrails)
+    rest = sorted((r for r, reason in _segment_tier(policy, now, running) if not reason), key=lambda r: r.id)
+    tiers = (Tier(GUARDRAILS, first, order="first-match"),) if first else ()
+    return Program((*tiers, Tier(SEGMENTS, tuple(rest))), digest=policy.digest)
+
+
+def inactive(
+    policy: Policy, now: int | None = None, running: Collection[str] | None = None
+) -> tuple[Inactive, ...]:
+    """The rules that `compile_policy` leaves out, with the reason."""
+    out = [
+        Inactive(_rule(g.rule, g.rule.src, g.rule.dst, _under(g.scope)), reason)
+        for g in policy.guardrails
+        if (reason := _closed(g.rule, now))
+    ]
+    out += [Inactive(rule, reason) for rule, reason in _segment_tier(policy, now, running) if reason]
+    return tuple(sorted(out, key=lambda i: i.rule.id))
+
+
+def next_change(policy: Policy, now: int) -> int | None:
+    """The next instant at which `compile_policy` may give something else; nothing changes before it. None: never."""
+    instants = [
+        instant for g in policy.grants for instant in (g.not_before, g.not_after) if instant is not None
+    ]
+    for rule in policy.rules():
+        if rule.window is not None and (change := rule.window.next_change(now)) is not None:
+            instants.append(change)
+    return min((instant for instant in instants if instant > now), default=None)
+
+
+def _segment_tier(
+    policy: Policy, now: int | None, running: Collection[str] | None
+) -> Iterator[tuple[Rule, str | None]]:
+    for segment in policy.segments:
+        for rule in segment.rules:
+            yield _segment_rule(segment, rule), _off(segment, rule) or _closed(rule, now)
+    for grant in policy.grants:
+        rule, under = grant.rule, _under(grant.scope)
+        reason = _closed(rule, now) or _ended(grant.not_before, grant.not_after, now)
+        if (
+            reason is None
+            and grant.ends_with is not None
+            and (running is None or grant.ends_with not in running)
+        ):
+            reason = f"workload {grant.ends_with} has ended"
+        yield _rule(rule, both(rule.src, under), both(rule.dst, under), None), reason
+    offers = [c for c in policy.consents if c.kind == "offer"]
+    accepts = [c for c in policy.consents if c.kind == "accept"]
+    for offer in offers:
+        for accept in accepts:
+            if agree(offer, accept):
+                yield _consented(offer, accept), None
+
+
+def _segment_rule(segment: Segment, rule: PolicyRule) -> Rule:
+    under = _under(segment.scope)
+    concerns = both(segment.members, under) if segment.members is not None or under is not None else None
+    if rule.action is Action.ALLOW and under is not None:
+        # Nobody opens a door of somebody else's scope: both ends are inside, whatever the selectors say.
+        return _rule(rule, both(rule.src, under), both(rule.dst, under), concerns)
+    return _rule(rule, rule.src, rule.dst, concerns)
+
+
+def _rule(rule: PolicyRule, src: Selector, dst: Selector, concerns: Selector | None) -> Rule:
+    narrowed = None if isinstance(concerns, Everything) else concerns
+    return Rule(rule.id, rule.action, src, dst, rule.ports, rule.where, rule.why, concerns=narrowed)
+
+
+def agree(offer: Consent, accept: Consent) -> bool:
+    """Does each half name the other's scope (or a path inside it), with a port in common?"""
+    offered = inside(offer.peer, accept.scope) or inside(accept.scope, offer.peer)
+    accepted = inside(accept.peer, offer.scope) or inside(offer.scope, accept.peer)
+    return offered and accepted and bool(offer.ports & accept.ports)
+
+
+def _consented(offer: Consent, accept: Consent) -> Rule:
+    src = both(offer.own, Under(offer.scope), Under(accept.peer))
+    dst = both(accept.own, Under(accept.scope), Under(offer.peer))
+    why = f"offered by {offer.scope}, accepted by {accept.scope} at {accept.where}"
+    rule_id = f"consent:{offer.where}+{accept.where}"
+    return Rule(rule_id, Action.ALLOW, src, dst, offer.ports & accept.ports, offer.where, why)
+
+
+def _under(scope: str) -> Selector | None:
+    return Under(scope) if scope else None
+
+
+def _off(segment: Segment, rule: PolicyRule) -> str | None:
+    if segment.mode == "draft":
+        return f"segment {segment.name} is a draft"
+    return "the rule is a draft" if rule.mode == "draft" else None
+
+
+def _closed(rule: PolicyRule, now: int | None) -> str | None:
+    if rule.mode == "draft":
+        return "the rule is a draft"
+    if rule.window is None:
+        return None
+    if now is None:
+        return None if rule.action is Action.DENY else "it has a time window and no time was given"
+    return None if rule.window.active(now) else f"its time window is closed at {show_instant(now)}"
+
+
+def _ended(not_before: int | None, not_after: int | None, now: int | None) -> str | None:
+    if not_before is None and not_after is None:
+        return None
+    if now is None:
+        return "it is limited in time and no time was given"
+    if not_before is not None and now < not_before:
+        return f"it begins at {show_instant(not_before)}"
+    return f"it ended at {show_instant(not_after)}" if not_after is not None and now >= not_after else None
