@@ -387,6 +387,18 @@ def verify_chain(
     return Svid(spiffe_id, leaf, not_before(leaf), not_after(leaf), key, path)
 
 
+def claimed_id(cert: x509.Certificate) -> SpiffeId:
+    """The SPIFFE ID a certificate claims, not verified in any way. Raises NotVerified ``cert.san``, ``cert.spiffe_id``."""
+    _check_extensions(cert)
+    uris = _uris(cert)
+    if len(uris) != 1:
+        raise NotVerified("cert.san", f"an SVID has exactly one URI name, not {len(uris)}")
+    try:
+        return SpiffeId.parse(uris[0])
+    except BadInput as e:
+        raise NotVerified("cert.spiffe_id", e.message) from None
+
+
 def check_root(cert: x509.Certificate, trust_domain: TrustDomain, now: float) -> None:
     """Is this fit to be a root of the trust domain: an authority, self-signed, in its lifetime? Raises NotVerified."""
     _check_extensions(cert)
@@ -489,13 +501,7 @@ def _check_leaf(cert: x509.Certificate, trust_domain: TrustDomain, profile: Prof
         key = None
     if not (leaf_key_allowed(key) if profile.tls else isinstance(key, Ed25519PublicKey)):
         raise NotVerified("cert.key", "a leaf has a kind of key that is not accepted here")
-    uris = _uris(cert)
-    if len(uris) != 1:
-        raise NotVerified("cert.san", f"an SVID has exactly one URI name, not {len(uris)}")
-    try:
-        spiffe_id = SpiffeId.parse(uris[0])
-    except BadInput as e:
-        raise NotVerified("cert.spiffe_id", e.message) from None
+    spiffe_id = claimed_id(cert)
     if spiffe_id.trust_domain != trust_domain:
         raise NotVerified("cert.trust_domain", f"{spiffe_id} is not of the trust domain {trust_domain}")
     return spiffe_id
