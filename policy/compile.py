@@ -24,6 +24,7 @@ class Inactive:
 
     rule: Rule
     reason: str
+    guardrail: bool = False
 
 
 def compile_policy(policy: Policy, now: int | None = None, running: Collection[str] | None = None) -> Program:
@@ -47,7 +48,7 @@ def inactive(
 ) -> tuple[Inactive, ...]:
     """The rules that `compile_policy` leaves out, with the reason."""
     out = [
-        Inactive(_rule(g.rule, g.rule.src, g.rule.dst, _under(g.scope)), reason)
+        Inactive(_rule(g.rule, g.rule.src, g.rule.dst, _under(g.scope)), reason, guardrail=True)
         for g in policy.guardrails
         if (reason := _closed(g.rule, now))
     ]

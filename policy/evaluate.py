@@ -208,7 +208,7 @@ def evaluate(program: Program, src: Subject, dst: Subject, proto: int, port: int
     """
     proto = ICMP if proto == ICMPV6 else proto
     flow = f"{src.name} -> {dst.name} {show_flow(proto, port)}"
-    if not 0 <= proto <= 255 or (proto in PORTED and port is not None and not 1 <= port <= MAX_PORT):
+    if not possible(proto, port):
         return Decision("deny", None, f"no such protocol or port: {flow}", program.digest, "egress")
     parts = _parts(program, src, dst)
     found = [{d: matching(program, d, one, other) for d in BOTH} for one, other in parts]
@@ -224,6 +224,11 @@ def evaluate(program: Program, src: Subject, dst: Subject, proto: int, port: int
             best = verdict
     assert best is not None  # there is always port 1
     return best
+
+
+def possible(proto: int, port: int | None) -> bool:
+    """Is there such a protocol and port?"""
+    return 0 <= proto <= 255 and (proto not in PORTED or port is None or 1 <= port <= MAX_PORT)
 
 
 def _all_parts(

@@ -114,6 +114,9 @@ class PortMap:
             return "any" if not missing else f"any but {missing}"
         return " ".join(self.words()) or "nothing"
 
+    def __repr__(self) -> str:
+        return f"PortMap({str(self)!r})"  # the bits in decimal would be longer than Python prints
+
     def words(self) -> list[str]:
         """One word a protocol: ``tcp/80,8000-8100``."""
         out = []
