@@ -1,0 +1,398 @@
+//! Command line, daemonising, set-up and the control loop.
+
+use std::io;
+use std::io::Write as _;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
+
+use crate::device::Core;
+use crate::engine::Engine;
+use crate::error::{EngineError, Result, EXIT_FAILURE};
+use crate::events;
+use crate::log::{configure, log, Level};
+use crate::netlink::{self, LinkSettings};
+use crate::server::Server;
+use crate::sys::{harden_process, now, now_ms, termination_signals, Epoll, EventFd, Ready};
+use crate::tun;
+use crate::tx::Tx;
+use crate::udp::UdpOptions;
+use crate::worker::{self, Role};
+
+const HELP: &str = "\
+retinue-engine: a WireGuard device in userspace, driven over the UAPI socket
+
+Usage: retinue-engine [OPTIONS] IFNAME
+
+Options:
+  -f, --foreground      stay in the foreground (WG_PROCESS_FOREGROUND=1 does the same)
+  --workers N           packet threads, each with its own TUN queue and UDP socket (default: half
+                        the cores, at least 1)
+  --spin-us N           after traffic, poll this many microseconds before sleeping (default 20)
+  --low-power           never spin; one blocking thread per direction
+  --mtu N               MTU of the new interface (default 1420)
+  --no-tun-offload      no TSO/USO superpackets on the TUN
+  --no-udp-gso          one send per datagram
+  --no-udp-gro          one receive buffer per datagram
+  --log-level LEVEL     silent, error (default), info or verbose (LOG_LEVEL does the same)
+  -h, --help            this text
+  -V, --version         the version
+
+Environment:
+  WG_UAPI_DIR           directory of the UAPI socket (default /var/run/wireguard)
+
+Examples:
+  retinue-engine wg0 && wg setconf wg0 wg0.conf && ip link set wg0 up
+  retinue-engine --foreground --low-power mesh0
+  retinue-engine --no-udp-gso --no-tun-offload wg0     # if a kernel's offloads misbehave
+
+Exit status: 0 done, 1 failure, 2 usage, 4 missing privilege or device.
+";
+
+const DEFAULT_MTU: u32 = 1420;
+const DEFAULT_SPIN_US: u64 = 20;
+/// One superpacket of this size, sealed, fits one UDP_SEGMENT send.
+const GSO_MAX: u32 = 60_000;
+const TX_QUEUE: u32 = 1000;
+const MAX_WORKERS: usize = 64;
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Options {
+    pub name: String,
+    pub foreground: bool,
+    pub workers: usize,
+    pub spin_us: u64,
+    pub low_power: bool,
+    pub mtu: u32,
+    pub tun_offload: bool,
+    pub udp_gso: bool,
+    pub udp_gro: bool,
+    pub level: Level,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Command {
+    Run(Options),
+    Help,
+    Version,
+}
+
+fn default_workers() -> usize {
+    std::thread::available_parallelism().map_or(1, |n| n.get() / 2).clamp(1, 8)
+}
+
+/// Parses arguments (without the program name).
+pub fn parse_args(args: &[String]) -> Result<Command> {
+    let env = |k: &str| std::env::var(k).unwrap_or_default();
+    let mut o = Options {
+        name: String::new(),
+        foreground: env("WG_PROCESS_FOREGROUND") == "1",
+        workers: default_workers(),
+        spin_us: DEFAULT_SPIN_US,
+        low_power: false,
+        mtu: DEFAULT_MTU,
+        tun_offload: true,
+        udp_gso: true,
+        udp_gro: true,
+        level: Level::parse(&env("LOG_LEVEL")).unwrap_or(Level::Error),
+    };
+    let mut it = args.iter();
+    while let Some(a) = it.next() {
+        let (flag, inline) = match a.split_once('=') {
+            Some((f, v)) if f.starts_with("--") => (f, Some(v.to_owned())),
+            _ => (a.as_str(), None),
+        };
+        let takes_value = matches!(flag, "--workers" | "--spin-us" | "--mtu" | "--log-level");
+        if inline.is_some() && !takes_value {
+            return Err(EngineError::usage(format!("option {flag}"), "it takes no value"));
+        }
+        let value = if takes_value {
+            let v = inline.or_else(|| it.next().cloned());
+            v.ok_or_else(|| EngineError::usage(format!("option {flag}"), "a value is missing"))?
+        } else {
+            String::new()
+        };
+        let number = |low: u64, high: u64| -> Result<u64> {
+            value.parse().ok().filter(|n| (low..=high).contains(n)).ok_or_else(|| {
+                EngineError::usage(
+                    format!("option {flag}"),
+                    format!("{value:?} is not a number from {low} to {high}"),
+                )
+            })
+        };
+        match flag {
+            "-h" | "--help" => return Ok(Command::Help),
+            "-V" | "--version" => return Ok(Command::Version),
+            "-f" | "--foreground" => o.foreground = true,
+            "--low-power" => o.low_power = true,
+            "--no-tun-offload" => o.tun_offload = false,
+            "--no-udp-gso" => o.udp_gso = false,
+            "--no-udp-gro" => o.udp_gro = false,
+            "--workers" => o.workers = number(1, MAX_WORKERS as u64)? as usize,
+            "--spin-us" => o.spin_us = number(0, 1000)?,
+            "--mtu" => o.mtu = number(576, 65_535)? as u32,
+            "--log-level" => {
+                o.level = Level::parse(&value).ok_or_else(|| {
+                    EngineError::usage(
+                        "option --log-level",
+                        format!("{value:?} is not silent, error, info or verbose"),
+                    )
+                })?;
+            }
+            _ if a.starts_with('-') => return Err(EngineError::usage(format!("option {a}"), "unknown")),
+            _ if o.name.is_empty() => o.name.clone_from(a),
+            _ => return Err(EngineError::usage(format!("argument {a}"), "one interface name is enough")),
+        }
+    }
+    if o.name.is_empty() {
+        return Err(EngineError::usage("interface name", "missing"));
+    }
+    if !tun::valid_name(&o.name) {
+        return Err(EngineError::usage(
+            format!("interface name {:?}", o.name),
+            "it must have 1 to 15 printable characters without / : %",
+        ));
+    }
+    Ok(Command::Run(o))
+}
+
+/// Runs the engine with `args` (without the program name); returns the exit status.
+pub fn main(args: &[String]) -> i32 {
+    // One line whatever happens: a panic is a fault of ours, not the user's business.
+    std::panic::set_hook(Box::new(|info| {
+        let at = info.location().map(|l| format!("{}:{}", l.file(), l.line())).unwrap_or_default();
+        eprintln!("retinue-engine: internal error at {at} (hint: please report it)");
+    }));
+    let run = || match parse_args(args)? {
+        Command::Help => {
+            print_out(HELP);
+            Ok(0)
+        }
+        Command::Version => {
+            print_out(concat!("retinue-engine ", env!("CARGO_PKG_VERSION"), "\n"));
+            Ok(0)
+        }
+        Command::Run(o) => start(&o),
+    };
+    match std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)) {
+        Ok(Ok(code)) => code,
+        Ok(Err(e)) => {
+            eprintln!("retinue-engine: {e}");
+            e.exit
+        }
+        Err(_) => EXIT_FAILURE,
+    }
+}
+
+fn print_out(s: &str) {
+    // A closed pipe is the reader's choice.
+    let _ = io::stdout().write_all(s.as_bytes());
+}
+
+fn start(o: &Options) -> Result<i32> {
+    configure(o.level, &o.name);
+    harden_process();
+    if o.foreground {
+        return serve(o, || {});
+    }
+    daemonise(o)
+}
+
+fn os_failure(what: &str) -> impl Fn(io::Error) -> EngineError + '_ {
+    move |e| EngineError::failure(what, e, "")
+}
+
+/// Forks; the parent returns when the child's UAPI socket answers or its set-up failed.
+fn daemonise(o: &Options) -> Result<i32> {
+    let mut fds = [0; 2];
+    // SAFETY: `fds` has room for the two descriptors.
+    crate::sys::check(unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC) })
+        .map_err(os_failure("pipe"))?;
+    // SAFETY: pipe2 just returned both descriptors to us.
+    let (reader, writer) = unsafe { (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1])) };
+    // SAFETY: no other thread of ours runs yet; the child only goes on in this function.
+    match unsafe { libc::fork() } {
+        -1 => Err(os_failure("fork")(io::Error::last_os_error())),
+        0 => {
+            drop(reader);
+            let mut writer = std::fs::File::from(writer);
+            detach();
+            let ready = writer.try_clone();
+            let code = match serve(o, || {
+                if let Ok(mut w) = ready {
+                    // The parent may have been killed: then nobody waits.
+                    let _ = w.write_all(b"0\n");
+                }
+            }) {
+                Ok(code) => code,
+                Err(e) => {
+                    let _ = writeln!(writer, "{} {e}", e.exit);
+                    e.exit
+                }
+            };
+            // SAFETY: ends the child without running the parent's exit handlers.
+            unsafe { libc::_exit(code) }
+        }
+        _ => {
+            drop(writer);
+            let mut text = Vec::new();
+            let mut r = io::BufReader::new(std::fs::File::from(reader));
+            let _ = io::BufRead::read_until(&mut r, b'\n', &mut text);
+            let text = String::from_utf8_lossy(&text);
+            match text.trim_end().split_once(' ') {
+                None if text.trim_end() == "0" => Ok(0),
+                Some((code, message)) => {
+                    eprintln!("retinue-engine: {message}");
+                    Ok(code.parse().unwrap_or(EXIT_FAILURE))
+                }
+                None => {
+                    Err(EngineError::failure("start", "the engine ended during set-up", "try --foreground"))
+                }
+            }
+        }
+    }
+}
+
+fn detach() {
+    // SAFETY: plain calls with constant arguments; /dev/null replaces the standard streams.
+    unsafe {
+        libc::setsid();
+        libc::chdir(c"/".as_ptr());
+        let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR);
+        if null >= 0 {
+            for fd in 0..3 {
+                libc::dup2(null, fd);
+            }
+            if null > 2 {
+                libc::close(null);
+            }
+        }
+    }
+}
+
+const TOKEN_UAPI: u64 = 0;
+const TOKEN_EVENTS: u64 = 1;
+const TOKEN_SIGNAL: u64 = 2;
+
+/// Sets everything up, calls `ready` when the UAPI socket answers, runs until told to stop.
+fn serve(o: &Options, ready: impl FnOnce()) -> Result<i32> {
+    let signals = termination_signals().map_err(os_failure("signals"))?;
+    // Before the TUN exists: a second engine must not disturb the first.
+    let server = Server::listen(&o.name)?;
+    let (queues, offloads) = tun::Queue::create(&o.name, o.workers, o.tun_offload)?;
+    let index = netlink::index_of(&o.name).map_err(os_failure("interface"))?;
+    let settings =
+        LinkSettings { mtu: o.mtu, txqlen: TX_QUEUE, gso_max: if o.tun_offload { GSO_MAX } else { 0 } };
+    netlink::configure(index, settings).map_err(|e| {
+        EngineError::device(format!("interface {}", o.name), e, "run as root or with CAP_NET_ADMIN")
+    })?;
+    let control_wake = Arc::new(EventFd::new().map_err(os_failure("eventfd"))?);
+    let waker = control_wake.clone();
+    let core = Core::new(now_ms(), events::Queue::new(Box::new(move || waker.signal())), o.mtu as usize);
+    let roles: &[Role] = if o.low_power {
+        &[Role { outbound: true, inbound: false }, Role { outbound: false, inbound: true }]
+    } else {
+        &[Role { outbound: true, inbound: true }]
+    };
+    let threads = o.workers * roles.len();
+    let wakes =
+        (0..threads).map(|_| EventFd::new()).collect::<io::Result<_>>().map_err(os_failure("eventfd"))?;
+    let udp = UdpOptions { gso: o.udp_gso, gro: o.udp_gro };
+    let engine = Arc::new(Engine::new(core, queues, offloads, udp, wakes, control_wake));
+    let spin = if o.low_power { 0 } else { o.spin_us };
+    let mut handles = Vec::with_capacity(threads);
+    for thread in 0..threads {
+        let (engine, queue, role) = (engine.clone(), thread / roles.len(), roles[thread % roles.len()]);
+        let h = std::thread::Builder::new().name(format!("worker{thread}")).spawn(move || {
+            let r = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+                worker::run(&engine, thread, queue, role, spin)
+            }));
+            if let Ok(Err(e)) = &r {
+                log(Level::Error, &format!("worker {thread}: {e}"));
+            }
+            // A worker that ended for whatever reason ends the engine: its supervisor restarts it.
+            engine.shutdown();
+            matches!(r, Ok(Ok(())))
+        });
+        handles.push(h.map_err(os_failure("thread"))?);
+    }
+    log(Level::Info, &format!("started: {threads} thread(s), TUN offloads {offloads:?}"));
+    ready();
+    let outcome = control(&engine, &server, signals.as_raw_fd());
+    drop(server);
+    engine.shutdown();
+    let clean = handles.into_iter().all(|h| h.join().unwrap_or(false));
+    outcome.map_err(os_failure("control loop"))?;
+    Ok(if clean { 0 } else { EXIT_FAILURE })
+}
+
+/// Handshakes, timers, UAPI and signals.
+fn control(engine: &Arc<Engine>, server: &Server, signals: i32) -> io::Result<()> {
+    let epoll = Epoll::new()?;
+    epoll.add(server.as_raw_fd(), TOKEN_UAPI)?;
+    epoll.add(engine.control_wake.as_raw_fd(), TOKEN_EVENTS)?;
+    epoll.add(signals, TOKEN_SIGNAL)?;
+    let core = &engine.core;
+    let mut tx = Tx::default();
+    let mut actions = Vec::new();
+    let mut ready = [Ready { token: 0, failed: false }; 8];
+    while !engine.stopping() {
+        let timeout = match core.next_tick() {
+            None => -1,
+            Some(at) => at.saturating_sub(now_ms()).min(i32::MAX as u64) as i32,
+        };
+        let n = epoll.wait(timeout, &mut ready);
+        for r in &ready[..n] {
+            match r.token {
+                TOKEN_UAPI => server.accept(engine),
+                TOKEN_EVENTS => engine.control_wake.clear(),
+                _ => return Ok(()),
+            }
+        }
+        while let Some((event, backlog)) = core.queue.pop() {
+            let t = now();
+            core.handle(event, backlog, t, &mut actions);
+            engine.execute(&mut actions, &mut tx, t.ms);
+        }
+        let t = now();
+        core.tick(t, &mut actions);
+        engine.execute(&mut actions, &mut tx, t.ms);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn args(s: &str) -> Vec<String> {
+        s.split_whitespace().map(str::to_owned).collect()
+    }
+
+    #[test]
+    fn command_lines() {
+        let Ok(Command::Run(o)) = parse_args(&args("-f --workers 3 --spin-us=0 --mtu 1280 --no-udp-gso wg7"))
+        else {
+            panic!("valid");
+        };
+        assert_eq!((o.name.as_str(), o.workers, o.spin_us, o.mtu), ("wg7", 3, 0, 1280));
+        assert!(o.foreground && !o.udp_gso && o.udp_gro && o.tun_offload);
+        assert_eq!(parse_args(&args("--help")), Ok(Command::Help));
+        assert_eq!(parse_args(&args("wg0 -V")), Ok(Command::Version));
+        for bad in [
+            "",
+            "--workers 0 wg0",
+            "--workers x wg0",
+            "--workers",
+            "--nope wg0",
+            "wg0 wg1",
+            "a/b",
+            "--mtu 99 w",
+            "-f=1 w",
+            "--log-level loud w",
+        ] {
+            let e = parse_args(&args(bad)).expect_err(bad);
+            assert_eq!(e.exit, 2, "{bad}");
+            assert!(!e.to_string().contains('\n'));
+        }
+    }
+}

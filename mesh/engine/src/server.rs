@@ -1,0 +1,196 @@
+//! The UAPI socket: one line protocol per connection, bounded in size, number and time.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::Arc;
+use std::time::Duration;
+
+use zeroize::{Zeroize, Zeroizing};
+
+use crate::engine::Engine;
+use crate::error::{EngineError, Result};
+use crate::sys::now_ms;
+use crate::uapi::{apply, parse_set, report, Errno};
+
+const DEFAULT_DIR: &str = "/var/run/wireguard";
+/// Largest `set` accepted.
+const MAX_REQUEST: usize = 64 << 20;
+const MAX_CONNECTIONS: usize = 64;
+const IDLE: Duration = Duration::from_secs(30);
+
+/// The listening socket; its file goes away with it.
+pub struct Server {
+    listener: UnixListener,
+    path: PathBuf,
+    live: Arc<AtomicUsize>,
+}
+
+/// Where the socket of `name` is.
+pub fn socket_path(name: &str) -> PathBuf {
+    let dir = std::env::var_os("WG_UAPI_DIR").filter(|d| !d.is_empty());
+    Path::new(&dir.unwrap_or_else(|| DEFAULT_DIR.into())).join(format!("{name}.sock"))
+}
+
+impl Server {
+    /// Creates the directory (0700) and the socket (0600). A dead engine's socket is replaced,
+    /// a living one's refused.
+    pub fn listen(name: &str) -> Result<Self> {
+        let path = socket_path(name);
+        let fail = |e: io::Error| {
+            EngineError::device(
+                format!("UAPI socket {}", path.display()),
+                e,
+                "run as root, or set WG_UAPI_DIR to a directory you may write to",
+            )
+        };
+        if let Some(dir) = path.parent() {
+            if !dir.is_dir() {
+                std::fs::create_dir_all(dir).map_err(fail)?;
+                std::fs::set_permissions(dir, std::fs::Permissions::from_mode(0o700)).map_err(fail)?;
+            }
+        }
+        if UnixStream::connect(&path).is_ok() {
+            return Err(EngineError::device(
+                format!("interface {name}"),
+                "another engine serves it",
+                format!("stop the process that holds {}", path.display()),
+            ));
+        }
+        match std::fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(fail(e)),
+            _ => {}
+        }
+        // Born with 0600: no moment in which others could connect.
+        // SAFETY: umask takes and returns plain integers.
+        let old = unsafe { libc::umask(0o177) };
+        let listener = UnixListener::bind(&path);
+        // SAFETY: as above.
+        unsafe { libc::umask(old) };
+        let listener = listener.map_err(fail)?;
+        listener.set_nonblocking(true).map_err(fail)?;
+        Ok(Self { listener, path, live: Arc::new(AtomicUsize::new(0)) })
+    }
+
+    /// Accepts all waiting connections, one short-lived thread each.
+    pub fn accept(&self, engine: &Arc<Engine>) {
+        while let Ok((stream, _)) = self.listener.accept() {
+            if self.live.fetch_add(1, Relaxed) >= MAX_CONNECTIONS {
+                self.live.fetch_sub(1, Relaxed);
+                continue;
+            }
+            let (engine, live) = (engine.clone(), self.live.clone());
+            let started =
+                std::thread::Builder::new().name("uapi".into()).stack_size(256 * 1024).spawn(move || {
+                    // A client that goes away is no event.
+                    let _ = serve(&engine, stream);
+                    live.fetch_sub(1, Relaxed);
+                });
+            if started.is_err() {
+                self.live.fetch_sub(1, Relaxed);
+            }
+        }
+    }
+}
+
+impl AsRawFd for Server {
+    fn as_raw_fd(&self) -> RawFd {
+        self.listener.as_raw_fd()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// What one request was.
+pub enum Request {
+    Get,
+    Set(Zeroizing<String>),
+    Bad(Errno),
+    End,
+}
+
+/// Reads one request: its operation line and, for `set`, the lines up to the empty one.
+pub fn read_request(r: &mut impl BufRead) -> io::Result<Request> {
+    let mut text = Zeroizing::new(String::new());
+    let mut r = r.take(MAX_REQUEST as u64);
+    let mut op = String::new();
+    while op.trim_end_matches('\n').is_empty() {
+        op.clear();
+        if r.read_line(&mut op)? == 0 {
+            return Ok(Request::End);
+        }
+    }
+    let op = op.trim_end_matches('\n');
+    let set = op == "set=1";
+    if !set && op != "get=1" {
+        return Ok(Request::Bad(Errno(libc::EINVAL)));
+    }
+    loop {
+        let before = text.len();
+        reserve(&mut text);
+        if r.read_line(&mut text)? == 0 {
+            // Cut off or too large: never apply a part.
+            let why = if r.limit() == 0 { libc::E2BIG } else { libc::EPROTO };
+            return Ok(Request::Bad(Errno(why)));
+        }
+        if &text[before..] == "\n" {
+            break;
+        }
+        if !set {
+            return Ok(Request::Bad(Errno(libc::EINVAL)));
+        }
+    }
+    Ok(if set { Request::Set(text) } else { Request::Get })
+}
+
+/// Grows by copying and wiping: a plain reallocation would leave keys in freed memory.
+fn reserve(text: &mut Zeroizing<String>) {
+    if text.capacity() - text.len() < 4096 {
+        let mut bigger = Zeroizing::new(String::with_capacity((text.capacity() * 2).max(16 * 1024)));
+        bigger.push_str(text);
+        text.zeroize();
+        *text = bigger;
+    }
+}
+
+fn serve(engine: &Engine, stream: UnixStream) -> io::Result<()> {
+    stream.set_nonblocking(false)?;
+    stream.set_read_timeout(Some(IDLE))?;
+    stream.set_write_timeout(Some(IDLE))?;
+    let mut out = stream.try_clone()?;
+    let mut input = BufReader::with_capacity(64 * 1024, stream);
+    loop {
+        let errno = match read_request(&mut input) {
+            Ok(Request::End) => return Ok(()),
+            Ok(Request::Get) => {
+                report(engine, &mut out)?;
+                continue;
+            }
+            Ok(Request::Set(text)) => {
+                let lines = text.lines().filter(|l| !l.is_empty());
+                match parse_set(lines).and_then(|c| apply(engine, c, now_ms())) {
+                    Ok(()) => 0,
+                    Err(Errno(e)) => -e,
+                }
+            }
+            Ok(Request::Bad(Errno(e))) => {
+                write!(out, "errno={}\n\n", -e)?;
+                return Ok(());
+            }
+            // Not UTF-8.
+            Err(e) if e.kind() == io::ErrorKind::InvalidData => {
+                write!(out, "errno={}\n\n", -libc::EINVAL)?;
+                return Ok(());
+            }
+            Err(e) => return Err(e),
+        };
+        write!(out, "errno={errno}\n\n")?;
+    }
+}

@@ -1,0 +1,216 @@
+//! The packet threads: run to completion, no hand-over, spinning briefly only after traffic.
+
+use std::io;
+use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
+use std::sync::Arc;
+
+use crate::engine::Engine;
+use crate::offload::{Buffers, Group, Segmenter};
+use crate::rx::Rx;
+use crate::sys::{micros, now, now_ms, Epoll, Ready};
+use crate::tun::{group_len, Queue, Read, READ_LEN};
+use crate::tx::{Tx, TAIL_ROOM};
+use crate::udp::{Receiver, RecvBuffers, SocketPair, BATCH};
+
+/// Which directions a thread serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Role {
+    pub outbound: bool,
+    pub inbound: bool,
+}
+
+const TOKEN_TUN: u64 = 0;
+const TOKEN_WAKE: u64 = 1;
+const TOKEN_V4: u64 = 2;
+const TOKEN_V6: u64 = 3;
+/// Inner packets, and their bytes, taken from the TUN before the other direction has its turn.
+const DRAIN_PACKETS: usize = 128;
+const DRAIN_BYTES: usize = 256 * 1024;
+/// With full GRO buffers a few per call keep the working set in cache.
+const LARGE_BATCH: usize = 4;
+const LARGE: usize = 16 * 1024;
+
+/// The kernel refused a superpacket once: none is written any more, by any worker.
+static NO_SUPERPACKETS: AtomicBool = AtomicBool::new(false);
+
+struct Outbound {
+    tx: Tx,
+    buf: Box<[u8]>,
+}
+
+struct Inbound {
+    rx: Rx,
+    receiver: Receiver,
+    iov: Vec<libc::iovec>,
+    limit: usize,
+}
+
+/// Serves queue `queue` until the engine stops. `thread` indexes the wake descriptor.
+pub fn run(engine: &Engine, thread: usize, queue: usize, role: Role, spin_us: u64) -> io::Result<()> {
+    let epoll = Epoll::new()?;
+    let wake = &engine.wakes[thread];
+    let tun = &engine.queues[queue];
+    epoll.add(wake.as_raw_fd(), TOKEN_WAKE)?;
+    if role.outbound {
+        epoll.add(tun.as_raw_fd(), TOKEN_TUN)?;
+    }
+    let mut out =
+        role.outbound.then(|| Outbound { tx: Tx::default(), buf: vec![0; READ_LEN].into_boxed_slice() });
+    let mut inb = role.inbound.then(|| Inbound {
+        rx: Rx::new(engine.offloads.coalescer()),
+        receiver: Receiver::default(),
+        iov: Vec::with_capacity(256),
+        limit: BATCH,
+    });
+    let mut sockets: Option<Arc<Vec<SocketPair>>> = None;
+    let mut ready = [Ready { token: 0, failed: false }; 8];
+    let mut busy_until = 0;
+    adopt(engine, &epoll, &mut sockets, queue, role.inbound)?;
+    while !engine.stopping() {
+        let spin = spin_us > 0 && micros() < busy_until;
+        let n = epoll.wait(if spin { 0 } else { -1 }, &mut ready);
+        if n == 0 {
+            std::hint::spin_loop();
+            continue;
+        }
+        let mut worked = false;
+        for r in &ready[..n] {
+            match r.token {
+                TOKEN_WAKE => {
+                    wake.clear();
+                    adopt(engine, &epoll, &mut sockets, queue, role.inbound)?;
+                }
+                TOKEN_TUN => {
+                    if r.failed {
+                        engine.shutdown();
+                        return Ok(());
+                    }
+                    if let Some(o) = &mut out {
+                        worked |= o.drain(engine, tun, sockets.as_ref().and_then(|s| s.get(queue)));
+                    }
+                }
+                token => {
+                    let pair = sockets.as_ref().and_then(|s| s.get(queue));
+                    if let (Some(i), Some(pair)) = (&mut inb, pair) {
+                        worked |= i.receive(engine, tun, pair, token);
+                    }
+                }
+            }
+        }
+        if worked && spin_us > 0 {
+            busy_until = micros() + spin_us;
+        }
+    }
+    Ok(())
+}
+
+/// Takes over the present sockets if they changed.
+fn adopt(
+    engine: &Engine,
+    epoll: &Epoll,
+    mine: &mut Option<Arc<Vec<SocketPair>>>,
+    queue: usize,
+    inbound: bool,
+) -> io::Result<()> {
+    let present = engine.sockets.load_full();
+    if mine.as_ref().is_some_and(|m| Arc::ptr_eq(m, &present)) {
+        return Ok(());
+    }
+    if inbound {
+        if let Some(old) = mine.as_ref().and_then(|m| m.get(queue)) {
+            for s in old.each() {
+                epoll.remove(s.as_raw_fd());
+            }
+        }
+        if let Some(pair) = present.get(queue) {
+            for (s, token) in [(&pair.v4, TOKEN_V4), (&pair.v6, TOKEN_V6)] {
+                if let Some(s) = s {
+                    epoll.add(s.as_raw_fd(), token)?;
+                }
+            }
+        }
+    }
+    *mine = Some(present);
+    Ok(())
+}
+
+impl Outbound {
+    /// Reads until the queue is empty or the budget is used.
+    fn drain(&mut self, engine: &Engine, tun: &Queue, sockets: Option<&SocketPair>) -> bool {
+        let (mut packets, mut bytes) = (0, 0);
+        let core = &engine.core;
+        while packets < DRAIN_PACKETS && bytes < DRAIN_BYTES {
+            match tun.read(&mut self.buf) {
+                Read::Packet(vnet, len) => {
+                    // Before the first bind there is nobody to send to: the packet is dropped.
+                    let Some(mut io) = sockets else { continue };
+                    if packets == 0 {
+                        self.tx.begin(core, now_ms());
+                    }
+                    packets += 1;
+                    bytes += len;
+                    let packet = &mut self.buf[crate::offload::VNET_LEN..];
+                    self.tx.packet(core, &mut io, &vnet, packet, len);
+                }
+                Read::Empty => break,
+                Read::Gone => {
+                    engine.shutdown();
+                    break;
+                }
+                Read::Retry => {
+                    std::thread::sleep(std::time::Duration::from_millis(1));
+                    break;
+                }
+            }
+        }
+        if let (true, Some(mut io)) = (packets > 0, sockets) {
+            self.tx.end(core, &mut io);
+        }
+        packets > 0
+    }
+}
+
+impl Inbound {
+    fn receive(&mut self, engine: &Engine, tun: &Queue, pair: &SocketPair, token: u64) -> bool {
+        let socket = if token == TOKEN_V6 { &pair.v6 } else { &pair.v4 };
+        let Some(socket) = socket else { return false };
+        if !self.receiver.receive(socket, self.limit) {
+            return false;
+        }
+        let large = self.receiver.received.first().is_some_and(|r| r.len > LARGE);
+        self.limit = if large { LARGE_BATCH } else { BATCH };
+        if NO_SUPERPACKETS.load(Relaxed) {
+            self.rx.coalescer.disable();
+        }
+        self.rx.batch(&engine.core, now(), &self.receiver.received, &mut self.receiver.bufs);
+        for g in self.rx.coalescer.groups() {
+            if let Err(e) = tun.write(&self.receiver.bufs, g, &mut self.iov) {
+                // EIO: the interface is down. Anything else on a superpacket: the kernel dislikes it.
+                if g.spans.len() > 1 && e.raw_os_error() == Some(libc::EINVAL) {
+                    NO_SUPERPACKETS.store(true, Relaxed);
+                    write_apart(tun, &self.receiver.bufs, g);
+                }
+            }
+        }
+        self.rx.coalescer.clear();
+        true
+    }
+}
+
+/// Slow path: writes a refused superpacket as single packets.
+fn write_apart(tun: &Queue, bufs: &RecvBuffers, group: &Group) {
+    let len = group_len(&group.spans);
+    let mut packet = Vec::with_capacity(len + TAIL_ROOM);
+    for s in &group.spans {
+        packet.extend_from_slice(bufs.bytes(*s));
+    }
+    let mut segments = Segmenter::default();
+    if crate::offload::outbound(&group.vnet, &mut packet, &mut segments) == Some(true) {
+        for i in 0..segments.count {
+            let start = segments.prepare(i, &mut packet);
+            // The device may be going away: a lost packet is then no news.
+            let _ = tun.write_plain(&packet[start..start + segments.len(i)]);
+        }
+    }
+}
