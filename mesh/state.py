@@ -45,7 +45,8 @@ class SavedSnapshot(_File):
     timeline: str
     revision: int
     hash: str
-    heartbeat: str
+    proof: str  # the heartbeat that came with the position
+    heartbeat: str  # the newest
     boot: str
     heard: float
     objects: dict[str, str]
@@ -110,12 +111,13 @@ class StateDir:
 
     def save_snapshot(self, machine: SyncMachine, boot: str) -> None:
         """Write what the machine holds in force. Nothing to save before the first position."""
-        if machine.position is None or machine.heartbeat is None:
+        if machine.position is None or machine.heartbeat is None or machine.proof is None:
             return
         objects = machine.objects
         saved = SavedSnapshot(
             endpoint=machine.endpoint, timeline=machine.position.timeline, revision=machine.position.revision,
-            hash=machine.received_hash, heartbeat=machine.heartbeat.envelope, boot=boot, heard=machine.heard, objects=objects,
+            hash=machine.received_hash, proof=machine.proof.envelope,
+            heartbeat=machine.heartbeat.envelope, boot=boot, heard=machine.heard, objects=objects,
         )  # fmt: skip
         self._write("snapshot.json", saved)
 
@@ -138,7 +140,7 @@ class StateDir:
                 hint=_REPLACED,
             )
         machine.restore(
-            saved.objects, Position(saved.timeline, saved.revision), saved.heartbeat,
+            saved.objects, Position(saved.timeline, saved.revision), saved.proof, saved.heartbeat,
             heard=saved.heard if saved.boot == boot and saved.heard <= mono else None, wall=wall, mono=mono, stored_hash=saved.hash,
         )  # fmt: skip
         return True
@@ -246,11 +248,15 @@ def read_owned(path: Path) -> bytes | None:
         return None
     except OSError as e:
         raise BadState("state.file", f"cannot read {path}: {e.strerror}") from None
-    with os.fdopen(fd, "rb") as f:
-        info = os.fstat(f.fileno())
+    try:
+        info = os.fstat(fd)
         if not stat.S_ISREG(info.st_mode):
             raise BadState("state.file", f"{path} is not a regular file")
         _check_owner(path, info)
+    except BaseException:
+        os.close(fd)
+        raise
+    with os.fdopen(fd, "rb") as f:
         data = f.read(MAX_FILE + 1)
     if len(data) > MAX_FILE:
         raise BadState("state.file", f"{path} is larger than {MAX_FILE} bytes")

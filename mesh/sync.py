@@ -152,7 +152,8 @@ class SyncMachine:
         self.marks: dict[InstanceKey, Mark] = dict(marks or {})
         self.policy_mark = policy_mark
         self.position: Position | None = None
-        self.heartbeat: Held | None = None
+        self.heartbeat: Held | None = None  # the newest
+        self.proof: Held | None = None  # the one that came with the position
         self.heard: float = 0.0  # mono at which the newest heartbeat was received
         self.refused: dict[str, RetinueError] = {}
         self.lease, self.stale_max = lease, stale_max
@@ -261,6 +262,7 @@ class SyncMachine:
         self,
         objects: Mapping[str, str],
         position: Position,
+        proof: str,
         heartbeat: str,
         *,
         heard: float | None,
@@ -270,13 +272,15 @@ class SyncMachine:
     ) -> None:
         """Take over what was saved, verifying everything again. Raises BadState and holds nothing when any part fails.
 
-        heard: the `mono` at which that heartbeat arrived, None when the machine was restarted since. Then only the
+        proof: the heartbeat that came with the position; heartbeat: the newest of all.
+        heard: the `mono` at which the newest heartbeat arrived, None when the machine was restarted since. Then only the
         wall clock can tell its age, and strict instances stay fenced until a newer one arrives.
         """
-        next_trust = self._next_trust(objects, wall)
+        next_trust = self._next_trust(objects, wall, restoring=True)
         try:
             beat = self._heartbeat(next_trust.trust, heartbeat, float("inf"))
-            self._fits(beat, position.timeline, position.revision)
+            covers = self._heartbeat(next_trust.trust, proof, float("inf"))
+            self._fits(covers, position.timeline, position.revision)
             self._complete(objects)
         except RetinueError as e:
             raise _bad_state(e.message) from None
@@ -287,6 +291,7 @@ class SyncMachine:
         self._commit(held, next_trust.trust)
         self._received = dict(objects)
         self.position = position
+        self.proof = covers
         self.heartbeat = beat
         self.heard = heard if heard is not None else mono - max(wall - _beat_of(beat).time, self.lease)
         self._resync = state_hash(self._received) != stored_hash
@@ -353,6 +358,7 @@ class SyncMachine:
         self._received = dict(received)
         self.refused = refused
         self.position = to
+        self.proof = beat
         self._resync = False
         return [
             *(RecordRefused(k, refused[k]) for k in sorted(news)),
@@ -425,12 +431,20 @@ class SyncMachine:
 
     # ---- records
 
-    def _next_trust(self, objects: Mapping[str, str], wall: float) -> _NextTrust:
-        """What a frame's own bundle makes trusted: its records and its heartbeat may be signed by a new key."""
+    def _next_trust(self, objects: Mapping[str, str], wall: float, *, restoring: bool = False) -> _NextTrust:
+        """What a frame's own bundle makes trusted: its records and its heartbeat may be signed by a new key.
+
+        restoring: a saved set may be older than the bundle this machine began with; that one then stays in force.
+        """
         envelope = objects.get("bundle")
         old = self._held.get("bundle")
         if envelope is None or (old is not None and old.envelope == envelope):
             return _NextTrust(self.trust, old, None)
+        try:
+            if restoring and (saved := self.trust.verify(BundleRecord, envelope)).sequence < self.trust.sequence:
+                return _NextTrust(self.trust, Held(envelope, saved), None)
+        except NotVerified:
+            pass  # signed by a key that only it names itself
         try:
             trust = self.trust.accept_next(envelope, wall)
             return _NextTrust(trust, Held(envelope, trust.verify(BundleRecord, envelope)), None)
