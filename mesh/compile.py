@@ -31,6 +31,7 @@ from mesh.plan import (
 )
 from mesh.snapshot import InstanceKey, Snapshot, instance_key
 from policy.evaluate import matches, permitted
+from policy.model import Policy
 from policy.ports import NOTHING, PortMap
 from policy.program import Program, Selector, Subject
 
@@ -130,33 +131,65 @@ def _selectors(program: Program) -> Iterable[Selector]:
     return found
 
 
-def program_of(record: PolicyRecord) -> Program:
-    """Compile a policy record. Raises BadPolicy."""
+def program_of(record: PolicyRecord, now: int | None = None) -> Program:
+    """Compile a policy record, for `now` (seconds since the epoch) when rules have windows. Raises BadPolicy."""
     from policy.compile import compile_policy
+
+    return compile_policy(_load(record), now)
+
+
+def _load(record: PolicyRecord) -> Policy:
     from policy.language import load
 
-    return compile_policy(load([(file.name, file.text) for file in record.files]))
+    return load([(file.name, file.text) for file in record.files])
+
+
+@dataclass(slots=True)
+class _Kept:
+    """A loaded policy, its classes at one time, and the instant they change by themselves."""
+
+    policy: Policy
+    classes: Classes
+    since: int | None
+    until: int | None
+
+    def serves(self, now: int | None) -> bool:
+        if now is None or self.since is None:
+            return now is self.since
+        return self.since <= now and (self.until is None or now < self.until)
 
 
 class Compiler:
     """`compile_plan` with the compiled policies kept from call to call; the results are the same."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[tuple[str, str], ...], Classes] = OrderedDict()
+        self._kept: OrderedDict[tuple[tuple[str, str], ...], _Kept] = OrderedDict()
 
-    def classes(self, record: PolicyRecord) -> Classes:
-        """The policy, compiled. Raises BadPolicy."""
+    def classes(self, record: PolicyRecord, now: int | None = None) -> Classes:
+        """The policy, compiled for `now`. Raises BadPolicy."""
+        return self._keep(record, now).classes
+
+    def changes_at(self, record: PolicyRecord, now: int) -> int | None:
+        """When a time window or an end in this policy next changes what it says; None for never. Raises BadPolicy."""
+        return self._keep(record, now).until
+
+    def _keep(self, record: PolicyRecord, now: int | None) -> _Kept:
+        from policy.compile import compile_policy, next_change
+
         key = tuple((file.name, file.text) for file in record.files)
-        if key not in self._kept:
-            self._kept[key] = Classes(program_of(record))
+        kept = self._kept.get(key)
+        if kept is None or not kept.serves(now):
+            policy = _load(record) if kept is None else kept.policy
+            until = None if now is None else next_change(policy, now)
+            kept = self._kept[key] = _Kept(policy, Classes(compile_policy(policy, now)), now, until)
             while len(self._kept) > _PROGRAMS:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
-        return self._kept[key]
+        return kept
 
-    def plan(self, snapshot: Snapshot, facts: LocalFacts) -> Plan:
-        """The plan of this state. Raises BadPolicy for a policy that does not compile: then the old plan stays."""
-        classes = None if snapshot.policy is None else self.classes(snapshot.policy)
+    def plan(self, snapshot: Snapshot, facts: LocalFacts, now: int | None = None) -> Plan:
+        """The plan of this state at `now`. Raises BadPolicy for a policy that does not compile: the old plan stays."""
+        classes = None if snapshot.policy is None else self.classes(snapshot.policy, now)
         return _Compilation(snapshot, facts, classes).run()
 
 
