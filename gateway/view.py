@@ -1,0 +1,174 @@
+"""What the gateway believes and decides: the agent's signed state, verified here again, and the one evaluator over it.
+
+Pure: no socket, no clock. A reply that does not verify changes nothing; the view before stays in force.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from gateway.config import Caller, Route
+from identity.bundle import TrustBundle, open_bundle
+from identity.errors import NotVerified
+from identity.names import TrustDomain
+from identity.records import EndpointRecord, PlacementRecord, PolicyRecord
+from identity.wire.local import SnapshotReply
+from mesh.compile import program_of
+from mesh.snapshot import InstanceKey, instance_key
+from policy.evaluate import Decision, evaluate
+from policy.ports import TCP
+from policy.program import Program, Subject
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """What trust begins with: the domain and the SHA-256 of its root certificate (lower-case hex)."""
+
+    trust_domain: TrustDomain
+    root_fingerprint: str
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """Verified state at one position. `placements` are the active ones only."""
+
+    endpoint: str
+    trust: TrustBundle
+    timeline: str = ""
+    revision: int = 0
+    tunnel_key: str = ""
+    policy: PolicyRecord | None = None
+    program: Program | None = None
+    placements: Mapping[InstanceKey, PlacementRecord] = field(default_factory=dict)
+    epochs: Mapping[InstanceKey, int] = field(default_factory=dict)
+
+    def instances(self, workload: str) -> list[PlacementRecord]:
+        """Active placements of a workload, by instance."""
+        return sorted((p for p in self.placements.values() if p.name == workload), key=lambda p: p.instance)
+
+
+def verify_reply(reply: SnapshotReply, endpoint: str, pin: Pin, before: View | None, now: float) -> View:
+    """Check every envelope of a local reply down to the pinned root. Raises NotVerified or BadPolicy.
+
+    Epochs never go back from one view to the next, whatever the agent says.
+    """
+    if reply.trust_domain != pin.trust_domain.name:
+        raise NotVerified("gateway.trust_domain", f"the agent belongs to {ascii(reply.trust_domain)[:80]}, not to {pin.trust_domain}")
+    if "bundle" not in reply.objects:
+        raise NotVerified("gateway.no_bundle", "the agent holds no trust bundle yet")
+    envelope = reply.objects["bundle"]
+    if before is None:
+        trust = open_bundle(envelope, pin.root_fingerprint, pin.trust_domain, now)
+    else:
+        trust = before.trust if envelope == before.trust.envelope else before.trust.accept_next(envelope, now)
+    policy = trust.verify(PolicyRecord, reply.objects["policy"]) if "policy" in reply.objects else None
+    epochs = dict(before.epochs) if before is not None else {}
+    placements: dict[InstanceKey, PlacementRecord] = {}
+    for key, text in reply.objects.items():
+        if not key.startswith("placement/"):
+            continue
+        record = trust.verify(PlacementRecord, text)
+        instance = instance_key(record.name, record.instance)
+        if key != f"placement/{instance}":
+            raise NotVerified("record.key", "a placement stands under another object's key")
+        if record.epoch < epochs.get(instance, 0):
+            raise NotVerified("placement.epoch", f"epoch {record.epoch} of {instance} is behind {epochs[instance]}")
+        epochs[instance] = record.epoch
+        if record.state == "active":
+            placements[instance] = record
+    own = reply.objects.get(f"endpoint/{endpoint}")
+    tunnel_key = trust.verify(EndpointRecord, own).tunnel_key if own is not None else ""
+    same = before is not None and before.policy is not None and policy is not None and before.policy.digest == policy.digest
+    program = before.program if same and before is not None else program_of(policy) if policy is not None else None
+    return View(
+        endpoint, trust, reply.timeline or "", reply.revision or 0, tunnel_key, policy, program, placements, epochs
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Ruling:
+    """May this caller use this route now?
+
+    code:    ``ok``; ``policy`` (the evaluator said no); ``unplaced`` (the caller is not placed on this endpoint);
+             ``unknown`` (the destination is not in this endpoint's scope, so no rule permits it)
+    source:  the caller's placement; its addresses are what we speak from
+    targets: placements of the destination that may be used, in order
+    """
+
+    code: Literal["ok", "policy", "unplaced", "unknown"]
+    reason: str
+    decision: Decision | None = None
+    source: PlacementRecord | None = None
+    targets: tuple[PlacementRecord, ...] = ()
+
+    @property
+    def allowed(self) -> bool:
+        return self.code == "ok"
+
+    @property
+    def rule(self) -> str | None:
+        """Id of the deciding rule."""
+        return self.decision.rule.id if self.decision is not None and self.decision.rule is not None else None
+
+    @property
+    def where(self) -> str | None:
+        """``file:line`` of the deciding rule."""
+        rule = self.decision.rule if self.decision is not None else None
+        return str(rule.where) if rule is not None and rule.where is not None else None
+
+
+def subject(record: PlacementRecord) -> Subject:
+    """The policy subject of a placement: its certified name and labels, nothing the caller said."""
+    return Subject(record.name, dict(record.labels), record.spiffe_id)
+
+
+def rule_on(view: View, caller: Caller, route: Route) -> Ruling:
+    """Decide. An outside caller is the registered workload placed on this endpoint, and nothing else."""
+    source = view.placements.get(instance_key(caller.workload, caller.instance))
+    if source is None or source.endpoint != view.endpoint or (view.tunnel_key and source.tunnel_key != view.tunnel_key):
+        where = "not placed anywhere that this gateway knows of" if source is None else f"placed on {source.endpoint}"
+        return Ruling("unplaced", f"{caller.workload} is {where}, so this gateway cannot speak for it")
+    targets = view.instances(route.workload)
+    if not targets or view.program is None:
+        return Ruling("unknown", f"no rule permits {caller.workload} -> {route.workload} tcp/{route.port}", source=source)
+    decisions = [(t, evaluate(view.program, subject(source), subject(t), TCP, route.port)) for t in targets]
+    allowed = tuple(t for t, d in decisions if d.verdict == "allow")
+    decision = next((d for _, d in decisions if d.verdict == "allow"), decisions[0][1])
+    return Ruling("ok" if allowed else "policy", decision.reason, decision, source, allowed)
+
+
+def refusal(ruling: Ruling, route: Route, view: View, *, full: bool, explained: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The body of a 403, for people and programs. `explained`: the agent's answer to ``explain``, when it gave one."""
+    code = "gateway.unplaced" if ruling.code == "unplaced" else "gateway.denied"
+    if not full:
+        return {"error": {"code": code, "message": "policy does not permit this request"}, "verdict": "deny"}
+    said = dict(explained or {})
+    reason = str(said.get("reason") or ruling.reason)
+    body: dict[str, Any] = {
+        "error": {"code": code, "message": reason},
+        "verdict": "deny",
+        "caller": ruling.source.spiffe_id if ruling.source is not None else None,
+        "destination": route.workload,
+        "port": f"tcp/{route.port}",
+        "rule": ruling.rule if ruling.rule is not None else said.get("rule"),
+        "where": ruling.where if ruling.where is not None else said.get("where"),
+        "reason": reason,
+        "smallest_change": said.get("smallest_change"),
+        "policy_digest": view.policy.digest if view.policy is not None else None,
+    }
+    if ruling.code == "unplaced":
+        body["error"]["hint"] = f"retinue-ca workload move NAME --to {view.endpoint}"
+    return body
+
+
+def refusal_text(body: Mapping[str, Any]) -> str:
+    """The same for a person: lines of ``name: value``."""
+    lines = [f"denied: {body['error']['message']}"]
+    lines += [f"{name}: {body[name]}" for name in ("caller", "destination", "port", "rule", "where") if body.get(name)]
+    if body.get("verdict") == "deny" and "rule" in body and not body["rule"] and body["error"]["code"] == "gateway.denied":
+        lines.append("rule: none (default deny)")
+    if body.get("smallest_change"):
+        lines.append(f"smallest change: {body['smallest_change']}")
+    return "\n".join(lines) + "\n"
