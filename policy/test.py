@@ -1,0 +1,179 @@
+"""Tests in the policy file: flows that must be allowed or denied, and places that must stay out of reach. Pure.
+
+A test speaks about the subjects of the inventory. Where none matches, a made-up subject that carries exactly what the
+selector asks for stands in, so that a test holds before the first workload exists; the result says so.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from policy.classes import Classes, reach
+from policy.compile import compile_policy
+from policy.evaluate import Decision, evaluate, matches, permitted, show_flow
+from policy.model import FlowTest, Policy, ReachTest
+from policy.ports import PORTED, TCP, UDP, PortMap, ranges
+from policy.program import (
+    AllOf,
+    AnyOf,
+    Everything,
+    Exists,
+    In,
+    Named,
+    Not,
+    Program,
+    Selector,
+    Subject,
+    Under,
+    Where,
+)  # fmt: skip
+
+_TRIES = 64  # combinations of `any` tried for a stand-in
+_PAIRS = 100_000  # pairs of classes one test looks at
+
+
+@dataclass(frozen=True, slots=True)
+class TestResult:
+    """The outcome of one test. `stand_in`: made-up subjects took part; `covers` is the number of pairs looked at."""
+
+    __test__ = False  # for pytest
+
+    where: Where
+    passed: bool
+    message: str
+    covers: int
+    stand_in: bool = False
+
+
+def run_tests(
+    policy: Policy, program: Program, subjects: Sequence[Subject], running: Iterable[str] | None = None
+) -> list[TestResult]:
+    """Every test of the policy, in file order. `program` is the policy compiled for now; tests with `at` compile anew."""
+    names = None if running is None else frozenset(running)
+    programs: dict[int | None, Program] = {None: program}
+    out = []
+    for test in policy.tests:
+        if isinstance(test, ReachTest):
+            out.append(_reach(test, program, subjects))
+            continue
+        if test.at not in programs:
+            programs[test.at] = compile_policy(policy, test.at, names)
+        out.append(_flow(test, programs[test.at], subjects))
+    return out
+
+
+def _flow(test: FlowTest, program: Program, subjects: Sequence[Subject]) -> TestResult:
+    sources, made_source = _who(test.src, subjects, "source")
+    targets, made_target = _who(test.dst, subjects, "destination")
+    title = f"{test.words[0]} -> {test.words[1]} on {test.words[2]}: {test.expect}"
+    stand_in = made_source or made_target
+    covers = 0
+    for src, dst in itertools.islice(itertools.product(sources, targets), _PAIRS):
+        if src.name == dst.name:
+            continue
+        covers += 1
+        wrong = _wrong(test, program, src, dst)
+        if wrong:
+            return TestResult(test.where, False, f"{title}: {wrong}", covers, stand_in)
+    if not covers:
+        return TestResult(
+            test.where, False, f"{title}: the test covers nothing (no such pair of subjects)", 0, stand_in
+        )
+    return TestResult(test.where, True, title, covers, stand_in)
+
+
+def _wrong(test: FlowTest, program: Program, src: Subject, dst: Subject) -> str | None:
+    held = permitted(program, src, dst)
+    off = test.ports - held if test.expect == "allow" else test.ports & held
+    pair = f"{src.name} -> {dst.name}"
+    if off:
+        proto, port = next(_samples(off))
+        decision = evaluate(program, src, dst, proto, port)
+        return f"{pair} {show_flow(proto, port)} is {'denied' if test.expect == 'allow' else 'allowed'}: {decision.reason}"
+    if test.by:
+        for proto, port in _samples(test.ports):
+            decision = evaluate(program, src, dst, proto, port)
+            if test.by not in decided_by(decision):
+                return f"{pair} {show_flow(proto, port)} is decided by {decided_by(decision)[0]}, not by {test.by}"
+    return None
+
+
+def decided_by(decision: Decision) -> tuple[str, ...]:
+    """What a test may call the thing that decided: the rule's id with and without its prefix, ``default``, ``tier:NAME``."""
+    if decision.rule is not None:
+        return (decision.rule.id, decision.rule.id.partition(":")[2] or decision.rule.id)
+    return (f"tier:{decision.tier}",) if decision.tier else ("default",)
+
+
+def _samples(ports: PortMap) -> Iterator[tuple[int, int | None]]:
+    """A flow of each run of ports; for "any other protocol" tcp and udp and the first number that is in the map."""
+    protos = [p for p in ports.ports if ports.bits(p)]
+    if ports.rest:
+        protos += [p for p in (TCP, UDP, *range(256)) if p not in ports.ports and p != 58][:3]
+    for proto in protos:
+        if proto in PORTED:
+            for first, _ in ranges(ports.bits(proto)):
+                yield proto, first
+        else:
+            yield proto, None
+
+
+def _reach(test: ReachTest, program: Program, subjects: Sequence[Subject]) -> TestResult:
+    sources, made_source = _who(test.src, subjects, "source")
+    targets, made_target = _who(test.never, subjects, "destination")
+    title = f"{test.words[0]} never reaches {test.words[1]}"
+    stand_in = made_source or made_target
+    forbidden = {s.name for s in targets}
+    classes = Classes(program, [*subjects, *(s for s in (*sources, *targets) if s not in subjects)])
+    starts = [s for s in sources if s.name not in forbidden]
+    for start in starts:
+        for name, chain in reach(classes, start.name, test.depth).items():
+            if name in forbidden:
+                return TestResult(test.where, False, f"{title}: {' -> '.join(chain)}", len(starts), stand_in)
+    if not starts or not targets:
+        return TestResult(test.where, False, f"{title}: the test covers nothing", 0, stand_in)
+    return TestResult(test.where, True, title, len(starts), stand_in)
+
+
+def _who(selector: Selector, subjects: Sequence[Subject], end: str) -> tuple[list[Subject], bool]:
+    found = [s for s in subjects if matches(selector, s)]
+    if found:
+        return found, False
+    one = witness(selector, f"(any {end})", {s.name for s in subjects})
+    return ([one], True) if one is not None else ([], False)
+
+
+def witness(selector: Selector, name: str, taken: Iterable[str] = ()) -> Subject | None:
+    """A made-up inside subject that a selector selects and that carries nothing else; None when none was found."""
+    for wanted in itertools.islice(_wants(selector), _TRIES):
+        label_values = {key: value for key, value in wanted.items() if key}
+        one = Subject(wanted.get("", name), label_values)
+        if one.name not in taken and matches(selector, one):
+            return one
+    return None
+
+
+def _wants(selector: Selector) -> Iterator[Mapping[str, str]]:
+    """Label assignments (key "" is the name) that may satisfy a selector."""
+    if isinstance(selector, In):
+        yield from ({selector.key: value} for value in sorted(selector.values))
+    elif isinstance(selector, Exists):
+        yield {selector.key: "any"}
+    elif isinstance(selector, Named):
+        yield from ({"": name} for name in sorted(selector.names))
+    elif isinstance(selector, Under):
+        yield {"": f"{selector.prefix}/any"}
+    elif isinstance(selector, AnyOf):
+        for term in selector.terms:
+            yield from _wants(term)
+    elif isinstance(selector, AllOf):
+        each = [list(itertools.islice(_wants(term), _TRIES)) for term in selector.terms]
+        for parts in itertools.product(*each):
+            merged: dict[str, str] = {}
+            for part in parts:
+                merged.update(part)
+            yield merged
+    elif isinstance(selector, Everything | Not):
+        yield {}
