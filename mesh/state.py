@@ -72,8 +72,22 @@ class SavedMarks(_File):
         return hashlib.sha256(self.model_dump_json(exclude={"check"}).encode()).hexdigest()
 
 
+class SavedPlace(BaseModel):
+    """One attachment. `inode` names its network namespace; `started` is the start time of the process in its path
+    (clock ticks after boot), so that a recycled process number is not taken for the old one.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+    attach: Attach
+    inode: int | None = None
+    started: int | None = None
+
+
 class SavedAttachments(_File):
-    attachments: list[Attach] = []
+    """attachments.json."""
+
+    boot: str = ""
+    places: list[SavedPlace] = []
 
 
 S = TypeVar("S", bound=_File)
@@ -185,15 +199,19 @@ class StateDir:
 
     # ---- attachments
 
-    def save_attachments(self, attachments: Sequence[Attach]) -> None:
+    def save_attachments(self, places: Sequence[SavedPlace], boot: str) -> None:
         """Write who is attached here."""
-        self._write("attachments.json", SavedAttachments(attachments=list(attachments)))
+        self._write("attachments.json", SavedAttachments(boot=boot, places=list(places)))
 
-    def load_attachments(self) -> list[Attach]:
-        """Who was attached here; empty when nobody ever was."""
+    def load_attachments(self, boot: str) -> list[SavedPlace]:
+        """Who was attached here; empty when nobody ever was. What a process held is gone after a reboot."""
         hint = f"move {self.path}/attachments.json away and attach again"
         saved = self._read("attachments.json", SavedAttachments, "state.attachments", hint=hint)
-        return saved.attachments if saved else []
+        if saved is None:
+            return []
+        if saved.boot == boot:
+            return saved.places
+        return [SavedPlace(attach=p.attach) for p in saved.places if p.started is None]
 
     # ---- files
 

@@ -9,7 +9,7 @@ import pytest
 from identity.errors import BadState, Conflict
 from identity.wire.local import Attach
 from mesh import state as state_module
-from mesh.state import StateDir, read_owned
+from mesh.state import SavedPlace, StateDir, read_owned
 
 NOW = 2_000_000_000.0
 
@@ -58,7 +58,7 @@ def test_nothing_saved_is_nothing_restored(ca, private_dir):
     machine = ca.machine()
     directory.save_snapshot(machine, "boot-1")
     assert directory.restore(machine, boot="b", wall=NOW, mono=0.0) is False
-    assert directory.load_attachments() == []
+    assert directory.load_attachments("boot-1") == []
 
 
 def edit(path, change) -> None:
@@ -111,12 +111,12 @@ def test_an_edited_snapshot_is_refused_whole(ca, private_dir, change, code):
 @pytest.mark.parametrize("keep", [0.0, 0.1, 0.5, 0.9])
 def test_a_cut_file_is_bad_state(ca, private_dir, name, keep):
     directory, _ = saved(ca, private_dir)
-    directory.save_attachments([Attach(name="web")])
+    directory.save_attachments([SavedPlace(attach=Attach(name="web"))], "boot-1")
     path = private_dir / name
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * keep)])
     machine = ca.machine()
     with pytest.raises(BadState) as caught:
-        directory.load_attachments()
+        directory.load_attachments("boot-1")
         directory.load_marks()
         directory.restore(machine, boot="boot-1", wall=NOW, mono=5.0)
     assert (
@@ -188,9 +188,12 @@ def test_epochs_of_removed_instances_stay(ca, private_dir):
 
 def test_attachments_come_back(private_dir):
     directory = StateDir(private_dir)
-    wanted = [Attach(name="web", kind="netns", netns="blue"), Attach(name="api", instance=2, kind="host")]
-    directory.save_attachments(wanted)
-    assert directory.load_attachments() == wanted
+    named = SavedPlace(attach=Attach(name="web", kind="netns", netns="blue"), inode=7)
+    process = SavedPlace(attach=Attach(name="db", kind="netns", netns="/proc/9/ns/net"), inode=8, started=9)
+    host = SavedPlace(attach=Attach(name="api", instance=2, kind="host"))
+    directory.save_attachments([named, process, host], "boot-1")
+    assert directory.load_attachments("boot-1") == [named, process, host]
+    assert directory.load_attachments("boot-2") == [SavedPlace(attach=named.attach), host]
 
 
 # ---- modes, owners, kinds

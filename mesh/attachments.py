@@ -1,0 +1,199 @@
+"""Who is attached on this machine: network namespaces and processes given to instances, and noticing when they end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from identity.errors import BadInput, Conflict, NotFound
+from identity.names import workload_path
+from identity.wire.local import Attach
+from mesh.compile import LocalAttachment
+from mesh.snapshot import InstanceKey, instance_key
+from mesh.state import SavedPlace, StateDir
+
+NETNS_DIR: Final = Path("/run/netns")
+CLONE_NEWNET: Final = 0x40000000
+_NS_GET_NSTYPE: Final = 0xB703  # ioctl_ns(2)
+_PROCESS: Final = re.compile(r"/proc/([1-9][0-9]{0,9})/ns/net")
+_NAME: Final = re.compile(r"[A-Za-z0-9_.:@-]{1,255}")
+
+log = structlog.get_logger("retinue.attachments")
+
+
+def netns_path(netns: str) -> Path:
+    """The file of a named namespace, or the absolute path itself. Raises BadInput ``attach.netns``."""
+    if netns.startswith("/"):
+        if "\0" in netns or ".." in Path(netns).parts:
+            raise BadInput("attach.netns", f"not a path of a network namespace: {ascii(netns)[:80]}")
+        return Path(netns)
+    if not _NAME.fullmatch(netns) or netns in {".", ".."}:
+        raise BadInput(
+            "attach.netns", f"not a network namespace: {ascii(netns)[:80]}", hint="give a name (ip netns) or a path"
+        )
+    return NETNS_DIR / netns
+
+
+def netns_inode(path: Path) -> int:
+    """What identifies the network namespace behind a path. Raises NotFound, or BadInput when it is something else."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as e:
+        raise NotFound("attach.netns", f"no network namespace {path}: {e.strerror}", hint="see: ip netns list") from None
+    try:
+        try:
+            kind = fcntl.ioctl(fd, _NS_GET_NSTYPE)
+        except OSError:
+            kind = 0
+        if kind != CLONE_NEWNET:
+            raise BadInput("attach.netns", f"{path} is not a network namespace")
+        return os.fstat(fd).st_ino
+    finally:
+        os.close(fd)
+
+
+def process_start(pid: int) -> int | None:
+    """Start time of a process in clock ticks after boot (proc(5), field 22); None when there is none."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+class Attachments:
+    """The table. `changed` is called, on the loop, after a process took its attachment along when it ended."""
+
+    def __init__(self, state: StateDir, boot: str, changed: Callable[[], None]) -> None:
+        self._state, self._boot, self._changed = state, boot, changed
+        self._places: dict[InstanceKey, SavedPlace] = {}
+        self._watched: dict[InstanceKey, int] = {}
+
+    def load(self) -> None:
+        """Take over what was attached before, as far as it still exists. Raises BadState."""
+        for place in self._state.load_attachments(self._boot):
+            key = instance_key(place.attach.name, place.attach.instance)
+            pid = _pid(place.attach)
+            if pid is not None and (place.started is None or process_start(pid) != place.started):
+                log.info("the process of an attachment is gone", instance=key)
+                continue
+            self._places[key] = place
+            if pid is not None:
+                self._watch(key, pid)
+
+    def entries(self) -> list[Attach]:
+        """What is attached, in order of the instances."""
+        return [p.attach for _, p in sorted(self._places.items())]
+
+    def __contains__(self, key: InstanceKey) -> bool:
+        return key in self._places
+
+    def local(self) -> Mapping[InstanceKey, LocalAttachment]:
+        """The places as the compiler wants them. A named namespace is looked up anew: it may have been recreated."""
+        out = {}
+        for key, place in self._places.items():
+            inode = place.inode
+            if place.attach.kind == "netns" and _pid(place.attach) is None and place.attach.netns is not None:
+                with contextlib.suppress(NotFound, BadInput):
+                    inode = netns_inode(netns_path(place.attach.netns))
+            out[key] = LocalAttachment(place.attach.kind, _where(place.attach), inode)
+        return out
+
+    def attach(self, request: Attach) -> InstanceKey:
+        """Enter an attachment; the same one again is no change. Raises BadInput, NotFound, Conflict, BadState."""
+        workload_path(request.name)
+        key = instance_key(request.name, request.instance)
+        place = _inspect(request)
+        before = self._places.get(key)
+        if before is not None and (before.attach.kind, before.inode) != (place.attach.kind, place.inode):
+            raise Conflict(
+                "attach.taken", f"{key} is attached elsewhere on this host ({before.attach.netns or 'the host itself'})",
+                hint=f"retinue detach {request.name} --instance {request.instance}",
+            )  # fmt: skip
+        if before == place:
+            return key
+        self._save(self._places | {key: place})
+        pid = _pid(request)
+        if pid is not None:
+            self._watch(key, pid)
+        return key
+
+    def detach(self, key: InstanceKey) -> Attach | None:
+        """Take one away; None when it was not attached. Raises BadState."""
+        place = self._places.get(key)
+        if place is None:
+            return None
+        self._save({k: p for k, p in self._places.items() if k != key})
+        self._unwatch(key)
+        return place.attach
+
+    def close(self) -> None:
+        """Stop watching; the table stays on disk."""
+        for key in list(self._watched):
+            self._unwatch(key)
+
+    def _save(self, places: dict[InstanceKey, SavedPlace]) -> None:
+        self._state.save_attachments([p for _, p in sorted(places.items())], self._boot)
+        self._places = places
+
+    def _watch(self, key: InstanceKey, pid: int) -> None:
+        try:
+            fd = os.pidfd_open(pid)
+        except OSError:
+            asyncio.get_running_loop().call_soon(self._ended, key)
+            return
+        self._unwatch(key)
+        self._watched[key] = fd
+        asyncio.get_running_loop().add_reader(fd, self._ended, key)
+
+    def _unwatch(self, key: InstanceKey) -> None:
+        fd = self._watched.pop(key, None)
+        if fd is not None:
+            asyncio.get_running_loop().remove_reader(fd)
+            os.close(fd)
+
+    def _ended(self, key: InstanceKey) -> None:
+        log.info("the process of an attachment ended", instance=key)
+        try:
+            self.detach(key)
+        except Exception as e:  # the disk: the table in memory still has to follow the world
+            log.exception("cannot save attachments", why=str(e))
+            self._places.pop(key, None)
+            self._unwatch(key)
+        self._changed()
+
+
+def _pid(attach: Attach) -> int | None:
+    match = _PROCESS.fullmatch(attach.netns or "")
+    return int(match[1]) if match else None
+
+
+def _where(attach: Attach) -> str | None:
+    return str(netns_path(attach.netns)) if attach.netns is not None else None
+
+
+def _inspect(request: Attach) -> SavedPlace:
+    """Look at the place asked for. Raises BadInput or NotFound."""
+    if request.kind == "host":
+        if request.netns is not None:
+            raise BadInput("attach.kind", "an attachment of kind host has no network namespace of its own")
+        return SavedPlace(attach=request)
+    if not request.netns:
+        raise BadInput("attach.netns", "an attachment of kind netns needs a network namespace")
+    pid = _pid(request)
+    started = process_start(pid) if pid is not None else None
+    inode = netns_inode(netns_path(request.netns))
+    if inode == netns_inode(Path("/proc/self/ns/net")):
+        raise BadInput(
+            "attach.own_netns", "that is the network namespace of the agent itself", hint="use --host for the host itself"
+        )
+    if pid is not None and (started is None or process_start(pid) != started):
+        raise NotFound("attach.netns", f"process {pid} has ended")
+    return SavedPlace(attach=request, inode=inode, started=started)

@@ -1,0 +1,98 @@
+"""SVIDs of the instances held here: made on demand, renewed at half of their life, gone with the instance."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from identity import certs
+from identity.bundle import TrustBundle
+from identity.errors import NotVerified
+from identity.keys import private_pem
+from identity.names import SpiffeId
+from identity.wire.enroll import SvidReply, SvidRequest
+from identity.wire.local import SvidFiles
+from mesh.snapshot import InstanceKey, instance_key
+
+JITTER = 0.1  # of the lifetime, to each side of its middle
+
+
+def renew_at(not_before: int, not_after: int, unit: float) -> float:
+    """When to renew a certificate: half of its life, give or take a tenth of it. `unit` is uniform in [0, 1)."""
+    life = not_after - not_before
+    return not_before + life * (0.5 + JITTER * (2 * unit - 1))
+
+
+@dataclass(frozen=True, slots=True)
+class WorkloadSvid:
+    """One instance's certificate, verified, and its key."""
+
+    files: SvidFiles = field(repr=False)
+    svid: certs.Svid = field(repr=False)
+    renew_at: float
+
+
+Ask = Callable[[SvidRequest], Awaitable[SvidReply]]
+
+
+class WorkloadSvids:
+    """Key material by instance; keys never leave this process but to who may ask for them.
+
+    ask: sends a request to the CA; trust: the bundle in force now; wall: seconds since the epoch.
+    """
+
+    def __init__(self, ask: Ask, trust: Callable[[], TrustBundle], wall: Callable[[], float]) -> None:
+        self._ask, self._trust, self._wall = ask, trust, wall
+        self._held: dict[InstanceKey, WorkloadSvid] = {}
+        self._locks: dict[InstanceKey, asyncio.Lock] = {}
+
+    async def get(self, name: str, instance: int) -> SvidFiles:
+        """Certificate, key and bundle, renewed when due. A failed renewal serves the old one while it lasts.
+
+        Raises what the CA answered, Unreachable, or NotVerified.
+        """
+        key = instance_key(name, instance)
+        async with self._locks.setdefault(key, asyncio.Lock()):
+            held = self._held.get(key)
+            now = self._wall()
+            if held is None or now >= held.renew_at:
+                try:
+                    held = await self._issue(name, instance)
+                except Exception:
+                    if held is None or now >= held.svid.not_after:
+                        raise
+                else:
+                    self._held[key] = held
+            return held.files.model_copy(update={"bundle": self._trust().roots_pem()})
+
+    def drop(self, key: InstanceKey) -> None:
+        """Forget an instance's key: it is not held here any more."""
+        self._held.pop(key, None)
+        self._locks.pop(key, None)
+
+    def keep_only(self, active: frozenset[InstanceKey]) -> None:
+        """Forget every instance that is not active here."""
+        for key in [k for k in self._held if k not in active]:
+            self.drop(key)
+
+    def due(self) -> float | None:
+        """When the next of those held wants renewal (seconds since the epoch)."""
+        return min((h.renew_at for h in self._held.values()), default=None)
+
+    async def _issue(self, name: str, instance: int) -> WorkloadSvid:
+        key = ec.generate_private_key(ec.SECP256R1())
+        reply = await self._ask(SvidRequest(workload=name, instance=instance, csr=certs.make_csr(key)))
+        trust = self._trust()
+        now = self._wall()
+        svid = trust.verify_svid(reply.chain, now, expect=SpiffeId.workload(trust.trust_domain, name))
+        if certs.spki(svid.public_key) != certs.spki(key.public_key()):
+            raise NotVerified("svid.foreign_key", "the certificate is for a key that is not ours")
+        files = SvidFiles(
+            spiffe_id=str(svid.spiffe_id), certificate="".join(reply.chain), key=private_pem(key).decode(),
+            bundle=trust.roots_pem(), expires=svid.not_after,
+        )  # fmt: skip
+        return WorkloadSvid(files, svid, renew_at(svid.not_before, svid.not_after, random.random()))  # noqa: S311 -- jitter

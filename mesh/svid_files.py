@@ -1,0 +1,69 @@
+"""SVID files for programs that read files: cert.pem, key.pem (0600) and bundle.pem in a directory of their own."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from pathlib import Path
+
+from identity.errors import BadInput, BadState
+from identity.keys import write_file, write_secret
+from identity.wire.local import SvidFiles
+
+CERT, KEY, BUNDLE = "cert.pem", "key.pem", "bundle.pem"
+RELOAD_TIMEOUT = 30.0  # seconds
+
+
+def environment(directory: Path, files: SvidFiles) -> dict[str, str]:
+    """What a program is told: where its files are and who it is."""
+    return {
+        "SVID_CERT": str(directory / CERT), "SVID_KEY": str(directory / KEY), "SVID_BUNDLE": str(directory / BUNDLE),
+        "SPIFFE_ID": files.spiffe_id,
+    }  # fmt: skip
+
+
+def write(directory: Path, files: SvidFiles) -> bool:
+    """Bring the files up to date; True when something changed. Key before certificate, each whole or not at all.
+
+    Raises BadState.
+    """
+    wanted = {KEY: files.key, CERT: files.certificate, BUNDLE: files.bundle}
+    changed = False
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name, text in wanted.items():
+            path = directory / name
+            data = text.encode()
+            if _same(path, data):
+                continue
+            changed = True
+            if name == KEY:
+                write_secret(path, data)
+            else:
+                write_file(path, data)
+    except OSError as e:
+        raise BadState("svid.write", f"cannot write SVID files to {directory}: {e.strerror}") from None
+    return changed
+
+
+def remove(directory: Path) -> None:
+    """Take the files away; what else is in the directory stays."""
+    for name in (KEY, CERT, BUNDLE):
+        (directory / name).unlink(missing_ok=True)
+
+
+def reload(command: str) -> None:
+    """Run the command that makes a program read its files again. Raises BadInput ``svid.reload`` when it fails."""
+    try:
+        done = subprocess.run(shlex.split(command), stdin=subprocess.DEVNULL, timeout=RELOAD_TIMEOUT, check=False)
+    except (OSError, ValueError, subprocess.TimeoutExpired) as e:
+        raise BadInput("svid.reload", f"the reload command could not run: {type(e).__name__}") from None
+    if done.returncode:
+        raise BadInput("svid.reload", f"the reload command ended with status {done.returncode}")
+
+
+def _same(path: Path, data: bytes) -> bool:
+    try:
+        return not path.is_symlink() and path.read_bytes() == data
+    except OSError:
+        return False
