@@ -76,6 +76,12 @@ WORKLOAD: Final = Profile("workload", WORKLOAD_LIFETIME, kinds=("wl",))
 SERVER: Final = Profile("server", SERVER_LIFETIME, kinds=("cp",))
 SIGNER: Final = Profile("signer", SIGNER_LIFETIME, tls=False, kinds=("cp",))
 
+# What the library raises for a certificate or request that cannot be read; fields are parsed when asked for.
+_UNREADABLE: Final = (
+    ValueError, TypeError, OverflowError, UnsupportedAlgorithm, InvalidSignature, x509.InvalidVersion,
+    x509.DuplicateExtension, x509.UnsupportedGeneralNameType,
+)  # fmt: skip
+
 _TLS_USAGES: Final = frozenset({ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH})
 _LEAF_USAGE: Final = frozenset({"digital_signature"})
 _CA_USAGE: Final = frozenset({"key_cert_sign"})
@@ -193,7 +199,7 @@ def csr_key(text: str) -> PublicKey:
         request = x509.load_pem_x509_csr(text.encode())
         valid = request.is_signature_valid
         key = request.public_key()
-    except (ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature):
+    except _UNREADABLE:
         raise BadInput("csr.syntax", "the certificate request cannot be read") from None
     if not (isinstance(key, Ed25519PublicKey | ec.EllipticCurvePublicKey) and leaf_key_allowed(key)):
         raise BadInput("csr.key", "a certificate request must hold a P-256 or Ed25519 key")
@@ -277,7 +283,7 @@ def _findings(
     cert: x509.Certificate, profile: Profile, issuer: x509.Certificate | None, trust_domain: TrustDomain
 ) -> Iterable[str]:
     try:
-        _check_extensions(cert)
+        _check_readable(cert)
         if profile.ca:
             _check_ca(cert, trust_domain)
         else:
@@ -330,7 +336,7 @@ def parse_chain(chain: str | Sequence[str]) -> tuple[x509.Certificate, ...]:
         raise NotVerified("chain.long", f"a chain has at most {MAX_CHAIN} certificates")
     try:
         certs = tuple(x509.load_pem_x509_certificates(text.encode("ascii")))
-    except (ValueError, UnicodeEncodeError):
+    except _UNREADABLE:
         raise NotVerified("chain.syntax", "the certificate chain cannot be read") from None
     return certs
 
@@ -345,7 +351,7 @@ def parse_der_chain(chain: Sequence[bytes]) -> tuple[x509.Certificate, ...]:
         raise NotVerified("chain.large", "the certificate chain is too large")
     try:
         return tuple(x509.load_der_x509_certificate(der) for der in chain)
-    except ValueError:
+    except _UNREADABLE:
         raise NotVerified("chain.syntax", "the certificate chain cannot be read") from None
 
 
@@ -370,7 +376,7 @@ def verify_chain(
         raise NotVerified("chain.no_root", f"no root of {trust_domain} is known")
     leaf, others = chain[0], chain[1:]
     for cert in (*chain, *roots):
-        _check_extensions(cert)
+        _check_readable(cert)
     spiffe_id = _check_leaf(leaf, trust_domain, profile)
     for cert in (*others, *roots):
         _check_ca(cert, trust_domain)
@@ -389,7 +395,7 @@ def verify_chain(
 
 def claimed_id(cert: x509.Certificate) -> SpiffeId:
     """The SPIFFE ID a certificate claims, not verified in any way. Raises NotVerified ``cert.san``, ``cert.spiffe_id``."""
-    _check_extensions(cert)
+    _check_readable(cert)
     uris = _uris(cert)
     if len(uris) != 1:
         raise NotVerified("cert.san", f"an SVID has exactly one URI name, not {len(uris)}")
@@ -401,12 +407,12 @@ def claimed_id(cert: x509.Certificate) -> SpiffeId:
 
 def check_root(cert: x509.Certificate, trust_domain: TrustDomain, now: float) -> None:
     """Is this fit to be a root of the trust domain: an authority, self-signed, in its lifetime? Raises NotVerified."""
-    _check_extensions(cert)
+    _check_readable(cert)
     _check_ca(cert, trust_domain)
     _check_time(cert, now)
     try:
         cert.verify_directly_issued_by(cert)
-    except (ValueError, TypeError, InvalidSignature, UnsupportedAlgorithm):
+    except _UNREADABLE:
         raise NotVerified("cert.not_root", "a root certificate must be signed by itself") from None
 
 
@@ -428,15 +434,17 @@ def _find_path(
     )
     try:
         return tuple(verifier.verify(leaf, list(others)).chain)
-    except (VerificationError, ValueError, UnsupportedAlgorithm):
+    except (VerificationError, *_UNREADABLE):
         raise NotVerified("cert.untrusted", "the certificate chain does not lead to a trusted root") from None
 
 
-def _check_extensions(cert: x509.Certificate) -> None:
+def _check_readable(cert: x509.Certificate) -> None:
+    """The library reads fields when they are asked for, so a hostile one would raise anywhere: ask for all here."""
     try:
         extensions = list(cert.extensions)
-    except (ValueError, x509.DuplicateExtension, x509.UnsupportedGeneralNameType):
-        raise NotVerified("cert.syntax", "a certificate's extensions cannot be read") from None
+        _ = (list(cert.subject), list(cert.issuer), cert.not_valid_before_utc, cert.not_valid_after_utc)
+    except _UNREADABLE:
+        raise NotVerified("cert.syntax", "a field of a certificate cannot be read") from None
     for extension in extensions:
         if isinstance(extension.value, x509.NameConstraints):
             raise NotVerified("cert.name_constraints", "name constraints are not supported")
@@ -497,7 +505,7 @@ def _check_leaf(cert: x509.Certificate, trust_domain: TrustDomain, profile: Prof
         raise NotVerified("cert.extended_key_usage", "the certificate of a record key has no extended key usage")
     try:
         key: object = cert.public_key()
-    except (ValueError, UnsupportedAlgorithm):
+    except _UNREADABLE:
         key = None
     if not (leaf_key_allowed(key) if profile.tls else isinstance(key, Ed25519PublicKey)):
         raise NotVerified("cert.key", "a leaf has a kind of key that is not accepted here")
@@ -516,7 +524,7 @@ def _check_ca(cert: x509.Certificate, trust_domain: TrustDomain) -> None:
         raise NotVerified("cert.ca_key_usage", "the key usage of an authority must be certificate signing")
     try:
         key: object = cert.public_key()
-    except (ValueError, UnsupportedAlgorithm):
+    except _UNREADABLE:
         key = None
     if not ca_key_allowed(key):
         raise NotVerified("cert.ca_key", "an authority has a kind of key that is not accepted here")
