@@ -7,30 +7,17 @@ selector asks for stands in, so that a test holds before the first workload exis
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from policy.algebra import witness
 from policy.classes import Classes, reach
 from policy.compile import compile_policy
 from policy.evaluate import Decision, evaluate, matches, permitted, show_flow
 from policy.model import FlowTest, Policy, ReachTest
 from policy.ports import PORTED, TCP, UDP, PortMap, ranges
-from policy.program import (
-    AllOf,
-    AnyOf,
-    Everything,
-    Exists,
-    In,
-    Named,
-    Not,
-    Program,
-    Selector,
-    Subject,
-    Under,
-    Where,
-)  # fmt: skip
+from policy.program import AllOf, Program, Selector, Subject, Where
 
-_TRIES = 64  # combinations of `any` tried for a stand-in
 _PAIRS = 100_000  # pairs of classes one test looks at
 
 
@@ -126,7 +113,10 @@ def _reach(test: ReachTest, program: Program, subjects: Sequence[Subject]) -> Te
     title = f"{test.words[0]} never reaches {test.words[1]}"
     stand_in = made_source or made_target
     forbidden = {s.name for s in targets}
-    classes = Classes(program, [*subjects, *(s for s in (*sources, *targets) if s not in subjects)])
+    everybody = {s.name: s for s in (*sources, *targets, *subjects)}
+    if stand_in:
+        everybody = {**_between(program, everybody), **everybody}
+    classes = Classes(program, everybody.values())
     starts = [s for s in sources if s.name not in forbidden]
     for start in starts:
         for name, chain in reach(classes, start.name, test.depth).items():
@@ -137,43 +127,23 @@ def _reach(test: ReachTest, program: Program, subjects: Sequence[Subject]) -> Te
     return TestResult(test.where, True, title, len(starts), stand_in)
 
 
+def _between(program: Program, taken: Iterable[str]) -> dict[str, Subject]:
+    """Stand-ins for both ends of every rule: what could stand on the way, where the inventory does not say."""
+    out = {}
+    for tier in program.tiers:
+        for rule in tier.rules:
+            for end, selector in (("source", rule.src), ("destination", rule.dst)):
+                narrow = selector if rule.concerns is None else AllOf((selector, rule.concerns))
+                name = f"(any {end} of {rule.id})"
+                one = witness(narrow, name, taken) or witness(selector, name, taken)
+                if one is not None:
+                    out[one.name] = one
+    return out
+
+
 def _who(selector: Selector, subjects: Sequence[Subject], end: str) -> tuple[list[Subject], bool]:
     found = [s for s in subjects if matches(selector, s)]
     if found:
         return found, False
     one = witness(selector, f"(any {end})", {s.name for s in subjects})
     return ([one], True) if one is not None else ([], False)
-
-
-def witness(selector: Selector, name: str, taken: Iterable[str] = ()) -> Subject | None:
-    """A made-up inside subject that a selector selects and that carries nothing else; None when none was found."""
-    for wanted in itertools.islice(_wants(selector), _TRIES):
-        label_values = {key: value for key, value in wanted.items() if key}
-        one = Subject(wanted.get("", name), label_values)
-        if one.name not in taken and matches(selector, one):
-            return one
-    return None
-
-
-def _wants(selector: Selector) -> Iterator[Mapping[str, str]]:
-    """Label assignments (key "" is the name) that may satisfy a selector."""
-    if isinstance(selector, In):
-        yield from ({selector.key: value} for value in sorted(selector.values))
-    elif isinstance(selector, Exists):
-        yield {selector.key: "any"}
-    elif isinstance(selector, Named):
-        yield from ({"": name} for name in sorted(selector.names))
-    elif isinstance(selector, Under):
-        yield {"": f"{selector.prefix}/any"}
-    elif isinstance(selector, AnyOf):
-        for term in selector.terms:
-            yield from _wants(term)
-    elif isinstance(selector, AllOf):
-        each = [list(itertools.islice(_wants(term), _TRIES)) for term in selector.terms]
-        for parts in itertools.product(*each):
-            merged: dict[str, str] = {}
-            for part in parts:
-                merged.update(part)
-            yield merged
-    elif isinstance(selector, Everything | Not):
-        yield {}
