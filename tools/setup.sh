@@ -63,7 +63,9 @@ native_build() {
     sort -z | xargs -0 cat pyproject.toml | sha256sum | cut -d' ' -f1)
   [ -n "$(find mesh -maxdepth 1 -name '_native*.so')" ] && fresh native "$key" && return
   say "building the engine (Rust, release); the first time takes a few minutes"
-  VIRTUAL_ENV=$PWD/.venv .venv/bin/maturin develop -q --release --locked
+  VIRTUAL_ENV=$PWD/.venv .venv/bin/maturin develop --release --locked >.setup.log 2>&1 ||
+    { tail -20 .setup.log >&2; die native "the engine did not build" "see .setup.log"; }
+  rm -f .setup.log
   stamp native "$key"
 }
 
