@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -13,51 +12,17 @@ from typing import Final
 
 import structlog
 
-from identity.errors import BadInput, Conflict, NotFound
+from identity.errors import BadInput, Conflict, NotFound, RetinueError
 from identity.names import workload_path
 from identity.wire.local import Attach
+from mesh import netns
 from mesh.compile import LocalAttachment
 from mesh.snapshot import InstanceKey, instance_key
 from mesh.state import SavedPlace, StateDir
 
-NETNS_DIR: Final = Path("/run/netns")
-CLONE_NEWNET: Final = 0x40000000
-_NS_GET_NSTYPE: Final = 0xB703  # ioctl_ns(2)
 _PROCESS: Final = re.compile(r"/proc/([1-9][0-9]{0,9})/ns/net")
-_NAME: Final = re.compile(r"[A-Za-z0-9_.:@-]{1,255}")
 
 log = structlog.get_logger("retinue.attachments")
-
-
-def netns_path(netns: str) -> Path:
-    """The file of a named namespace, or the absolute path itself. Raises BadInput ``attach.netns``."""
-    if netns.startswith("/"):
-        if "\0" in netns or ".." in Path(netns).parts:
-            raise BadInput("attach.netns", f"not a path of a network namespace: {ascii(netns)[:80]}")
-        return Path(netns)
-    if not _NAME.fullmatch(netns) or netns in {".", ".."}:
-        raise BadInput(
-            "attach.netns", f"not a network namespace: {ascii(netns)[:80]}", hint="give a name (ip netns) or a path"
-        )
-    return NETNS_DIR / netns
-
-
-def netns_inode(path: Path) -> int:
-    """What identifies the network namespace behind a path. Raises NotFound, or BadInput when it is something else."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as e:
-        raise NotFound("attach.netns", f"no network namespace {path}: {e.strerror}", hint="see: ip netns list") from None
-    try:
-        try:
-            kind = fcntl.ioctl(fd, _NS_GET_NSTYPE)
-        except OSError:
-            kind = 0
-        if kind != CLONE_NEWNET:
-            raise BadInput("attach.netns", f"{path} is not a network namespace")
-        return os.fstat(fd).st_ino
-    finally:
-        os.close(fd)
 
 
 def process_start(pid: int) -> int | None:
@@ -101,9 +66,9 @@ class Attachments:
         for key, place in self._places.items():
             inode = place.inode
             if place.attach.kind == "netns" and _pid(place.attach) is None and place.attach.netns is not None:
-                with contextlib.suppress(NotFound, BadInput):
-                    inode = netns_inode(netns_path(place.attach.netns))
-            out[key] = LocalAttachment(place.attach.kind, _where(place.attach), inode)
+                with contextlib.suppress(RetinueError):
+                    inode = netns.identify(place.attach.netns)
+            out[key] = LocalAttachment(place.attach.kind, place.attach.netns, inode)
         return out
 
     def attach(self, request: Attach) -> InstanceKey:
@@ -175,10 +140,6 @@ def _pid(attach: Attach) -> int | None:
     return int(match[1]) if match else None
 
 
-def _where(attach: Attach) -> str | None:
-    return str(netns_path(attach.netns)) if attach.netns is not None else None
-
-
 def _inspect(request: Attach) -> SavedPlace:
     """Look at the place asked for. Raises BadInput or NotFound."""
     if request.kind == "host":
@@ -189,11 +150,7 @@ def _inspect(request: Attach) -> SavedPlace:
         raise BadInput("attach.netns", "an attachment of kind netns needs a network namespace")
     pid = _pid(request)
     started = process_start(pid) if pid is not None else None
-    inode = netns_inode(netns_path(request.netns))
-    if inode == netns_inode(Path("/proc/self/ns/net")):
-        raise BadInput(
-            "attach.own_netns", "that is the network namespace of the agent itself", hint="use --host for the host itself"
-        )
+    inode = netns.foreign(request.netns)
     if pid is not None and (started is None or process_start(pid) != started):
         raise NotFound("attach.netns", f"process {pid} has ended")
     return SavedPlace(attach=request, inode=inode, started=started)

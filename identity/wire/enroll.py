@@ -90,6 +90,7 @@ class SidecarTokenReply(Message):
     token: str
     endpoint: str
     expires_in: int
+    ca: str = ""  # set by the host agent that passes the token on: where to use it
 
 
 class UnderlayUpdate(Message):

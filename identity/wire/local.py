@@ -7,6 +7,7 @@
     GET  /v1/snapshot                -> SnapshotReply   (envelopes; the reader verifies them again)
     GET  /v1/watch                   -> newline-delimited SnapshotReply, one at every applied change
     POST /v1/svid      InstanceRef   -> SvidFiles       (key material for the service of a sidecar or attachment)
+    POST /v1/down      Down          -> {}            (the agent ends; with clean, its data plane too)
     POST /v1/sidecar-token  identity.wire.enroll.SidecarTokenRequest -> SidecarTokenReply
 """
 
@@ -45,6 +46,10 @@ class Attachment(Message):
     state: Literal["waiting", "prepared", "active", "fenced"]
     epoch: int | None
     addresses: list[str]
+
+
+class Down(Message):
+    clean: bool = True
 
 
 class AttachReply(Message):

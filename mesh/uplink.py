@@ -1,0 +1,221 @@
+"""The endpoint's link to the control plane: the feed in, reports out, its own certificate renewed. All of it may fail
+for as long as it likes: nothing here widens or removes anything, and every wait has full jitter.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable
+from typing import Final, Literal
+
+import structlog
+
+from identity.bundle import TrustBundle
+from identity.errors import RetinueError, Unreachable
+from identity.wire.admin import ExplainReply
+from identity.wire.enroll import SidecarTokenReply, SidecarTokenRequest, SvidReply, SvidRequest
+from identity.wire.feed import Report
+from mesh.control import FEED_IDLE, Busy, ControlClient, backoff
+from mesh.enroll import Enrollment, renew
+from mesh.health import Health
+from mesh.svid import renew_at
+from mesh.sync import Accepted, Event, FrameRefused, NeedSnapshot, RecordRefused, Refreshed, SyncMachine
+
+FEED_CAP: Final = 10.0  # seconds, ceiling of the wait before reconnecting
+RENEW_CAP: Final = 300.0
+LOW_LIFE: Final = 0.25  # of the certificate's life left: say so
+
+log = structlog.get_logger("retinue.uplink")
+
+
+def boottime() -> float:
+    """Seconds on the clock that never steps and goes on during suspend."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+class Uplink:
+    """One endpoint's conversations with its CA.
+
+    on_events: is told, and awaited, after every line of the feed that had an effect
+    report:    what to report now, None for nothing yet
+    """
+
+    def __init__(
+        self,
+        enrollment: Enrollment,
+        machine: SyncMachine,
+        health: Health,
+        *,
+        on_events: Callable[[list[Event]], Awaitable[None]],
+        report: Callable[[], Report | None],
+    ) -> None:
+        self.enrollment = enrollment
+        self.machine = machine
+        self.control: Literal["connected", "disconnected"] = "disconnected"
+        self._health = health
+        self._on_events = on_events
+        self._report = report
+        self._client: tuple[ControlClient, TrustBundle, Enrollment] | None = None
+        self._tell = asyncio.Event()
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._feed(), name="feed")
+                tasks.create_task(self._reports(), name="reports")
+                tasks.create_task(self._renewals(), name="renewals")
+        finally:
+            await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        client, self._client = self._client, None
+        if client is not None:
+            await client[0].close()
+
+    def tell(self) -> None:
+        """Something worth a report changed."""
+        self._tell.set()
+
+    # ---- requests
+
+    async def svid(self, request: SvidRequest) -> SvidReply:
+        """A workload's certificate. Raises what the CA answered."""
+        return await (await self._current()).post("/v1/svid", request, SvidReply)
+
+    async def sidecar_token(self, request: SidecarTokenRequest) -> SidecarTokenReply:
+        """A join token for the sidecar of a workload placed here."""
+        return await (await self._current()).post("/v1/sidecar-token", request, SidecarTokenReply)
+
+    async def explain(self, src: str, dst: str, proto: str, port: int | None) -> ExplainReply:
+        """The CA's answer for workloads this endpoint does not know."""
+        params = {"src": src, "dst": dst, "proto": proto} | ({"port": str(port)} if port is not None else {})
+        return await (await self._current()).get("/v1/explain", ExplainReply, params=params, timeout=5.0)
+
+    async def _current(self) -> ControlClient:
+        """The client for short requests, made anew when the trust or our certificate changed."""
+        trust = self.trust
+        if self._client is not None and self._client[1:] == (trust, self.enrollment):
+            return self._client[0]
+        await self.close()
+        self._client = (self.enrollment.client(trust), trust, self.enrollment)
+        return self._client[0]
+
+    @property
+    def trust(self) -> TrustBundle:
+        """The newest bundle known."""
+        return max(self.machine.trust, self.enrollment.bundle, key=lambda b: b.sequence)
+
+    # ---- feed
+
+    async def _feed(self) -> None:
+        attempt = 0
+        while True:
+            heard = [False]
+            retry_after = 0.0
+            try:
+                await self._follow(heard)
+            except Busy as e:
+                retry_after = e.retry_after
+                self._lost(e)
+            except RetinueError as e:
+                self._lost(e)
+            except Exception as e:
+                log.exception("the feed failed in an unforeseen way")
+                self._lost(Unreachable("feed.failed", f"the feed failed: {type(e).__name__}"))
+            self.control = "disconnected"
+            attempt = 0 if heard[0] else attempt + 1
+            await asyncio.sleep(backoff(attempt, random.random(), cap=FEED_CAP, retry_after=retry_after))  # noqa: S311 -- jitter
+
+    async def _follow(self, heard: list[bool]) -> None:
+        """One connection. `heard[0]` becomes true once it carried anything that verified."""
+        resume = self.machine.resume
+        params = {"timeline": resume.timeline, "revision": str(resume.revision)} if resume else None
+        async with (
+            self.enrollment.client(self.trust) as client,
+            client.stream("/v1/feed", params=params, idle=FEED_IDLE) as lines,
+        ):
+            async for line in lines:
+                events = self.machine.receive(line, wall=time.time(), mono=boottime())
+                if any(isinstance(e, Accepted | Refreshed) for e in events):
+                    heard[0] = True
+                    if self.control == "disconnected":
+                        self.control = "connected"
+                        self._health.clear("control.disconnected")
+                        self._tell.set()
+                self._log(events)
+                if events:
+                    await self._on_events(events)
+                if any(isinstance(e, NeedSnapshot) for e in events):
+                    return
+
+    def _lost(self, error: RetinueError) -> None:
+        self._health.put("control.disconnected", "warning", f"no feed from the CA: {error.message}")
+
+    def _log(self, events: list[Event]) -> None:
+        for event in events:
+            match event:
+                case RecordRefused(key, error):
+                    loud = log.error if error.code.endswith((".equivocation", ".signature")) else log.warning
+                    loud("a record was refused; what was in force stays", key=key, code=error.code, why=error.message)
+                case FrameRefused(error):
+                    log.warning("a frame was refused", code=error.code, why=error.message)
+                case NeedSnapshot(reason):
+                    log.info("asking for a snapshot", why=reason)
+                case Accepted(position, changed):
+                    log.debug("accepted", timeline=position.timeline, revision=position.revision, changed=len(changed))
+                case _:
+                    pass
+
+    # ---- reports
+
+    async def _reports(self) -> None:
+        attempt, sent = 0, None
+        while True:
+            await self._tell.wait()
+            self._tell.clear()
+            report = self._report()
+            if report is None or (report == sent and attempt == 0) or self.control == "disconnected":
+                continue
+            try:
+                await (await self._current()).send("/v1/report", report, timeout=10.0)
+                attempt, sent = 0, report
+            except RetinueError as e:
+                log.info("a report could not be sent", code=e.code, why=e.message)
+                attempt += 1
+                asyncio.get_running_loop().call_later(backoff(attempt, random.random(), cap=5.0), self._tell.set)  # noqa: S311 -- jitter
+
+    # ---- our own certificate
+
+    async def _renewals(self) -> None:
+        attempt = 0
+        while True:
+            svid = self.enrollment.svid
+            now = time.time()
+            due = renew_at(svid.not_before, svid.not_after, random.random())  # noqa: S311 -- jitter
+            if svid.not_after - now < LOW_LIFE * (svid.not_after - svid.not_before):
+                left = max(0, int(svid.not_after - now))
+                self._health.put("svid.expiring", "error" if left == 0 else "warning", f"our certificate ends in {left} s")
+            else:
+                self._health.clear("svid.expiring")
+            if attempt:
+                await asyncio.sleep(backoff(attempt, random.random(), base=2.0, cap=RENEW_CAP))  # noqa: S311 -- jitter
+            elif due > now:
+                # Short steps: the wall clock may be set, and the machine may sleep.
+                await asyncio.sleep(min(due - now, 60.0))
+                if time.time() < due:
+                    continue
+            try:
+                record = self.enrollment.record
+                self.enrollment = await renew(self.enrollment, record.underlay, record.ciphers, bundle=self.trust)
+                log.info("our certificate was renewed", expires=self.enrollment.svid.not_after)
+                attempt = 0
+                self._health.clear("svid.refused")
+            except RetinueError as e:
+                attempt += 1
+                if not isinstance(e, Unreachable):
+                    self._health.put("svid.refused", "error", f"our certificate cannot be renewed: {e.message}")
+                log.warning("renewal failed", code=e.code, why=e.message)
