@@ -42,7 +42,7 @@ from policy.ports import proto_name, proto_number
 from policy.program import Subject
 
 if TYPE_CHECKING:
-    from mesh.agent import Agent, InForce
+    from mesh.endpoint import Agent, InForce
 
 SOCKET: Final = "agent.sock"
 MAX_BODY: Final = 64 * 1024

@@ -1,0 +1,124 @@
+"""What the command lines of `retinue-agent` and `retinue-sidecar` share: options, logging, hardening."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from identity.errors import BadInput
+
+STATE_DIR = Path("/var/lib/retinue")
+RUN_DIR = Path("/run/retinue")
+
+StateDirOption = Annotated[
+    Path,
+    typer.Option(
+        "--state-dir", envvar="RETINUE_STATE_DIR", help="Keys, certificate and last verified state."
+    ),
+]
+RunDirOption = Annotated[
+    Path,
+    typer.Option(
+        "--run-dir", envvar="RETINUE_RUN_DIR", help="Directory of agent.sock and the engine's socket."
+    ),
+]
+InterfaceOption = Annotated[str, typer.Option(envvar="RETINUE_INTERFACE", help="Name of the tunnel device.")]
+PortOption = Annotated[
+    int, typer.Option(envvar="RETINUE_LISTEN_PORT", min=1, max=65535, help="UDP port of the tunnel.")
+]
+DeviceOption = Annotated[str, typer.Option(envvar="RETINUE_DEVICE", help="auto, userspace or kernel.")]
+EngineOption = Annotated[
+    Path | None, typer.Option(envvar="RETINUE_ENGINE", help="Path of the retinue-engine program.")
+]
+MtuOption = Annotated[
+    int, typer.Option(envvar="RETINUE_MTU", min=1280, max=65535, help="MTU of the tunnel device.")
+]
+LeaseOption = Annotated[
+    float,
+    typer.Option(
+        envvar="RETINUE_LEASE", min=1, help="Seconds without a heartbeat until `fence: strict` instances end."
+    ),
+]
+StaleOption = Annotated[
+    float,
+    typer.Option(
+        envvar="RETINUE_STALE_MAX", min=1, help="Seconds without a heartbeat until all instances end."
+    ),
+]
+LogOption = Annotated[
+    str, typer.Option("--log-level", envvar="RETINUE_LOG_LEVEL", help="debug, info, warning or error.")
+]
+CleanOption = Annotated[
+    bool,
+    typer.Option(
+        "--clean-on-exit", envvar="RETINUE_CLEAN_ON_EXIT", help="Take the data plane down at the end."
+    ),
+]
+ForgetOption = Annotated[
+    bool,
+    typer.Option(
+        "--forget-epochs", help="Give up a damaged epochs.json (older placements could then be replayed)."
+    ),
+]
+
+
+def configure_logging(level: str) -> None:
+    """Structlog to stderr: one line of JSON an event, or plain columns on a terminal. Raises BadInput."""
+    import logging
+
+    import structlog
+
+    number = logging.getLevelNamesMapping().get(level.upper())
+    if number is None:
+        raise BadInput(
+            "usage", f"not a log level: {ascii(level)[:20]}", hint="use debug, info, warning or error"
+        )
+    terminal = sys.stderr.isatty()
+    final: Any = (
+        structlog.dev.ConsoleRenderer(colors=False) if terminal else structlog.processors.JSONRenderer()
+    )
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            final,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+
+
+def check_device(device: str) -> Any:
+    """Raises BadInput unless it is a known choice."""
+    if device not in {"auto", "userspace", "kernel"}:
+        raise BadInput("usage", f"not a device: {ascii(device)[:20]}", hint="use auto, userspace or kernel")
+    return device
+
+
+def check_interface(name: str) -> str:
+    """A kernel interface name (15 bytes, no slash, no space). Raises BadInput."""
+    if (
+        not 1 <= len(name.encode()) <= 15
+        or "/" in name
+        or not name.isprintable()
+        or " " in name
+        or name in {".", ".."}
+    ):
+        raise BadInput(
+            "usage", f"not an interface name: {ascii(name)[:40]}", hint="at most 15 characters, such as rtn0"
+        )
+    return name
+
+
+def harden() -> None:
+    """No core dumps and no ptrace by other users: keys are in this process (prctl(2), PR_SET_DUMPABLE)."""
+    import ctypes
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    ctypes.CDLL(None, use_errno=True).prctl(4, 0, 0, 0, 0)
