@@ -3,6 +3,7 @@
 use std::io;
 use std::io::Write as _;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::Arc;
 
 use crate::device::Core;
@@ -10,12 +11,12 @@ use crate::engine::Engine;
 use crate::error::{EngineError, Result, EXIT_FAILURE};
 use crate::events;
 use crate::log::{configure, log, Level};
-use crate::netlink::{self, LinkSettings};
+use crate::netlink::{self, LinkEvent, LinkSettings, LinkWatch};
 use crate::server::Server;
 use crate::sys::{harden_process, now, now_ms, termination_signals, Epoll, EventFd, Ready};
 use crate::tun;
 use crate::tx::Tx;
-use crate::udp::UdpOptions;
+use crate::udp::{self_test, UdpOptions};
 use crate::worker::{self, Role};
 
 const HELP: &str = "\
@@ -272,6 +273,7 @@ fn detach() {
 const TOKEN_UAPI: u64 = 0;
 const TOKEN_EVENTS: u64 = 1;
 const TOKEN_SIGNAL: u64 = 2;
+const TOKEN_LINK: u64 = 3;
 
 /// Sets everything up, calls `ready` when the UAPI socket answers, runs until told to stop.
 fn serve(o: &Options, ready: impl FnOnce()) -> Result<i32> {
@@ -296,7 +298,10 @@ fn serve(o: &Options, ready: impl FnOnce()) -> Result<i32> {
     let threads = o.workers * roles.len();
     let wakes =
         (0..threads).map(|_| EventFd::new()).collect::<io::Result<_>>().map_err(os_failure("eventfd"))?;
-    let udp = UdpOptions { gso: o.udp_gso, gro: o.udp_gro };
+    let udp = self_test(UdpOptions { gso: o.udp_gso, gro: o.udp_gro });
+    if (udp.gso, udp.gro) != (o.udp_gso, o.udp_gro) {
+        log(Level::Error, &format!("the kernel's UDP offloads failed the self-test: using {udp:?}"));
+    }
     let engine = Arc::new(Engine::new(core, queues, offloads, udp, wakes, control_wake));
     let spin = if o.low_power { 0 } else { o.spin_us };
     let mut handles = Vec::with_capacity(threads);
@@ -317,7 +322,7 @@ fn serve(o: &Options, ready: impl FnOnce()) -> Result<i32> {
     }
     log(Level::Info, &format!("started: {threads} thread(s), TUN offloads {offloads:?}"));
     ready();
-    let outcome = control(&engine, &server, signals.as_raw_fd());
+    let outcome = control(&engine, &server, &o.name, signals.as_raw_fd());
     drop(server);
     engine.shutdown();
     let clean = handles.into_iter().all(|h| h.join().unwrap_or(false));
@@ -326,11 +331,16 @@ fn serve(o: &Options, ready: impl FnOnce()) -> Result<i32> {
 }
 
 /// Handshakes, timers, UAPI and signals.
-fn control(engine: &Arc<Engine>, server: &Server, signals: i32) -> io::Result<()> {
+fn control(engine: &Arc<Engine>, server: &Server, name: &str, signals: i32) -> io::Result<()> {
     let epoll = Epoll::new()?;
     epoll.add(server.as_raw_fd(), TOKEN_UAPI)?;
     epoll.add(engine.control_wake.as_raw_fd(), TOKEN_EVENTS)?;
     epoll.add(signals, TOKEN_SIGNAL)?;
+    // Without news of the link the configured MTU stands: padding then may be less tight.
+    let mut link = LinkWatch::open(name).ok();
+    if let Some(l) = &link {
+        epoll.add(l.as_raw_fd(), TOKEN_LINK)?;
+    }
     let core = &engine.core;
     let mut tx = Tx::default();
     let mut actions = Vec::new();
@@ -345,6 +355,7 @@ fn control(engine: &Arc<Engine>, server: &Server, signals: i32) -> io::Result<()
             match r.token {
                 TOKEN_UAPI => server.accept(engine),
                 TOKEN_EVENTS => engine.control_wake.clear(),
+                TOKEN_LINK => follow_link(engine, &epoll, &mut link)?,
                 _ => return Ok(()),
             }
         }
@@ -356,6 +367,33 @@ fn control(engine: &Arc<Engine>, server: &Server, signals: i32) -> io::Result<()
         let t = now();
         core.tick(t, &mut actions);
         engine.execute(&mut actions, &mut tx, t.ms);
+    }
+    Ok(())
+}
+
+/// Takes the MTU from the link, wherever it went.
+fn follow_link(engine: &Engine, epoll: &Epoll, link: &mut Option<LinkWatch>) -> io::Result<()> {
+    let mut news = Vec::new();
+    if let Some(l) = link {
+        l.read(&mut news);
+    }
+    for n in news {
+        match n {
+            LinkEvent::Mtu(mtu) => engine.core.mtu.store(mtu as usize, Relaxed),
+            LinkEvent::Left => {
+                if let Some(old) = link.take() {
+                    epoll.remove(old.as_raw_fd());
+                }
+                // Deleted: the workers see that on the queue. Moved: watch it there.
+                let queue = &engine.queues[0];
+                let moved = queue.name().and_then(|n| LinkWatch::open_in(queue.namespace()?, n));
+                if let Ok(l) = moved {
+                    epoll.add(l.as_raw_fd(), TOKEN_LINK)?;
+                    *link = Some(l);
+                }
+                break;
+            }
+        }
     }
     Ok(())
 }

@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use arc_swap::ArcSwap;
+use zeroize::Zeroizing;
 
 use crate::cookie::{Checker, RateLimiter, COOKIE_REPLY_LEN};
 use crate::crypto::{random_u32, Key, SecretKey};
@@ -182,6 +183,10 @@ impl Core {
         peer.timers.stop_all();
         self.forget_sessions(peer);
         lock(&peer.staged).take();
+        // A wheel entry may keep the record for minutes: its secrets go now.
+        let mut h = lock(&peer.handshake);
+        h.psk = Zeroizing::new([0; 32]);
+        h.static_static = None;
     }
 
     fn install(&self, peer: &Arc<Peer>, s: Arc<Session>) {

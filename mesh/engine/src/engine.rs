@@ -7,10 +7,9 @@ use std::sync::{Arc, Mutex};
 use arc_swap::ArcSwap;
 
 use crate::device::{Action, Core};
-use crate::peer::{lock, Endpoint};
 use crate::sys::EventFd;
 use crate::tun::{Offloads, Queue};
-use crate::tx::{Sent, Transmit, Tx};
+use crate::tx::{execute, Tx};
 use crate::udp::{bind_all, SocketPair, UdpOptions};
 
 pub struct Engine {
@@ -22,8 +21,8 @@ pub struct Engine {
     pub sockets: ArcSwap<Vec<SocketPair>>,
     pub port: AtomicU16,
     pub mark: AtomicU32,
-    /// Serialises rebinding.
-    binding: Mutex<()>,
+    /// Serialises configuration changes.
+    pub configuring: Mutex<()>,
     /// One per worker thread.
     pub wakes: Vec<EventFd>,
     pub control_wake: Arc<EventFd>,
@@ -47,7 +46,7 @@ impl Engine {
             sockets: ArcSwap::from_pointee(Vec::new()),
             port: AtomicU16::new(0),
             mark: AtomicU32::new(0),
-            binding: Mutex::new(()),
+            configuring: Mutex::new(()),
             wakes,
             control_wake,
             stop: AtomicBool::new(false),
@@ -72,8 +71,8 @@ impl Engine {
     }
 
     /// Binds new sockets and swaps them in; on failure the old ones stay. `None` keeps the port.
+    /// The caller holds `configuring`.
     pub fn rebind(&self, port: Option<u16>) -> io::Result<()> {
-        let _one = lock(&self.binding);
         let bound = !self.sockets.load().is_empty();
         let wanted = port.unwrap_or_else(|| self.port.load(Relaxed));
         if bound && (port.is_none() || (wanted != 0 && wanted == self.port.load(Relaxed))) {
@@ -88,7 +87,6 @@ impl Engine {
 
     /// Sets the firewall mark of everything sent from now on.
     pub fn set_mark(&self, mark: u32) -> io::Result<()> {
-        let _one = lock(&self.binding);
         for s in self.sockets.load().iter().flat_map(SocketPair::each) {
             s.set_mark(mark)?;
         }
@@ -103,22 +101,6 @@ impl Engine {
             actions.clear();
             return;
         };
-        for a in actions.drain(..) {
-            match a {
-                Action::ToPeer(peer, m) => {
-                    let Some(to) = peer.endpoint.load_full() else { continue };
-                    let b = m.bytes();
-                    if pair.transmit(&to, b, b.len()) == Sent::SourceGone {
-                        peer.clear_source();
-                        pair.transmit(&Endpoint { addr: to.addr, src: None }, b, b.len());
-                    }
-                    peer.tx_bytes.fetch_add(b.len() as u64, Relaxed);
-                }
-                Action::ToAddress(to, m) => {
-                    pair.transmit(&to, m.bytes(), m.bytes().len());
-                }
-                Action::Flush(peer, keepalive) => tx.release(&self.core, &mut pair, &peer, keepalive, now),
-            }
-        }
+        execute(&self.core, actions, tx, &mut pair, now);
     }
 }

@@ -29,5 +29,14 @@ pub mod uapi;
 pub mod udp;
 pub mod worker;
 
+#[cfg(test)]
+mod offload_tests;
+#[cfg(test)]
+mod sim;
+#[cfg(test)]
+mod sim_tests;
+#[cfg(test)]
+mod uapi_tests;
+
 #[cfg(feature = "python")]
 mod python;

@@ -124,6 +124,9 @@ impl Segmenter {
         // The header length in the virtio header is a hint: trust only the packet.
         let header_len = if proto == TCP { l4 + usize::from(pkt.get(l4 + 12)? >> 4) * 4 } else { l4 + 8 };
         let min_l4 = if proto == TCP { 20 } else { 8 };
+        if !v6 && !(20..=l4).contains(&(usize::from(pkt[0] & 15) * 4)) {
+            return None;
+        }
         if l4 < min_ip || header_len < l4 + min_l4 || header_len > MAX_HEADER || header_len >= pkt.len() {
             return None;
         }

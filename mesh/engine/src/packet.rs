@@ -206,7 +206,9 @@ pub(crate) mod build {
             b[4..6].copy_from_slice(&((len - 40) as u16).to_be_bytes());
         }
         let s = fold(pseudo_sum(&b, ip_len == 40, proto, len - ip_len) + sum(&b[ip_len..]));
-        put_sum(&mut b, ip_len + if proto == TCP { 16 } else { 6 }, !s);
+        // A computed zero is sent as ones in UDP, where zero means none.
+        let s = if proto == UDP && s == 0xffff { 0xffff } else { !s };
+        put_sum(&mut b, ip_len + if proto == TCP { 16 } else { 6 }, s);
         b
     }
 }

@@ -78,17 +78,23 @@ impl Session {
         self.age(now) < REJECT_AFTER_MS && !self.dead.load(Relaxed)
     }
 
+    /// Whether it may still encrypt: alive and with nonces left.
+    pub fn can_send(&self, now: u64) -> bool {
+        self.usable(now) && self.sent() < REJECT_AFTER_MESSAGES
+    }
+
     pub fn sent(&self) -> u64 {
         self.counter.load(Relaxed)
     }
 
     /// Reserves `n` consecutive nonces; `None` when the session has used up its messages.
     pub fn nonces(&self, n: u64) -> Option<u64> {
-        if self.counter.load(Relaxed) >= REJECT_AFTER_MESSAGES - n {
+        // The look before the add keeps refused calls from ever wrapping the counter.
+        if self.counter.load(Relaxed) > REJECT_AFTER_MESSAGES - n {
             return None;
         }
         let first = self.counter.fetch_add(n, Relaxed);
-        (first < REJECT_AFTER_MESSAGES - n).then_some(first)
+        (first <= REJECT_AFTER_MESSAGES - n).then_some(first)
     }
 
     #[cfg(test)]

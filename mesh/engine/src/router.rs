@@ -167,6 +167,30 @@ impl<V: Clone> Table<V> {
 }
 
 #[cfg(test)]
+impl<V> Table<V> {
+    /// Walks what differs from `old`: (subtrees shared with it, nodes made afresh).
+    pub fn sharing(&self, old: &Self) -> (usize, usize) {
+        fn walk<V>(a: &Link<V>, b: &Link<V>, n: &mut (usize, usize)) {
+            match (a, b) {
+                (Some(x), Some(y)) if Arc::ptr_eq(x, y) => n.0 += 1,
+                (Some(x), other) => {
+                    n.1 += 1;
+                    for i in 0..2 {
+                        walk(&x.child[i], other.as_ref().map_or(&None, |y| &y.child[i]), n);
+                    }
+                }
+                _ => {}
+            }
+        }
+        let mut n = (0, 0);
+        for i in 0..2 {
+            walk(&self.root[i], &old.root[i], &mut n);
+        }
+        n
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use std::collections::BTreeMap;

@@ -1,7 +1,7 @@
 //! TUN device: creation, offloads, one-superpacket reads and gathered writes.
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use crate::error::{EngineError, Result};
 use crate::offload::{Coalescer, Group, Span, VnetHdr, VNET_LEN};
@@ -13,6 +13,7 @@ const TUNSETIFF: libc::c_ulong = 0x4004_54ca;
 const TUNSETOFFLOAD: libc::c_ulong = 0x4004_54d0;
 const TUNSETVNETHDRSZ: libc::c_ulong = 0x4004_54d8;
 const TUNGETIFF: libc::c_ulong = 0x8004_54d2;
+const TUNGETDEVNETNS: libc::c_ulong = 0x54e3;
 const IFF_TUN: i16 = 0x0001;
 const IFF_MULTI_QUEUE: i16 = 0x0100;
 const IFF_NO_PI: i16 = 0x1000;
@@ -131,6 +132,14 @@ impl Queue {
         check(unsafe { libc::ioctl(self.fd.as_raw_fd(), TUNGETIFF as _, &raw mut req) })?;
         let end = req.name.iter().position(|b| *b == 0).unwrap_or(16);
         Ok(String::from_utf8_lossy(&req.name[..end]).into_owned())
+    }
+
+    /// The network namespace the interface is in now.
+    pub fn namespace(&self) -> io::Result<OwnedFd> {
+        // SAFETY: the call takes no argument and returns a new descriptor.
+        let fd = check(unsafe { libc::ioctl(self.fd.as_raw_fd(), TUNGETDEVNETNS as _, 0) })?;
+        // SAFETY: the descriptor was just returned to us.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
     /// Reads one packet into `buf` (READ_LEN bytes); it starts at VNET_LEN.

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering::Relaxed;
 use std::sync::Arc;
 
 use crate::crypto::TAG_LEN;
-use crate::device::Core;
+use crate::device::{Action, Core};
 use crate::noise::TYPE_DATA;
 use crate::offload::{outbound, Segmenter, VnetHdr};
 use crate::packet;
@@ -117,11 +117,11 @@ impl Tx {
             self.route = Some((inner.dst, peer.clone()));
         }
         let Some((_, peer)) = &self.route else { return };
-        let same = self.session.as_ref().is_some_and(|s| Arc::ptr_eq(&s.peer, peer) && s.usable(self.now));
+        let same = self.session.as_ref().is_some_and(|s| Arc::ptr_eq(&s.peer, peer) && s.can_send(self.now));
         if !same {
             let peer = peer.clone();
             self.flush(core, io);
-            self.session = peer.current.load_full().filter(|s| s.usable(self.now));
+            self.session = peer.current.load_full().filter(|s| s.can_send(self.now));
             if self.session.is_none() {
                 stage(core, &peer, if is_super { *vnet } else { VnetHdr::default() }, &buf[..len], self.now);
                 return;
@@ -226,7 +226,7 @@ impl Tx {
         now: u64,
     ) {
         self.begin(core, now);
-        self.session = peer.current.load_full().filter(|s| s.usable(now));
+        self.session = peer.current.load_full().filter(|s| s.can_send(now));
         if self.session.is_none() {
             if keepalive || !lock(&peer.staged).is_empty() {
                 core.want_handshake(peer, now);
@@ -247,12 +247,33 @@ impl Tx {
     }
 }
 
+/// Carries out what the core asked for.
+pub fn execute(core: &Core, actions: &mut Vec<Action>, tx: &mut Tx, io: &mut impl Transmit, now: u64) {
+    for a in actions.drain(..) {
+        match a {
+            Action::ToPeer(peer, m) => {
+                let Some(to) = peer.endpoint.load_full() else { continue };
+                let b = m.bytes();
+                if io.transmit(&to, b, b.len()) == Sent::SourceGone {
+                    peer.clear_source();
+                    io.transmit(&Endpoint { addr: to.addr, src: None }, b, b.len());
+                }
+                peer.tx_bytes.fetch_add(b.len() as u64, Relaxed);
+            }
+            Action::ToAddress(to, m) => {
+                io.transmit(&to, m.bytes(), m.bytes().len());
+            }
+            Action::Flush(peer, keepalive) => tx.release(core, io, &peer, keepalive, now),
+        }
+    }
+}
+
 fn stage(core: &Core, peer: &Arc<Peer>, vnet: VnetHdr, packet: &[u8], now: u64) {
     if peer.dead.load(Relaxed) {
         return;
     }
     lock(&peer.staged).push(vnet, packet);
-    if peer.current.load().as_ref().is_some_and(|s| s.usable(now)) {
+    if peer.current.load().as_ref().is_some_and(|s| s.can_send(now)) {
         // The session came up between the look and the push.
         core.queue.push(crate::events::Event::Flush(peer.clone()));
     } else {

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use zeroize::{Zeroize, Zeroizing};
 
 use crate::crypto::{Cipher, Key, SecretKey};
-use crate::device::{Control, Identity};
+use crate::device::{Control, Core, Identity};
 use crate::engine::Engine;
 use crate::peer::{lock, Endpoint, Peer};
 use crate::router::{Prefix, Table};
@@ -158,18 +158,11 @@ fn mark(s: &str) -> Result<u32, Errno> {
     }
 }
 
-/// Applies a checked change: what can fail (sockets, limits) first, the rest cannot.
+/// Applies a checked change: what can fail (limits, sockets) first, the rest cannot.
 pub fn apply(engine: &Engine, change: Change, now: u64) -> Result<(), Errno> {
     let errno = |e: io::Error| Errno(e.raw_os_error().unwrap_or(libc::EIO));
-    let mut c = lock(&engine.core.control);
-    let kept = if change.replace_peers { 0 } else { c.peers.len() };
-    let added = change
-        .peers
-        .iter()
-        .filter(|p| !p.remove && (change.replace_peers || !c.peers.contains_key(&p.public)));
-    if kept + added.count() > MAX_PEERS {
-        return Err(Errno(libc::ENOSPC));
-    }
+    let _one = lock(&engine.configuring);
+    admissible(&engine.core, &change)?;
     let old_mark = engine.mark.load(Relaxed);
     if let Some(m) = change.mark {
         engine.set_mark(m).map_err(errno)?;
@@ -179,7 +172,25 @@ pub fn apply(engine: &Engine, change: Change, now: u64) -> Result<(), Errno> {
         let _ = engine.set_mark(old_mark);
         return Err(errno(e));
     }
-    let mut routes = Table::clone(&engine.core.routes.load());
+    configure(&engine.core, change, now);
+    Ok(())
+}
+
+/// Refuses a change that would exceed the limits.
+pub fn admissible(core: &Core, change: &Change) -> Result<(), Errno> {
+    let c = lock(&core.control);
+    let kept = if change.replace_peers { 0 } else { c.peers.len() };
+    let fresh = |p: &&PeerChange| !p.remove && (change.replace_peers || !c.peers.contains_key(&p.public));
+    if kept + change.peers.iter().filter(fresh).count() > MAX_PEERS {
+        return Err(Errno(libc::ENOSPC));
+    }
+    Ok(())
+}
+
+/// Changes keys, peers and routes: all packets see either the old or the new configuration.
+pub fn configure(core: &Core, change: Change, now: u64) {
+    let mut c = lock(&core.control);
+    let mut routes = Table::clone(&core.routes.load());
     let mut gone: Vec<Arc<Peer>> = Vec::new();
     let mut reset: Vec<Arc<Peer>> = Vec::new();
     if let Some(private) = change.private {
@@ -194,22 +205,21 @@ pub fn apply(engine: &Engine, change: Change, now: u64) -> Result<(), Errno> {
         apply_peer(&mut c, p, &mut routes, &mut gone, &mut reset, &mut started);
     }
     // From here on every packet is judged by the new configuration.
-    engine.core.routes.store(Arc::new(routes));
+    core.routes.store(Arc::new(routes));
     for p in &gone {
-        engine.core.retire(p);
+        core.retire(p);
     }
     for p in &reset {
-        engine.core.forget_sessions(p);
+        core.forget_sessions(p);
     }
     drop(c);
     for p in started {
         if let Some(at) = p.timers.traversal(now) {
             // Due at once: the first keepalive brings the tunnel up.
             p.timers.persistent_at.store(now, Relaxed);
-            engine.core.arm_timer(&p, at.min(now));
+            core.arm_timer(&p, at.min(now));
         }
     }
-    Ok(())
 }
 
 fn set_private(
@@ -327,21 +337,24 @@ fn put_hex(out: &mut String, name: &str, bytes: &[u8]) {
 /// Flush the report to the client whenever it is this long.
 const CHUNK: usize = 64 * 1024;
 
-/// Writes the configuration, in chunks, holding the control lock only to list the peers.
+/// Writes the configuration of a running engine.
 pub fn report(engine: &Engine, out: &mut impl Write) -> io::Result<()> {
+    report_core(&engine.core, engine.port.load(Relaxed), engine.mark.load(Relaxed), out)
+}
+
+/// Writes the configuration, in chunks, holding the control lock only to list the peers.
+pub fn report_core(core: &Core, port: u16, mark: u32, out: &mut impl Write) -> io::Result<()> {
     let mut s = Zeroizing::new(String::with_capacity(CHUNK + 4096));
     let peers: Vec<Arc<Peer>> = {
-        let c = lock(&engine.core.control);
+        let c = lock(&core.control);
         if let Some(i) = &c.identity {
             put_hex(&mut s, "private_key", i.secret.expose());
         }
         c.peers.values().cloned().collect()
     };
-    let port = engine.port.load(Relaxed);
     if port != 0 {
         let _ = writeln!(s, "listen_port={port}");
     }
-    let mark = engine.mark.load(Relaxed);
     if mark != 0 {
         let _ = writeln!(s, "fwmark={mark}");
     }

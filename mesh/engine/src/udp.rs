@@ -238,6 +238,53 @@ fn bind_round(workers: usize, port: u16, mark: u32, opt: UdpOptions) -> io::Resu
     Ok((all, chosen))
 }
 
+/// Sends and receives a pattern over loopback with the offloads asked for and turns off what
+/// damages it. Where loopback is down nothing can be learnt and nothing is turned off.
+pub fn self_test(wanted: UdpOptions) -> UdpOptions {
+    let tries = [wanted, UdpOptions { gro: false, ..wanted }, UdpOptions { gso: false, ..wanted }];
+    for opt in tries {
+        match loopback_pattern(opt) {
+            Ok(true) => return opt,
+            Ok(false) => {}
+            Err(_) => return wanted,
+        }
+    }
+    UdpOptions { gso: false, gro: false }
+}
+
+/// Whether three datagrams sent at once come back whole and in order.
+fn loopback_pattern(opt: UdpOptions) -> io::Result<bool> {
+    const SEGMENT: usize = 1200;
+    let (a, b) = (Socket::bind(false, 0, false, 0, opt)?, Socket::bind(false, 0, false, 0, opt)?);
+    let to = Endpoint { addr: (Ipv4Addr::LOCALHOST, b.port()?).into(), src: None };
+    let data: Vec<u8> =
+        (0..2 * SEGMENT as u32 + 700).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    if opt.gso {
+        a.send_once(&to, &data, SEGMENT)?;
+    } else {
+        for part in data.chunks(SEGMENT) {
+            a.send_once(&to, part, SEGMENT)?;
+        }
+    }
+    let mut r = Receiver::default();
+    let mut got = Vec::new();
+    let mut wait = libc::pollfd { fd: b.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    while got.len() < data.len() {
+        // SAFETY: one live pollfd.
+        if unsafe { libc::poll(&mut wait, 1, 100) } <= 0 {
+            return Ok(false);
+        }
+        r.receive(&b, BATCH);
+        for m in &r.received {
+            if m.len > SEGMENT && m.segment != SEGMENT {
+                return Ok(false);
+            }
+            got.extend_from_slice(r.bufs.bytes(Span { buf: m.buf, off: 0, len: m.len }));
+        }
+    }
+    Ok(got == data)
+}
+
 fn optional(r: io::Result<Socket>) -> io::Result<Option<Socket>> {
     match r {
         Ok(s) => Ok(Some(s)),
