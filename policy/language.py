@@ -48,7 +48,7 @@ TOP: Final = frozenset({
     "meshpolicy", "scope", "owners", "review", "labels", "groups", "services", "guardrails", "segments", "grants",
     "offers", "accepts", "idle", "tests",
 })  # fmt: skip
-_RULE: Final = frozenset({"id", "from", "to", "on", "why", "when", "mode", "max_rate"})
+RULE_KEYS: Final = frozenset({"id", "from", "to", "on", "why", "when", "mode", "max_rate"})
 _LATER: Final = "remove it; it will be accepted once it is enforced"
 
 
@@ -239,7 +239,7 @@ class _Loader:
                 hint="write - deny: {id: ..., from: ..., to: ...}",
             )
         kind, body = next(iter(outer.items()))
-        fields = body.mapping(f"a guardrail {kind}", _RULE, {"from", "to"})
+        fields = body.mapping(f"a guardrail {kind}", RULE_KEYS, {"from", "to"})
         label = fields.get("id") or fields.get("why")
         if label is None or not _is_id(label):
             raise (label or body).bad(
@@ -272,7 +272,7 @@ class _Loader:
         for kind in ("allow", "deny"):
             nodes = fields[kind].sequence(kind) if kind in fields and not fields[kind].null else []
             for one in nodes:
-                body = one.mapping(f"a rule of {name}", _RULE, {"id", "from", "to", "on"})
+                body = one.mapping(f"a rule of {name}", RULE_KEYS, {"id", "from", "to", "on"})
                 rules.append(self._rule(scope, one, body, Action(kind), body["id"]))
         if "alert" in fields:
             self._alert(fields["alert"])
@@ -320,7 +320,7 @@ class _Loader:
         return Budget(fields["rules"].integer("rules", 1, 1_000_000) if "rules" in fields else None, ratio)
 
     def _grant(self, scope: str, node: Node) -> None:
-        known = (_RULE - {"when", "mode"}) | {"not_before", "not_after", "until", "approved_by"}
+        known = (RULE_KEYS - {"when", "mode"}) | {"not_before", "not_after", "until", "approved_by"}
         fields = node.mapping("a grant", known, {"id", "from", "to", "on"})
         if "not_after" not in fields and "until" not in fields:
             raise node.bad(

@@ -78,7 +78,7 @@ def _wrong(test: FlowTest, program: Program, src: Subject, dst: Subject) -> str 
     if off:
         proto, port = next(_samples(off))
         decision = evaluate(program, src, dst, proto, port)
-        return f"{pair} {show_flow(proto, port)} is {'denied' if test.expect == 'allow' else 'allowed'}: {decision.reason}"
+        return f"{pair} {show_flow(proto, port)}: {decision.reason}"
     if test.by:
         for proto, port in _samples(test.ports):
             decision = evaluate(program, src, dst, proto, port)

@@ -1,0 +1,437 @@
+"""`retinue policy`: check, test, explain and question policy files, offline.
+
+Exit status: 0 yes, 1 the answer is no (a test failed, a lint found an error, formatting differs), 2 bad input.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from identity import cliout
+from identity.cliout import Output
+from identity.errors import BadInput, NotFound
+
+if TYPE_CHECKING:
+    from policy.compile import Inactive
+    from policy.model import Policy
+    from policy.program import Program, Subject
+    from policy.questions import Difference, Row
+
+app = typer.Typer(
+    no_args_is_help=True, help="Check, test, explain and question policy files.", add_completion=False
+)
+
+Policies = Annotated[
+    list[Path], typer.Option("--policy", "-p", help="Policy file, or folder of .yaml files; may be repeated.")
+]
+Inventory = Annotated[
+    Path, typer.Option("--inventory", "-i", help="Inventory file: the workloads and their labels.")
+]
+MaybeInventory = Annotated[
+    Path | None, typer.Option("--inventory", "-i", help="Inventory file: the workloads and their labels.")
+]
+Format = Annotated[Output, typer.Option("--output", "-o", help="How to print the result.")]
+At = Annotated[
+    str | None,
+    typer.Option("--at", help="Judge as of this instant, such as 2031-02-11T18:00Z (default: now)."),
+]
+
+
+@dataclass(slots=True)
+class Loaded:
+    """A policy read from files: ours with all its parts, or an imported one with its program only."""
+
+    program: Program
+    policy: Policy | None = None
+    asleep: tuple[Inactive, ...] = ()
+    now: int = 0
+    files: list[str] = field(default_factory=list)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise NotFound("file.missing", f"there is no file {path}") from None
+    except UnicodeDecodeError:
+        raise BadInput("file.encoding", f"{path} is not UTF-8 text") from None
+    except OSError as error:
+        raise BadInput("file.read", f"cannot read {path}: {error.strerror}") from None
+
+
+def _files(paths: list[Path]) -> list[tuple[str, str]]:
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix in {".yaml", ".yml"})
+            if not inside:
+                raise NotFound("file.missing", f"the folder {path} holds no .yaml file")
+            found += inside
+        else:
+            found.append(path)
+    return [(str(path), _text(path)) for path in dict.fromkeys(found)]
+
+
+def _now(at: str | None) -> int:
+    import time
+
+    from policy.windows import parse_instant
+
+    return int(time.time()) if at is None else parse_instant(at)
+
+
+def _load(paths: list[Path], at: str | None = None) -> Loaded:
+    from policy.compile import compile_policy, inactive
+    from policy.imported import KEY, load_imported
+    from policy.language import load
+
+    files, now = _files(paths), _now(at)
+    foreign = [name for name, text in files if re.search(rf'^["\']?{KEY}["\']?\s*:', text, re.MULTILINE)]
+    if foreign:
+        if len(files) > 1:
+            raise BadInput(
+                "policy.mixed",
+                f"{foreign[0]} is an imported policy; it stands alone",
+                hint="give that one file only",
+            )
+        return Loaded(load_imported(*files[0]).program, now=now, files=foreign)
+    policy = load(files)
+    return Loaded(
+        compile_policy(policy, now), policy, inactive(policy, now), now, [name for name, _ in files]
+    )
+
+
+def _own(loaded: Loaded) -> Policy:
+    if loaded.policy is None:
+        raise BadInput("policy.imported", f"{loaded.files[0]} is an imported policy: it has no tests or lints of its own",
+                       hint="ask it with matrix, explain, who-can-reach, blast-radius, what-if or diff")  # fmt: skip
+    return loaded.policy
+
+
+def _subjects(path: Path | None) -> tuple[Subject, ...]:
+    from policy.inventory import load_inventory
+
+    return () if path is None else load_inventory(str(path), _text(path))
+
+
+def _find(subjects: tuple[Subject, ...], name: str) -> Subject:
+    from policy.document import nearest
+
+    for one in subjects:
+        if one.name == name or (one.spiffe_id and one.spiffe_id == name):
+            return one
+    raise NotFound(
+        "policy.subject",
+        f"the inventory has no workload {ascii(name)[:80]}",
+        hint=nearest(name, [s.name for s in subjects]),
+    )
+
+
+def _flow(text: str) -> tuple[int, int | None]:
+    """``tcp/443``, ``443`` (tcp), ``udp``, ``icmp`` -> (protocol, port). Raises BadInput."""
+    from policy.ports import mask, proto_number
+
+    proto, slash, port = text.partition("/") if not text.isdigit() else ("tcp", "/", text)
+    number = proto_number(proto)
+    if slash and not (port.isascii() and port.isdigit()):
+        raise BadInput("port.form", f"not a port: {ascii(port)[:40]}", hint="write tcp/443, 443 or icmp")
+    if slash:
+        mask(int(port), int(port))
+    return number, int(port) if slash else None
+
+
+@app.command()
+def check(policy: Policies, output: Format = Output.TABLE) -> None:
+    """Read the files and say whether they are a valid policy, and which."""
+    loaded = _load(policy)
+    own = loaded.policy
+    data: dict[str, Any] = {"valid": True, "digest": loaded.program.digest, "files": loaded.files,
+                            "rules": sum(len(t.rules) for t in loaded.program.tiers)}  # fmt: skip
+    if own is not None:
+        data |= {
+            "segments": len(own.segments),
+            "groups": len(own.groups),
+            "tests": len(own.tests),
+            "not_in_force": len(loaded.asleep),
+        }
+    cliout.emit(data, output, columns=("what", "value"), rows=[(k, _word(v)) for k, v in data.items()])
+
+
+def _word(value: Any) -> str:
+    return (
+        ", ".join(value)
+        if isinstance(value, list)
+        else str(value).lower()
+        if isinstance(value, bool)
+        else str(value)
+    )
+
+
+@app.command("test")
+def run_file_tests(
+    policy: Policies, inventory: MaybeInventory = None, at: At = None, output: Format = Output.TABLE
+) -> None:
+    """Run the tests that the policy files hold."""
+    from policy.test import run_tests
+
+    loaded = _load(policy, at)
+    results = run_tests(_own(loaded), loaded.program, _subjects(inventory))
+    data = [
+        {
+            "passed": r.passed,
+            "where": str(r.where),
+            "message": r.message,
+            "covers": r.covers,
+            "stand_in": r.stand_in,
+        }
+        for r in results
+    ]
+    rows = [
+        ("pass" if r.passed else "FAIL", str(r.where), r.message + (" (stand-ins)" if r.stand_in else ""))
+        for r in results
+    ]
+    cliout.emit(data, output, columns=("result", "where", "test"), rows=rows)
+    failed = sum(not r.passed for r in results)
+    cliout.note(f"{len(results) - failed} passed, {failed} failed")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def explain(
+    src: str,
+    dst: str,
+    flow: Annotated[str, typer.Argument(help="tcp/443, 443 or icmp")],
+    policy: Policies,
+    inventory: Inventory,
+    at: At = None,
+    output: Format = Output.TABLE,
+) -> None:
+    """Say why SRC may or may not send to DST: the deciding rule, near misses, the smallest change."""
+    from policy.explain import explain as explain_flow
+    from policy.explain import to_json
+
+    loaded, subjects = _load(policy, at), _subjects(inventory)
+    proto, port = _flow(flow)
+    found = explain_flow(
+        loaded.program, _find(subjects, src), _find(subjects, dst), proto, port, asleep=loaded.asleep
+    )
+
+    def human() -> None:
+        print(f"{found.decision.verdict}: {cliout.clean(found.decision.reason)}")
+        for miss in found.near_misses:
+            print(
+                f"near miss: rule {cliout.clean(miss.rule.id)} ({miss.rule.where}): {cliout.clean(miss.failed)}"
+            )
+        if found.smallest_change is not None:
+            print(f"smallest change: {cliout.clean(found.smallest_change)}")
+            for line in found.smallest_change.snippet.splitlines():
+                print(f"    {cliout.clean(line)}")
+        print(f"policy: {found.decision.digest[:16]}")
+
+    cliout.emit(to_json(found), output, human=human)
+
+
+def _print_rows(rows: list[Row], output: Output) -> None:
+    from policy.questions import rows_json
+
+    cells = [(r.src + _net(r.src_net), r.dst + _net(r.dst_net), r.ports) for r in rows]
+    cliout.emit(rows_json(rows), output, columns=("from", "to", "ports"), rows=cells)
+
+
+def _net(text: str) -> str:
+    return f" [{text}]" if text else ""
+
+
+@app.command()
+def matrix(policy: Policies, inventory: Inventory, at: At = None, output: Format = Output.TABLE) -> None:
+    """List everything that is allowed between the workloads of the inventory."""
+    from policy.questions import matrix as all_rows
+
+    _print_rows(all_rows(_load(policy, at).program, _subjects(inventory)), output)
+
+
+@app.command("who-can-reach")
+def who_can_reach(
+    dst: str,
+    policy: Policies,
+    inventory: Inventory,
+    flow: Annotated[str | None, typer.Option("--on", help="Only on tcp/443, 443, icmp ...")] = None,
+    at: At = None,
+    output: Format = Output.TABLE,
+) -> None:
+    """List who may send to DST directly."""
+    from policy.questions import who_can_reach as sources
+
+    subjects = _subjects(inventory)
+    proto, port = _flow(flow) if flow is not None else (None, None)
+    _print_rows(sources(_load(policy, at).program, subjects, _find(subjects, dst), proto, port), output)
+
+
+@app.command("blast-radius")
+def blast_radius(
+    name: str,
+    policy: Policies,
+    inventory: Inventory,
+    depth: Annotated[int | None, typer.Option(min=1, help="At most so many steps.")] = None,
+    at: At = None,
+    output: Format = Output.TABLE,
+) -> None:
+    """List all that whoever holds NAME could reach, step by step."""
+    from policy.questions import blast_radius as reached
+
+    subjects = _subjects(inventory)
+    found = reached(_load(policy, at).program, subjects, _find(subjects, name).name, depth)
+    data = [{"name": r.name, "hops": r.hops, "chain": list(r.chain)} for r in found]
+    cliout.emit(
+        data,
+        output,
+        columns=("name", "hops", "by way of"),
+        rows=[(r.name, r.hops, " -> ".join(r.chain)) for r in found],
+    )
+
+
+def _print_differences(found: list[Difference], output: Output) -> None:
+    data = [{"kind": d.kind, "src": d.src, "dst": d.dst, "ports": str(d.ports)} for d in found]
+    cliout.emit(data, output, columns=("", "from", "to", "ports"),
+                rows=[("+" if d.kind == "gains" else "-", d.src, d.dst, d.ports) for d in found])  # fmt: skip
+
+
+@app.command("what-if")
+def what_if(
+    name: str,
+    labels: Annotated[list[str], typer.Argument(help="key=value to set, key= to take away")],
+    policy: Policies,
+    inventory: Inventory,
+    at: At = None,
+    output: Format = Output.TABLE,
+) -> None:
+    """Show what would change if the workload NAME had these labels; a new NAME is a new workload."""
+    from policy.questions import what_if as changed
+
+    wanted: dict[str, str | None] = {}
+    for word in labels:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise BadInput(
+                "label.form",
+                f"not key=value: {ascii(word)[:60]}",
+                hint="write role=web, or role= to take it away",
+            )
+        wanted[key] = value or None
+    _print_differences(changed(_load(policy, at).program, _subjects(inventory), name, wanted), output)
+
+
+@app.command()
+def diff(
+    policy: Policies,
+    against: Annotated[
+        list[Path], typer.Option("--against", "-a", help="The policy files as they were before.")
+    ],
+    inventory: Inventory,
+    at: At = None,
+    output: Format = Output.TABLE,
+) -> None:
+    """Show what the policy gives and takes compared with another one, pair by pair."""
+    from policy.questions import difference
+
+    before, after = _load(against, at), _load(policy, at)
+    _print_differences(difference(before.program, after.program, _subjects(inventory)), output)
+
+
+@app.command()
+def lint(
+    policy: Policies,
+    inventory: MaybeInventory = None,
+    at: At = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Warnings fail too.")] = False,
+    output: Format = Output.TABLE,
+) -> None:
+    """Find what is allowed to be written but probably not meant."""
+    from policy.lint import lint as findings
+
+    loaded = _load(policy, at)
+    found = findings(_own(loaded), _subjects(inventory), loaded.now)
+    data = [
+        {
+            "code": f.code,
+            "severity": f.severity,
+            "where": str(f.where) if f.where else None,
+            "message": f.message,
+            "fix": f.fix,
+        }
+        for f in found
+    ]
+    rows = [(f.code, f.severity, f.where, f.message, f.fix) for f in found]
+    cliout.emit(data, output, columns=("code", "severity", "where", "finding", "fix"), rows=rows)
+    if any(f.severity == "error" or (strict and f.severity == "warning") for f in found):
+        raise typer.Exit(1)
+
+
+@app.command()
+def fmt(
+    files: Annotated[list[Path], typer.Argument(help="Policy files.")],
+    write: Annotated[bool, typer.Option("--write", "-w", help="Change the files in place.")] = False,
+) -> None:
+    """Even out the spacing of policy files; comments, order and line breaks stay. Without --write: say which would change."""
+    from policy.format import fmt as tidy
+
+    changed = []
+    for path in files:
+        text = _raw(path)
+        tidied = tidy(str(path), text)
+        if tidied != text:
+            changed.append(path)
+            if write:
+                _replace(path, tidied)
+            print(path)
+    if changed and not write:
+        raise typer.Exit(1)
+
+
+def _raw(path: Path) -> str:
+    _text(path)
+    return path.read_bytes().decode("utf-8")
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_bytes(text.encode("utf-8"))
+        part.chmod(path.stat().st_mode & 0o7777)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise BadInput("file.write", f"cannot write {path}: {error.strerror}") from None
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of policy files, for editors."""
+    from policy.schema import schema as json_schema
+
+    cliout.emit(json_schema(), Output.JSON)
+
+
+@app.command("import")
+def import_(
+    kind: Annotated[str, typer.Argument(help="tailscale, kubernetes or nsx")],
+    path: Path,
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for policy.yaml, inventory.yaml and report.json.")
+    ],
+    output: Format = Output.TABLE,
+) -> None:
+    """Translate a foreign configuration; what could not be carried over is in the report."""
+    from mesh.cli_import import import_policy
+
+    summary = import_policy(kind, path, out)
+    rules = summary.get("rules", {})
+    rows = [("rules read", rules.get("in")), ("rules written", rules.get("out")), ("subjects", summary.get("subjects")),
+            ("not translated", len(summary.get("untranslated", ())))]  # fmt: skip
+    cliout.emit(summary, output, columns=("what", "count"), rows=rows)

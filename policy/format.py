@@ -1,0 +1,116 @@
+"""`retinue policy fmt`: even spacing, nothing else. Comments, order, quoting and line breaks stay as they were written.
+
+It only changes spaces between tokens on one line, spaces at line ends, blank lines in a row and the end of the file, and
+it proves the result: the formatted text reads as the same document with the same comments, or it is not returned.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Final
+
+import yaml
+
+from identity.errors import Bug
+from policy.document import Node, parse
+
+_OPEN: Final = (yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken)
+_CLOSE: Final = (yaml.FlowMappingEndToken, yaml.FlowSequenceEndToken)
+_BLANKS: Final = re.compile(r" *")
+
+
+def fmt(file: str, text: str) -> str:
+    """The text in even spacing. Raises BadPolicy for what is not one plain YAML document."""
+    before = parse(file, text)
+    text = text.replace("\r\n", "\n").removeprefix("\ufeff")
+    out = _tidy_lines(_space_tokens(text))
+    if not same(parse(file, out), before) or _comments(out) != _comments(text):
+        raise Bug(
+            "policy.fmt",
+            "formatting would have changed the meaning of the file",
+            hint="leave the file as it is and report it",
+        )
+    return out
+
+
+def same(one: Node, other: Node) -> bool:
+    """Do two trees say the same, positions aside?"""
+    if (one.kind, one.text, one.null) != (other.kind, other.text, other.null):
+        return False
+    if len(one.items) != len(other.items) or list(one.entries) != list(other.entries):
+        return False
+    pairs = list(zip(one.items, other.items, strict=True))
+    pairs += [(one.entries[key][1], other.entries[key][1]) for key in one.entries]
+    return all(same(a, b) for a, b in pairs)
+
+
+def _tokens(text: str) -> list[Any]:
+    loader: Any = yaml.SafeLoader(text)  # the pure one: its marks are exact character offsets
+    out = []
+    try:
+        while loader.check_token():
+            out.append(loader.get_token())
+    finally:
+        loader.dispose()
+    return [t for t in out if t.end_mark.index > t.start_mark.index]
+
+
+def _space_tokens(text: str) -> str:
+    """One space after ``-``, and in brackets after ``:`` and ``,``, where only spaces stand between two tokens."""
+    tokens = _tokens(text)
+    out, at, depth = [], 0, 0
+    for one, two in zip(tokens, tokens[1:], strict=False):
+        depth += isinstance(one, _OPEN) - isinstance(one, _CLOSE)
+        start, end = one.end_mark.index, two.start_mark.index
+        if start < at or not _BLANKS.fullmatch(text, start, end):
+            continue
+        space = _space(one, two, flow=depth > 0)
+        if space is not None:
+            out += [text[at:start], space]
+            at = end
+    return "".join(out) + text[at:]
+
+
+def _space(one: Any, two: Any, *, flow: bool) -> str | None:
+    """What belongs between two tokens of a line; None: leave it. Outside brackets people align columns, so that stays."""
+    if isinstance(one, yaml.BlockEntryToken):
+        return " "
+    if not flow:
+        return None
+    if isinstance(one, _OPEN) or isinstance(two, (*_CLOSE, yaml.FlowEntryToken)):
+        return ""
+    if isinstance(one, yaml.FlowEntryToken | yaml.ValueToken):
+        return " "
+    return "" if isinstance(two, yaml.ValueToken) and isinstance(one, yaml.ScalarToken) else None
+
+
+def _tidy_lines(text: str) -> str:
+    """No spaces at line ends, at most one blank line in a row, one line end at the end; texts over several lines excepted."""
+    inside: set[int] = set()
+    for token in _tokens(text):
+        if isinstance(token, yaml.ScalarToken):
+            inside.update(range(token.start_mark.line, token.end_mark.line))
+    out: list[str] = []
+    blank = True
+    for number, line in enumerate(text.split("\n")):
+        kept = line if number in inside else line.rstrip(" \t")
+        if not kept and blank and number not in inside:
+            continue
+        blank = not kept
+        out.append(kept)
+    while out and not out[-1]:
+        out.pop()
+    return "\n".join(out) + "\n"
+
+
+def _comments(text: str) -> list[str]:
+    """The comments of a file, in order."""
+    tokens = _tokens(text)
+    out, at = [], 0
+    for start, end in [*((t.start_mark.index, t.end_mark.index) for t in tokens), (len(text), len(text))]:
+        for line in text[at:start].split("\n"):
+            _, hash_mark, words = line.partition("#")
+            if hash_mark:
+                out.append(words.rstrip())
+        at = max(at, end)
+    return out
