@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.utils import CryptographyDeprecationWarning
 from cryptography.x509.oid import ExtendedKeyUsageOID, ExtensionOID, NameOID
 from cryptography.x509.verification import (
     Criticality,
@@ -79,7 +80,7 @@ SIGNER: Final = Profile("signer", SIGNER_LIFETIME, tls=False, kinds=("cp",))
 # What the library raises for a certificate or request that cannot be read; fields are parsed when asked for.
 _UNREADABLE: Final = (
     ValueError, TypeError, OverflowError, UnsupportedAlgorithm, InvalidSignature, x509.InvalidVersion,
-    x509.DuplicateExtension, x509.UnsupportedGeneralNameType,
+    x509.DuplicateExtension, x509.UnsupportedGeneralNameType, CryptographyDeprecationWarning,
 )  # fmt: skip
 
 _TLS_USAGES: Final = frozenset({ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH})
@@ -443,8 +444,14 @@ def _check_readable(cert: x509.Certificate) -> None:
     try:
         extensions = list(cert.extensions)
         _ = (list(cert.subject), list(cert.issuer), cert.not_valid_before_utc, cert.not_valid_after_utc)
+        serial = cert.serial_number
     except _UNREADABLE:
         raise NotVerified("cert.syntax", "a field of a certificate cannot be read") from None
+    if cert.public_bytes(Encoding.DER)[-len(cert.signature) - 1] != 0:
+        # The signature's BIT STRING may not claim unused bits: the library ignores the claim.
+        raise NotVerified("cert.syntax", "the signature of a certificate is not of whole bytes")
+    if serial <= 0:
+        raise NotVerified("cert.serial", "the serial number of a certificate is not positive")
     for extension in extensions:
         if isinstance(extension.value, x509.NameConstraints):
             raise NotVerified("cert.name_constraints", "name constraints are not supported")

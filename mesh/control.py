@@ -326,6 +326,8 @@ async def _lines(response: aiohttp.ClientResponse, url: str, idle: float, limit:
             try:
                 async with asyncio.timeout(idle):
                     chunk = await response.content.readany()
+            except RuntimeError:  # how aiohttp says that its own side closed the connection meanwhile
+                raise Unreachable("feed.closed", f"the connection to {url} was closed") from None
             except TimeoutError:
                 raise TimedOut("feed.silent", f"nothing came from {url} for {idle:g} s") from None
         if not chunk:

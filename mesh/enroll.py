@@ -233,18 +233,20 @@ def check_underlay(hints: Sequence[str]) -> list[str]:
     out = []
     for hint in hints:
         host, _, port = hint.rpartition(":")
+        bracketed = host.startswith("[") and host.endswith("]")
         try:
-            address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
-            wanted = f"[{address}]" if address.version == 6 else f"{address}"
+            address = ipaddress.ip_address(host[1:-1] if bracketed else host)
             number = int(port) if port.isascii() and port.isdigit() else 0
-            if not 0 < number < 65536 or (host.startswith("[") != (address.version == 6)) or address.is_unspecified:
+            if not 0 < number < 65536 or bracketed != (address.version == 6) or "%" in host:
+                raise ValueError(hint)
+            if address.is_unspecified or address.is_multicast:
                 raise ValueError(hint)
         except ValueError:
             raise BadInput(
                 "underlay.form", f"not an underlay address: {ascii(hint)[:80]}",
                 hint="write 192.0.2.1:51820 or [2001:db8::1]:51820",
             ) from None  # fmt: skip
-        out.append(f"{wanted}:{number}")
+        out.append(f"[{address}]:{number}" if bracketed else f"{address}:{number}")
     return out
 
 
@@ -351,7 +353,10 @@ def _check_seal(about: EndpointFile, key: Ed25519PrivateKey, state_dir: Path) ->
 
 
 def _load_keys(directory: Path) -> _Keys:
-    tls, tunnel, enroll_key = (load_private(directory / name) for name in KEY_FILES)
+    try:
+        tls, tunnel, enroll_key = (load_private(directory / name) for name in KEY_FILES)
+    except BadState as e:
+        raise BadState(e.code, e.message, hint=e.hint or _AGAIN) from None
     if not (
         isinstance(tls, ec.EllipticCurvePrivateKey)
         and isinstance(tunnel, X25519PrivateKey)
