@@ -36,6 +36,7 @@ class TokenCreate(Message):
 
     host: str | None = Field(default=None, max_length=63)
     workload: str | None = Field(default=None, max_length=255)  # sidecar of this workload
+    replace: bool = False  # the host may be enrolled already; enrolling again then replaces its keys
     ttl: int = Field(default=600, ge=1, le=86400)  # seconds
 
 
@@ -77,6 +78,7 @@ class WorkloadAdd(Message):
     host: str | None = Field(default=None, max_length=63)
     labels: dict[str, str] = {}
     fence: Literal["available", "strict"] = "available"
+    replica: bool = False  # another instance of an identity that exists; its labels and fence are taken over
 
 
 class WorkloadRef(Message):
@@ -90,6 +92,7 @@ class WorkloadMove(Message):
     to: str = Field(max_length=63)
     wait: float = Field(default=5.0, ge=0, le=300)  # seconds for each phase
     force: bool = False  # commit even when the new holder did not report ready
+    dry_run: bool = False  # check it and say who would be told
 
 
 class Workload(Message):
@@ -117,6 +120,7 @@ class MoveReply(Message):
     committed_ms: float
     released_ms: float | None
     waiting_for: list[str] = []  # endpoints that had not reported when the wait was over
+    applied: bool = True  # False for a dry run; `waiting_for` then names whom it would wait for
 
 
 class PolicyFileIn(Message):

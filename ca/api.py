@@ -1,0 +1,185 @@
+"""The endpoints' API: HTTPS, TLS 1.3 only, a client certificate on every route but the two of enrolment.
+
+OpenSSL checks a presented chain against the root; `Plane.caller` checks it again by our own rules on every request,
+and that endpoint, certificate and placement are in force.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import structlog
+from aiohttp import web
+
+from ca.http import Buckets, Handler, body, errors, number, reply, text
+from ca.rows import EndpointRow
+from ca.service import Service, Stream
+from identity.errors import Refused, RetinueError
+from identity.wire.enroll import (
+    ChallengeRequest,
+    EnrollRequest,
+    RenewRequest,
+    SidecarTokenRequest,
+    SvidRequest,
+    UnderlayUpdate,
+)
+from identity.wire.feed import Report
+
+log = structlog.get_logger("retinue.ca.api")
+
+MAX_BODY: Final = 512 * 1024  # a report of some thousand instances; everything else is far smaller
+WRITE_S: Final = 30.0  # a stream that takes nothing for this long is closed
+ENROLL_RATE, ENROLL_BURST = 20.0, 200.0  # requests a second and at once, one client address
+
+SERVICE = web.AppKey("service", Service)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Requests a second, and how many at once, that one client address may make to enrol."""
+
+    rate: float = ENROLL_RATE
+    burst: float = ENROLL_BURST
+
+
+def make_app(service: Service, server_leaf: Callable[[], bytes], limits: Limits | None = None) -> web.Application:
+    """`server_leaf` gives the DER certificate the server shows now: enrolment proofs are bound to it."""
+    chosen = limits or Limits()
+    api = _Api(service, server_leaf, Buckets(chosen.rate, chosen.burst))
+    app = web.Application(middlewares=[errors], client_max_size=MAX_BODY)
+    app.add_routes([
+        web.post("/v1/enroll/challenge", api.challenge),
+        web.post("/v1/enroll", api.enroll),
+        web.post("/v1/renew", api.member(api.renew)),
+        web.post("/v1/svid", api.member(api.svid)),
+        web.post("/v1/sidecar-token", api.member(api.sidecar_token)),
+        web.post("/v1/underlay", api.member(api.underlay)),
+        web.post("/v1/report", api.member(api.report)),
+        web.get("/v1/explain", api.member(api.explain)),
+        web.get("/v1/feed", api.feed),
+    ])  # fmt: skip
+    return app
+
+
+def peer_chain(request: web.Request) -> list[bytes]:
+    """DER of the certificates the client presented, leaf first; empty when none."""
+    tls = request.transport.get_extra_info("ssl_object") if request.transport else None
+    if tls is None:
+        return []
+    public = getattr(tls, "get_unverified_chain", None)  # Python 3.13
+    if public is not None:
+        return list(public())
+    sent: Any = tls._sslobj.get_unverified_chain() or ()
+    return [ssl.PEM_cert_to_DER_cert(cert.public_bytes()) for cert in sent]
+
+
+class _Api:
+    def __init__(self, service: Service, server_leaf: Callable[[], bytes], buckets: Buckets) -> None:
+        self._service = service
+        self._plane = service.plane
+        self._leaf = server_leaf
+        self._buckets = buckets
+
+    # ---- without a certificate
+
+    async def challenge(self, request: web.Request) -> web.Response:
+        self._buckets.take(request.remote or "")
+        asked = await body(request, ChallengeRequest)
+        leaf = self._leaf()
+        return reply(await self._service.read(lambda: self._plane.challenge(asked.token_id, leaf)))
+
+    async def enroll(self, request: web.Request) -> web.Response:
+        self._buckets.take(request.remote or "")
+        asked = await body(request, EnrollRequest)
+        done = await self._service.enroll(asked)
+        log.info("enrolled", endpoint=done.endpoint, kind=done.kind, remote=request.remote)
+        return reply(done)
+
+    # ---- with one
+
+    def member(self, handler: Callable[[web.Request, EndpointRow], Awaitable[web.Response]]) -> Handler:
+        async def checked(request: web.Request) -> web.StreamResponse:
+            caller, _ = await self._caller(request)
+            return await handler(request, caller)
+
+        return checked
+
+    async def _caller(self, request: web.Request) -> tuple[EndpointRow, int]:
+        chain = peer_chain(request)
+        if not chain:
+            raise Refused("caller.anonymous", "this needs the endpoint's certificate", hint="enrol first: retinue enroll")
+        try:
+            return await self._service.read(lambda: self._plane.caller(chain))
+        except RetinueError as e:
+            log.warning("a caller was refused", code=e.code, path=request.path, remote=request.remote)
+            raise
+
+    async def renew(self, request: web.Request, caller: EndpointRow) -> web.Response:
+        asked = await body(request, RenewRequest)
+        done, _ = await self._service.change(lambda: self._plane.renew(caller, asked))
+        return reply(done)
+
+    async def svid(self, request: web.Request, caller: EndpointRow) -> web.Response:
+        asked = await body(request, SvidRequest)
+        return reply(await self._service.read(lambda: self._plane.svid(caller, asked)))
+
+    async def sidecar_token(self, request: web.Request, caller: EndpointRow) -> web.Response:
+        asked = await body(request, SidecarTokenRequest)
+        return reply(await self._service.read(lambda: self._plane.sidecar_token(caller, asked.workload)))
+
+    async def underlay(self, request: web.Request, caller: EndpointRow) -> web.Response:
+        asked = await body(request, UnderlayUpdate)
+        await self._service.change(lambda: self._plane.underlay(caller, asked.underlay))
+        return web.json_response({})
+
+    async def report(self, request: web.Request, caller: EndpointRow) -> web.Response:
+        self._service.report(caller.name, await body(request, Report))
+        return web.json_response({})
+
+    async def explain(self, request: web.Request, caller: EndpointRow) -> web.Response:
+        src, dst, proto = text(request, "src"), text(request, "dst"), request.query.get("proto", "tcp")
+        port = number(request, "port")
+        return reply(await self._service.read(lambda: self._plane.explain_for(caller, src, dst, proto, port)))
+
+    async def feed(self, request: web.Request) -> web.StreamResponse:
+        caller, expires = await self._caller(request)
+        stream = Stream(caller.name, expires)
+        timeline, revision = request.query.get("timeline"), number(request, "revision")
+        await self._service.open_stream(stream, timeline, revision)
+        try:
+            response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
+            await response.prepare(request)
+            log.info("feed opened", endpoint=caller.name, remote=request.remote)
+            await _pump(response, stream)
+        finally:
+            log.info("feed closed", endpoint=caller.name, why=stream.why or "disconnected")
+            await asyncio.shield(asyncio.ensure_future(self._service.close_stream(stream)))
+        if request.transport is not None:
+            request.transport.abort()  # an ending is not a complete answer
+        return response
+
+
+async def _pump(response: web.StreamResponse, stream: Stream) -> None:
+    """Write frames until the stream is closed. A client that takes nothing ends it."""
+    closed = asyncio.ensure_future(stream.closed.wait())
+    try:
+        while not stream.closed.is_set():
+            frame = asyncio.ensure_future(stream.queue.get())
+            await asyncio.wait({frame, closed}, return_when=asyncio.FIRST_COMPLETED)
+            if not frame.done():
+                frame.cancel()
+                return
+            if stream.closed.is_set():
+                return
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(WRITE_S):
+                    await response.write(frame.result())
+                    continue
+            stream.close("takes no frames")
+    finally:
+        closed.cancel()

@@ -1,0 +1,412 @@
+"""`retinue-ca`: make a control plane, run it, administer it. Heavy modules are imported by the commands that need them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from identity import cliout
+from identity.cliout import Output
+from identity.errors import BadInput, BadState
+
+if TYPE_CHECKING:
+    from ca.client import AdminClient
+    from identity.wire.admin import PolicyReply, Workload
+
+DEFAULT_DIR = Path("/var/lib/retinue-ca")
+
+app = typer.Typer(
+    name="retinue-ca", help="The Retinue control plane: certificate authority, registry and change feed.",
+    no_args_is_help=True, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+
+
+def _group(name: str, text: str) -> typer.Typer:
+    group = typer.Typer(help=text, no_args_is_help=True, rich_markup_mode=None)
+    app.add_typer(group, name=name)
+    return group
+
+
+token_app = _group("token", "Join tokens: how a host or sidecar gets in.")
+host_app = _group("host", "Hosts and sidecars that have enrolled.")
+workload_app = _group("workload", "Workload identities and where they are.")
+policy_app = _group("policy", "The policy in force and its history.")
+audit_app = _group("audit", "The audit trail.")
+
+Dir = Annotated[Path, typer.Option("--dir", envvar="RETINUE_CA_DIR", help="The CA's directory.")]
+Format = Annotated[Output, typer.Option("-o", "--output", help="table, json, jsonl or yaml.")]
+Json = Annotated[bool, typer.Option("--json", help="The same as -o json.")]
+Name = Annotated[str, typer.Argument(metavar="NAME")]
+Instance = Annotated[int, typer.Option("--instance", min=0, help="Which instance.")]
+
+
+def _client(directory: Path, timeout: float = 30.0) -> AdminClient:
+    from ca.client import AdminClient
+
+    return AdminClient(directory, timeout=timeout)
+
+
+def _format(output: Output, as_json: bool) -> Output:
+    return Output.JSON if as_json else output
+
+
+# ---- the server
+
+
+@app.command(epilog="Example: retinue-ca init --dir /var/lib/retinue-ca --trust-domain prod.example")
+def init(
+    trust_domain: Annotated[str, typer.Option("--trust-domain", help="Name of the trust domain, e.g. prod.example.")],
+    directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Make a new control plane: root, intermediate, record keys, database."""
+    import time
+
+    from ca.plane import Plane
+    from identity.names import TrustDomain
+
+    try:
+        authority = Plane.create(directory, TrustDomain(trust_domain), time.time())
+    except OSError as e:
+        raise BadState("ca.dir", f"cannot write {directory}: {e.strerror}", hint="choose another --dir, or run as root") from None
+    data = {"dir": str(directory), "trust_domain": trust_domain, "root_fingerprint": authority.root_fingerprint}
+
+    def human() -> None:
+        print(f"Control plane of {trust_domain} made in {directory}")
+        print(f"Root fingerprint {authority.root_fingerprint}")
+        cliout.note(f"next: retinue-ca serve --dir {directory}")
+        cliout.note(f"      keep {directory}/root.key offline once everything works")
+
+    cliout.emit(data, _format(output, as_json), human=human)
+
+
+@app.command(epilog="Example: retinue-ca serve --dir /var/lib/retinue-ca --listen [::]:8443")
+def serve(
+    directory: Dir = DEFAULT_DIR,
+    listen: Annotated[str, typer.Option(help="HOST:PORT for the endpoints; port 0 picks a free one.")] = "[::]:8443",
+    heartbeat: Annotated[float, typer.Option(min=0.05, max=10.0, help="Seconds between signed heartbeats.")] = 2.0,
+    output: Format = Output.TABLE, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Run the control plane until SIGTERM. Prints one line when it is ready."""
+    import asyncio
+
+    from ca.serve import Options, Running, set_up_logs
+    from ca.serve import serve as run
+
+    set_up_logs()
+    chosen = _format(output, as_json)
+
+    def ready(server: Running) -> None:
+        plane = server.service.plane
+        fingerprint = plane.authority.root_fingerprint
+        if chosen is Output.TABLE:
+            print(f"ready: {plane.trust_domain} on https://{server.listen}, root {fingerprint}", flush=True)
+            return
+        import json
+
+        print(json.dumps({"event": "ready", "listen": server.listen, "trust_domain": str(plane.trust_domain),
+                          "root_fingerprint": fingerprint, "admin": str(server.admin)}), flush=True)  # fmt: skip
+
+    asyncio.run(run(Options(directory, listen, heartbeat), ready))
+
+
+@app.command(epilog="Example: retinue-ca info -o json")
+def info(directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False) -> None:
+    """What runs on a directory: trust domain, position, address, root fingerprint."""
+    from identity.wire.admin import Info
+
+    found = _client(directory).get("/v1/info", Info)
+    cliout.emit(found, _format(output, as_json), columns=("what", "value"), rows=list(found.model_dump().items()))
+
+
+# ---- tokens
+
+
+@token_app.command("create", epilog="Example: retinue-ca token create --host web-1 --ttl 600 --out web-1.token")
+def token_create(
+    host: Annotated[str | None, typer.Option("--host", help="For the host of this name.")] = None,
+    workload: Annotated[str | None, typer.Option("--workload", "--sidecar", help="For a sidecar of this workload.")] = None,
+    ttl: Annotated[int, typer.Option(min=1, max=86400, help="Seconds until it expires.")] = 600,
+    replace: Annotated[bool, typer.Option("--replace", help="The host may be enrolled already: it gets new keys.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the token to this file (0600), not to the terminal.")] = None,
+    directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Make a join token. It is a secret, good once, and shown this once."""
+    from identity.keys import write_secret
+    from identity.wire.admin import Token, TokenCreate
+
+    request = TokenCreate(host=host, workload=workload, ttl=ttl, replace=replace)
+    made = _client(directory).post("/v1/tokens", request, Token)
+    data: dict[str, Any] = made.model_dump()
+    if out is not None:
+        try:
+            write_secret(out, made.token.encode() + b"\n")
+        except OSError as e:
+            raise BadInput("token.file", f"cannot write {out}: {e.strerror}", hint="the token is lost; make another") from None
+        data["token"] = None
+        data["file"] = str(out)
+
+    def human() -> None:
+        if out is None:
+            print(made.token)
+        cliout.note(f"for {made.kind} {made.endpoint}, good for {ttl} s, once")
+        cliout.note(f"next: retinue enroll --ca https://HOST:PORT --token-file {out or '-'}")
+
+    cliout.emit(data, _format(output, as_json), human=human)
+
+
+# ---- hosts
+
+
+@host_app.command("list", epilog="Example: retinue-ca host list -o json")
+def host_list(directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False) -> None:
+    """Every host and sidecar that is or was enrolled."""
+    from identity.wire.admin import HostList
+
+    found = _client(directory).get("/v1/hosts", HostList).hosts
+    rows = [
+        (h.name, h.kind, h.state, "yes" if h.connected else "no", h.revision, ", ".join(h.underlay), _when(h.svid_expires))
+        for h in found
+    ]
+    cliout.emit(found, _format(output, as_json),
+                columns=("name", "kind", "state", "connected", "revision", "underlay", "svid until"), rows=rows)  # fmt: skip
+
+
+@host_app.command("revoke", epilog="Example: retinue-ca host revoke web-1")
+def host_revoke(name: Name, directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False) -> None:
+    """Revoke a host with its sidecars: certificates, tunnel keys, placements. Its workloads become unplaced."""
+    from identity.wire.admin import Host, HostRef
+
+    done = _client(directory).post("/v1/hosts/revoke", HostRef(name=name), Host)
+    cliout.emit(done, _format(output, as_json), human=lambda: print(f"{cliout.clean(done.name)} is revoked"))
+
+
+# ---- workloads
+
+
+@workload_app.command("add", epilog="Example: retinue-ca workload add shop/api --host web-1 --label role=api --label env=prod")
+def workload_add(
+    name: Name,
+    host: Annotated[str | None, typer.Option("--host", help="Place it there; without, a sidecar or a move places it.")] = None,
+    label: Annotated[list[str] | None, typer.Option("--label", "-l", metavar="KEY=VALUE", help="A certified label; repeat it.")] = None,
+    fence: Annotated[str, typer.Option(help="available, or strict: goes dark when the CA is not heard.")] = "available",
+    replica: Annotated[bool, typer.Option("--replica", help="Another instance of a workload that exists.")] = False,
+    directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Create an instance of a workload identity and place it."""
+    from identity.labels import parse_labels
+    from identity.wire.admin import Workload, WorkloadAdd
+
+    request = WorkloadAdd(name=name, host=host, labels=parse_labels(label or ()), fence=_fence(fence), replica=replica)
+    _show_workload(_client(directory).post("/v1/workloads", request, Workload), _format(output, as_json))
+
+
+def _fence(text: str) -> Literal["available", "strict"]:
+    if text == "available":
+        return "available"
+    if text == "strict":
+        return "strict"
+    raise BadInput("workload.fence", f"not a fence: {ascii(text)[:40]}", hint="use available or strict")
+
+
+@workload_app.command("list", epilog="Example: retinue-ca workload list -o jsonl")
+def workload_list(directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False) -> None:
+    """Every instance: where it is, at which epoch, with which addresses."""
+    from identity.wire.admin import WorkloadList
+
+    found = _client(directory).get("/v1/workloads", WorkloadList).workloads
+    cliout.emit(found, _format(output, as_json), columns=_WORKLOAD, rows=[_workload_row(w) for w in found])
+
+
+_WORKLOAD = ("name", "instance", "state", "host", "epoch", "addresses", "labels")
+
+
+def _workload_row(w: Workload) -> tuple[object, ...]:
+    labels = " ".join(f"{k}={v}" for k, v in w.labels.items())
+    return (w.name, w.instance, w.state, w.host, w.epoch, " ".join(w.addresses), labels)
+
+
+def _show_workload(w: Workload, output: Output) -> None:
+    cliout.emit(w, output, columns=_WORKLOAD, rows=[_workload_row(w)])
+
+
+@workload_app.command("move", epilog="Example: retinue-ca workload move shop/api --to web-2 --wait 5")
+def workload_move(
+    name: Name,
+    to: Annotated[str, typer.Option("--to", help="The new host.")],
+    instance: Instance = 0,
+    wait: Annotated[float, typer.Option(min=0, max=300, help="Seconds for the new host to be ready, and for everyone to follow.")] = 5.0,
+    force: Annotated[bool, typer.Option("--force", help="Move even when the new host did not report ready.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check it and say who would be told.")] = False,
+    directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Move an instance to another host: it keeps its addresses, everyone refuses the old place."""
+    from identity.wire.admin import MoveReply, WorkloadMove
+
+    request = WorkloadMove(name=name, instance=instance, to=to, wait=wait, force=force, dry_run=dry_run)
+    done = _client(directory).post("/v1/workloads/move", request, MoveReply, timeout=2 * wait + 30)
+
+    def human() -> None:
+        what = f"{cliout.clean(name)}/{instance}: {done.from_host or 'nowhere'} -> {to}"
+        if not done.applied:
+            print(f"{what} is possible; would be told: {', '.join(done.waiting_for) or 'nobody connected'}")
+            return
+        print(f"{what}, epoch {done.workload.epoch}")
+        for step, ms in (("prepared", done.prepared_ms), ("committed", done.committed_ms), ("released", done.released_ms)):
+            print(f"  {step:9}  {'not waited out' if ms is None else f'{ms:.1f} ms'}")
+        if done.waiting_for:
+            print(f"  not yet reported by: {', '.join(map(cliout.clean, done.waiting_for))}")
+
+    cliout.emit(done, _format(output, as_json), human=human)
+
+
+@workload_app.command("revoke", epilog="Example: retinue-ca workload revoke shop/api --instance 1")
+def workload_revoke(
+    name: Name, instance: Instance = 0, directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False
+) -> None:
+    """Revoke one instance for ever; open connections of it are cut everywhere."""
+    from identity.wire.admin import Workload, WorkloadRef
+
+    done = _client(directory).post("/v1/workloads/revoke", WorkloadRef(name=name, instance=instance), Workload)
+    _show_workload(done, _format(output, as_json))
+
+
+# ---- policy
+
+
+@policy_app.command("apply", epilog="Example: retinue-ca policy apply shop.yaml --dry-run")
+def policy_apply(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Policy files; together they are the policy.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, test and diff it; change nothing.")] = False,
+    author: Annotated[str, typer.Option(help="Who wrote it, for the history.")] = "",
+    directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Put a policy in force, when its own tests pass. Prints the pairs that gain and lose."""
+    from identity.wire.admin import PolicyApply, PolicyFileIn, PolicyReply
+
+    # The digest covers names: what a file is called counts, not where it lies, unless two are called the same.
+    plain = len({f.name for f in files}) == len(files)
+    texts = [PolicyFileIn(name=f.name if plain else f.as_posix(), text=_read(f)) for f in files]
+    request = PolicyApply(files=texts, dry_run=dry_run, author=author)
+    done = _client(directory).post("/v1/policy", request, PolicyReply, timeout=120)
+
+    def human() -> None:
+        for sign, pairs in (("+", done.gained), ("-", done.lost)):
+            for pair in pairs:
+                print(f"{sign} {pair['src']} -> {pair['dst']}  {pair['ports']}")
+        if not done.gained and not done.lost:
+            print("no pair gains or loses anything")
+        print(f"{'would be' if not done.applied else 'in force:'} revision {done.revision}, digest {done.digest[:16]}")
+
+    cliout.emit(done, _format(output, as_json), human=human)
+
+
+def _read(path: Path) -> str:
+    try:
+        with path.open("rb") as f:
+            data = f.read(12 * 1024 * 1024 + 1)
+        if len(data) > 12 * 1024 * 1024:
+            raise BadInput("policy.file", f"{path} is larger than 12 MB")
+        return data.decode()
+    except OSError as e:
+        raise BadInput("policy.file", f"cannot read {path}: {e.strerror}") from None
+    except UnicodeDecodeError:
+        raise BadInput("policy.file", f"{path} is not UTF-8 text") from None
+
+
+@policy_app.command("show", epilog="Example: retinue-ca policy show --revision 3")
+def policy_show(
+    revision: Annotated[int | None, typer.Option(min=1, help="An older revision.")] = None,
+    directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
+) -> None:  # fmt: skip
+    """The files of the policy in force, or of an older revision."""
+    from identity.wire.admin import PolicyReply
+
+    found = _client(directory).get("/v1/policy", PolicyReply, {"revision": revision})
+
+    def human() -> None:
+        _policy_head(found)
+        for file in found.files:
+            print(f"# ---- {cliout.clean(file.name)}")
+            print("\n".join(cliout.clean(line) for line in file.text.splitlines()))
+
+    cliout.emit(found, _format(output, as_json), human=human)
+
+
+def _policy_head(found: PolicyReply) -> None:
+    print(f"# revision {found.revision}, {_when(found.issued)}, by {cliout.clean(found.author)}, digest {found.digest}")
+
+
+@policy_app.command("history", epilog="Example: retinue-ca policy history")
+def policy_history(directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False) -> None:
+    """Every revision, newest first."""
+    found = _client(directory).raw("GET", "/v1/policy/history")["revisions"]
+    cliout.emit(found, _format(output, as_json), columns=("revision", "issued", "author", "digest"),
+                rows=[(r["revision"], _when(r["issued"]), r["author"], r["digest"]) for r in found])  # fmt: skip
+
+
+@app.command(epilog="Example: retinue-ca explain shop/web shop/api 8080")
+def explain(
+    src: Annotated[str, typer.Argument(metavar="SRC")],
+    dst: Annotated[str, typer.Argument(metavar="DST")],
+    port: Annotated[int | None, typer.Argument(metavar="[PORT]")] = None,
+    proto: Annotated[str, typer.Option(help="tcp, udp, sctp, icmp or a number.")] = "tcp",
+    directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Why one workload may or may not reach another, and what would change it."""
+    from identity.wire.admin import ExplainReply
+
+    found = _client(directory).get("/v1/explain", ExplainReply, {"src": src, "dst": dst, "proto": proto, "port": port})
+
+    def human() -> None:
+        print(f"{found.verdict.upper()}  {cliout.clean(found.reason)}")
+        for miss in found.near_misses:
+            print(f"  nearly: {cliout.clean(miss)}")
+        if found.smallest_change:
+            print(f"  would flip it: {cliout.clean(found.smallest_change)}")
+
+    cliout.emit(found, _format(output, as_json), human=human)
+
+
+# ---- audit
+
+
+@audit_app.command("list", epilog="Example: retinue-ca audit list --subject shop/api/0 -o jsonl")
+def audit_list(
+    subject: Annotated[str | None, typer.Option(help="Only entries about this.")] = None,
+    after: Annotated[int, typer.Option(min=0, help="Only entries after this number.")] = 0,
+    limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most so many.")] = 1000,
+    directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Who did what, when, and with which outcome, oldest first."""
+    query = {"subject": subject, "after": after, "limit": limit}
+    found = _client(directory).raw("GET", "/v1/audit", query=query)["entries"]
+    cliout.emit(found, _format(output, as_json), columns=("seq", "at", "actor", "action", "subject", "outcome"),
+                rows=[(e["seq"], _when(e["at"]), e["actor"], e["action"], e["subject"], e["outcome"]) for e in found])  # fmt: skip
+
+
+@audit_app.command("verify", epilog="Example: retinue-ca audit verify --head HASH")
+def audit_verify(
+    head: Annotated[str | None, typer.Option(help="A head noted earlier: it must still be part of the trail.")] = None,
+    directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Check that no entry was changed or removed. Note the head it prints, and give it next time."""
+    found = _client(directory, 300.0).raw("GET", "/v1/audit/verify", query={"head": head})
+    cliout.emit(found, _format(output, as_json), human=lambda: print(f"{found['rows']} entries hold, head {found['head']}"))
+
+
+def _when(seconds: int) -> str:
+    import time
+
+    return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(seconds))
+
+
+def main() -> None:
+    """The console script."""
+    cliout.run(app)
+
+
+if __name__ == "__main__":
+    main()

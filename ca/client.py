@@ -1,0 +1,97 @@
+"""The command line's client of a running CA: JSON over its unix socket, synchronous, standard library only."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, TypeVar
+from urllib.parse import urlencode
+
+from identity.errors import BadInput, NoPrivilege, TimedOut, Unreachable, from_wire
+from identity.wire import Message, parse
+
+M = TypeVar("M", bound=Message)
+
+SOCKET: Final = "admin.sock"
+MAX_PATH: Final = 107  # bytes of sun_path without its NUL, unix(7)
+DEFAULT_S: Final = 30.0
+
+
+class _Connection(http.client.HTTPConnection):
+    def __init__(self, path: str, timeout: float) -> None:
+        super().__init__("localhost", timeout=timeout)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(self._path)
+
+
+def socket_path(directory: Path) -> Path:
+    """Where the server of a directory listens. Raises BadInput when the kernel could not take the path."""
+    path = directory / SOCKET
+    if len(os.fsencode(path)) > MAX_PATH:
+        raise BadInput("ca.path", f"{path} is too long for a unix socket ({MAX_PATH} bytes)", hint="use a shorter --dir")
+    return path
+
+
+class AdminClient:
+    """One CA, by its directory. Every method raises RetinueError only."""
+
+    def __init__(self, directory: Path, *, timeout: float = DEFAULT_S) -> None:
+        self.directory = directory
+        self._timeout = timeout
+
+    def get(self, path: str, kind: type[M], query: Mapping[str, object] | None = None) -> M:
+        """GET, parsed. `query` values that are None are left out."""
+        return parse(kind, json.dumps(self.raw("GET", path, query=query)))
+
+    def post(self, path: str, message: Message, kind: type[M], *, timeout: float | None = None) -> M:
+        """POST, parsed."""
+        return parse(kind, json.dumps(self.raw("POST", path, message, timeout=timeout)))
+
+    def raw(
+        self, method: str, path: str, message: Message | None = None,
+        *, query: Mapping[str, object] | None = None, timeout: float | None = None,
+    ) -> Any:  # fmt: skip
+        """One exchange; the JSON of the answer."""
+        given = {k: v for k, v in (query or {}).items() if v is not None}
+        target = f"{path}?{urlencode(given)}" if given else path
+        connection = _Connection(str(socket_path(self.directory)), timeout or self._timeout)
+        try:
+            connection.request(
+                method, target, body=message.model_dump_json().encode() if message else None,
+                headers={"Content-Type": "application/json"} if message else {},
+            )  # fmt: skip
+            response = connection.getresponse()
+            status, data = response.status, response.read()
+        except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
+            raise Unreachable("ca.down", f"no CA is running on {self.directory}", hint=f"start it: retinue-ca serve --dir {self.directory}") from None
+        except PermissionError:
+            raise NoPrivilege("admin.user", f"{self.directory / SOCKET} may be used by root and the CA's own user only", hint="run it as root") from None
+        except TimeoutError:
+            raise TimedOut("ca.slow", f"the CA did not answer within {timeout or self._timeout:g} s") from None
+        except (OSError, http.client.HTTPException) as e:
+            raise Unreachable("ca.lost", f"the CA ended the connection ({type(e).__name__})", hint="see its log") from None
+        finally:
+            connection.close()
+        return _answer(status, data)
+
+
+def _answer(status: int, data: bytes) -> Any:
+    try:
+        parsed = json.loads(data)
+    except ValueError:
+        parsed = None
+    if status != 200:
+        raise from_wire(status, parsed)
+    if parsed is None:
+        raise Unreachable("ca.answer", "the CA's answer cannot be read")
+    return parsed
+
+

@@ -1,0 +1,135 @@
+"""The registry's state in memory, kept in step with the store by reading its change log in commit order.
+
+A row that cannot be used (an unreadable label, a policy this program cannot compile) leaves what was known of it in
+force, is reported and tried again; everything else goes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import structlog
+from sqlalchemy import Connection, select
+
+from ca import store
+from ca.policies import InForce, newest
+from ca.rows import EndpointRow, InstanceRow
+from ca.scope import EndpointFact, InstanceFact, Touched, World
+from ca.store import Store
+from identity.errors import Bug
+from policy import language
+from policy.model import Policy
+from policy.program import Subject
+
+log = structlog.get_logger("retinue.ca.mirror")
+
+BUNDLE = "bundle"  # the name in `meta` as well
+Thing = tuple[str, str]  # (kind, key) of the change log
+
+
+class Mirror:
+    """`world` is at `revision`. `broken` names rows that could not be used, with the reason."""
+
+    def __init__(self, database: Store) -> None:
+        self._store = database
+        self.world = World()
+        self.revision = 0
+        self.broken: dict[Thing, str] = {}
+        self.in_force: InForce | None = None
+
+    def load(self, now: int) -> None:
+        """Read everything, once. Raises BadState or Unreachable when the store cannot be read."""
+        with self._store.read() as tx:
+            self.revision = self._store.revision(tx)
+            things: list[Thing] = [(BUNDLE, BUNDLE)]
+            things += [("endpoint", name) for name in tx.execute(select(store.endpoints.c.name)).scalars()]
+            columns = store.instances.c
+            things += [("instance", f"{n}/{i}") for n, i in tx.execute(select(columns.name, columns.instance)).tuples()]
+            # The policy last: what a grant ends with must be known.
+            self._apply(tx, [*things, ("policy", "policy")], now)
+
+    def catch_up(self, now: int) -> Touched:
+        """Apply every change committed since. Raises when the store cannot be read: then nothing has changed here."""
+        with self._store.read() as tx:
+            revision = self._store.revision(tx)
+            if revision == self.revision and not self.broken:
+                return Touched()
+            things = dict.fromkeys((c.kind, c.key) for c in self._store.changes_after(tx, self.revision))
+            touched = self._apply(tx, [*self.broken, *things], now)
+        self.revision = revision
+        return touched
+
+    def _apply(self, tx: Connection, things: list[Thing], now: int) -> Touched:
+        out = Touched()
+        if self._ends_with(things) is not None and ("policy", "policy") not in things:
+            things = [*things, ("policy", "policy")]
+        steps = [(thing, step) for thing in dict.fromkeys(things) if (step := self._read(tx, thing, now)) is not None]
+        for thing, step in steps:
+            try:
+                out.merge(step())
+                self.broken.pop(thing, None)
+            except Exception as e:
+                self._report(thing, e)
+        return out
+
+    def _ends_with(self, things: list[Thing]) -> str | None:
+        """A changed workload that a grant ends with: then the program may be another now."""
+        if self.in_force is None:
+            return None
+        ends = {g.ends_with for g in self.in_force.policy.grants if g.ends_with is not None}
+        return next((key.rpartition("/")[0] for kind, key in things if kind == "instance" and key.rpartition("/")[0] in ends), None)
+
+    def _set_policy(self, policy: Policy, record: str, now: int) -> Touched:
+        running = {fact.subject.name for fact in self.world.instances.values() if not fact.revoked}
+        in_force = InForce.at(policy, now, running)
+        same = self.world.policy == record and self.world.program == in_force.program
+        touched = Touched() if same else self.world.set_policy(record, in_force.program)
+        self.in_force = in_force
+        return touched
+
+    def _read(self, tx: Connection, thing: Thing, now: int) -> Callable[[], Touched] | None:
+        """Read one thing; the returned step applies it. An error of the store itself is raised, not recorded."""
+        kind, key = thing
+        world = self.world
+        match kind:
+            case "bundle":
+                envelope = self._store.get(tx, BUNDLE)
+                return None if envelope is None else lambda: world.set_bundle(envelope)
+            case "policy":
+                revision = newest(tx)
+                if revision is None:
+                    return None
+                return lambda: self._set_policy(language.load(revision.files), revision.record, now)
+            case "endpoint":
+                raw = tx.execute(select(store.endpoints).where(store.endpoints.c.name == key)).mappings().one()
+                return lambda: world.set_endpoint(endpoint_fact(EndpointRow.of(raw)))
+            case "instance":
+                name, _, number = key.rpartition("/")
+                c = store.instances.c
+                found = tx.execute(select(store.instances).where(c.name == name, c.instance == int(number))).mappings().one()
+                h = store.holdings.c
+                former = tx.execute(select(h.endpoint).where(h.name == name, h.instance == int(number))).scalars().all()
+                return lambda: world.set_instance(instance_fact(InstanceRow.of(found), frozenset(former)))
+        raise Bug("change.kind", f"a change of unknown kind {kind!a}")
+
+    def _report(self, thing: Thing, e: Exception) -> None:
+        why = f"{type(e).__name__}: {e}"
+        if self.broken.get(thing) != why:
+            log.error("a row cannot be used; what was known of it stays", kind=thing[0], key=thing[1], why=why)
+        self.broken[thing] = why
+
+
+def endpoint_fact(row: EndpointRow) -> EndpointFact:
+    """A revoked endpoint has no record to show."""
+    return EndpointFact(row.name, row.record if row.state == "enrolled" else None)
+
+
+def instance_fact(row: InstanceRow, held: frozenset[str]) -> InstanceFact:
+    """`held` are all endpoints that ever held the instance."""
+    here = {row.endpoint, row.target}
+    return InstanceFact(
+        row.key, Subject(row.name, dict(row.labels), row.spiffe_id), row.state == "revoked", row.endpoint, row.target,
+        held - here, row.placement, row.prepare,
+    )  # fmt: skip
+
+

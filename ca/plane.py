@@ -1,0 +1,314 @@
+"""The control plane of one directory: authority, store, registry and feed behind blocking calls of one worker thread.
+
+Whatever changes the store is followed by `publish`, in the same thread, so frames leave in commit order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from ca import audit
+from ca.authority import Authority, Issuing
+from ca.desk import Desk
+from ca.enroll import Admitted, Challenges, JoinTokenAttestor, admit
+from ca.enroll import TokenRow as TokenEvidence
+from ca.feed import Feed
+from ca.mirror import BUNDLE, Mirror
+from ca.placements import Placements
+from ca.policies import Policies
+from ca.registry import Applicant, Grant, Registry
+from ca.rows import EndpointRow, TokenRow
+from ca.store import Store
+from identity import certs
+from identity.enrollment import SECRET_LEN, JoinToken
+from identity.errors import BadInput, BadState, Conflict, NotVerified, Refused, RetinueError
+from identity.keys import b64, unb64
+from identity.names import SpiffeId, TrustDomain, host_name, workload_path
+from identity.records import BundleRecord, Heartbeat, Payload
+from identity.wire.admin import ExplainReply, Token, TokenCreate
+from identity.wire.enroll import (
+    Challenge,
+    EnrollReply,
+    EnrollRequest,
+    RenewReply,
+    RenewRequest,
+    SidecarTokenReply,
+    SvidReply,
+    SvidRequest,
+)
+
+log = structlog.get_logger("retinue.ca")
+
+DATABASE: Final = "ca.db"
+SIDECAR_TOKEN_S: Final = 600
+NOBODY: Final = "ca"
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """Frames to deliver, and endpoints whose streams are to be closed."""
+
+    frames: dict[str, bytes]
+    closed: frozenset[str]
+
+
+class Plane:
+    """Everything but sockets. Open one with `Plane.open`; `clock` gives seconds since the epoch."""
+
+    def __init__(self, directory: Path, store: Store, clock: Callable[[], float]) -> None:
+        self.directory = directory
+        self.store = store
+        self.clock = clock
+        self.trust_domain = TrustDomain(store.trust_domain)
+        desk = Desk(store, self.trust_domain, self._sign)
+        self.placements = Placements(desk)
+        self.registry = Registry(desk, self.placements)
+        self.policies = Policies(desk)
+        self.mirror = Mirror(store)
+        self.challenges = Challenges()
+        self.authority: Authority
+        self.feed: Feed
+        self._issuing_for: str | None = None
+
+    @classmethod
+    def create(cls, directory: Path, trust_domain: TrustDomain, now: float) -> Authority:
+        """Make a new control plane in an empty or missing directory. Raises Conflict, BadState."""
+        if (directory / DATABASE).exists():
+            raise Conflict("ca.exists", f"{directory} already holds a control plane", hint="choose another --dir")
+        if (directory / "authority.json").exists():
+            raise BadState("ca.partial", f"{directory} holds an authority but no {DATABASE}", hint="restore the database from a backup, or choose another --dir")
+        authority = Authority.create(directory, trust_domain, now)
+        temporary = directory / f".{DATABASE}.{os.urandom(4).hex()}"
+        store = Store.create(temporary, str(trust_domain))
+        with store.write() as tx:
+            audit.append(tx, int(now), NOBODY, "init", str(trust_domain), root=authority.root_fingerprint)
+        store.settle()
+        os.rename(temporary, directory / DATABASE)
+        return authority
+
+    @classmethod
+    def open(cls, directory: Path, clock: Callable[[], float]) -> Plane:
+        """Open and check one. Raises BadState ``store.*``, ``ca.*``, ``state.*``."""
+        if not directory.is_dir():
+            raise BadState("ca.missing", f"there is no directory {directory}", hint="make a control plane with: retinue-ca init --dir DIR --trust-domain NAME")
+        store = Store.open(directory / DATABASE)
+        try:
+            self = cls(directory, store, clock)
+            self.authority = Authority.load(directory, clock(), record_serial=self._record_serial)
+            if self.authority.trust_domain != self.trust_domain:
+                raise BadState("ca.foreign", f"the database is of {self.trust_domain}, the authority of {self.authority.trust_domain}")
+            self._refresh_bundle()
+            self.placements.abort_all(self.now)
+            self.mirror.load(self.now)
+            self.feed = Feed(self.mirror.world, store.timeline, self.mirror.revision, self._sign_beat)
+        except BaseException:
+            store.close()
+            raise
+        return self
+
+    @property
+    def now(self) -> int:
+        return int(self.clock())
+
+    # ---- signing
+
+    def _sign(self, payload: Payload) -> str:
+        return self.authority.sign_record(payload)
+
+    def _sign_beat(self, revision: int, now: int) -> str:
+        return self._sign(
+            Heartbeat(trust_domain=str(self.trust_domain), timeline=self.store.timeline, revision=revision, time=now)
+        )
+
+    def _record_serial(self, about: Issuing) -> None:
+        self.registry.record_serial(
+            serial=about.serial, issuer=about.issuer, profile=about.profile, spiffe_id=about.spiffe_id, spki=about.spki,
+            endpoint=self._issuing_for, issued=self.now, not_after=about.not_after,
+        )  # fmt: skip
+
+    @contextmanager
+    def _issuing(self, endpoint: str) -> Iterator[None]:
+        """Serials recorded meanwhile belong to this endpoint."""
+        self._issuing_for = endpoint
+        try:
+            yield
+        finally:
+            self._issuing_for = None
+
+    def _refresh_bundle(self) -> None:
+        """Publish a new bundle when what it says has changed since the stored one."""
+        with self.store.read() as tx:
+            stored, sequence = self.store.get(tx, BUNDLE), int(self.store.get(tx, "bundle_sequence") or 0)
+        fresh = self.authority.trust_bundle(sequence, self.clock())
+        if stored is not None:
+            try:
+                old = fresh.verify(BundleRecord, stored)
+                new = fresh.verify(BundleRecord, self.authority.bundle(sequence, self.clock()))
+                if (old.roots, old.signers) == (new.roots, new.signers):
+                    return
+            except NotVerified:
+                log.warning("the stored bundle does not verify any more; a new one is made")
+        with self.store.write() as tx:
+            self.store.put(tx, BUNDLE, self.authority.bundle(sequence + 1, self.clock()))
+            self.store.put(tx, "bundle_sequence", str(sequence + 1))
+            self.store.log(tx, self.now, BUNDLE, BUNDLE)
+            audit.append(tx, self.now, NOBODY, "bundle.publish", f"sequence {sequence + 1}")
+
+    @property
+    def bundle(self) -> str:
+        """The bundle in force."""
+        with self.store.read() as tx:
+            found = self.store.get(tx, BUNDLE)
+        if found is None:
+            raise BadState("store.damaged", "the database holds no trust bundle", hint="restore it from a backup")
+        return found
+
+    # ---- upkeep
+
+    def publish(self) -> Published:
+        """Bring the mirror and every scope up to date. Raises nothing: what cannot be done now is tried again."""
+        try:
+            touched = self.mirror.catch_up(self.now)
+        except RetinueError as e:
+            log.critical("the change log cannot be read; nobody is told anything until it can", code=e.code)
+            return Published({}, frozenset())
+        world = self.mirror.world
+        gone = frozenset(n for n in touched.endpoints if world.endpoints[n].record is None)
+        for name in gone:
+            self.feed.drop(name)
+        return Published(self.feed.advance(self.mirror.revision, touched, self.now), gone)
+
+    def tick(self) -> None:
+        """Once a heartbeat: what changes by the clock alone."""
+        in_force = self.mirror.in_force
+        if in_force is not None and in_force.until is not None and in_force.until <= self.now:
+            self.policies.time_passed(self.now)
+
+    def maintain(self) -> None:
+        """Once an hour: renew the authority's own certificates."""
+        if self.authority.maintain(self.clock()):
+            self._refresh_bundle()
+
+    # ---- tokens
+
+    def token(self, request: TokenCreate, actor: str) -> Token:
+        """Make a join token. Raises BadInput unless exactly one of host and workload is named."""
+        if (request.host is None) == (request.workload is None):
+            raise BadInput("token.subject", "a token is for one host or for the sidecar of one workload", hint="give --host NAME or --sidecar WORKLOAD")
+        with self.store.write() as tx:
+            if request.host is not None:
+                grant = self.registry.grant_host(tx, host_name(request.host), replace=request.replace, now=self.now, ttl=request.ttl)
+            else:
+                assert request.workload is not None
+                workload_path(request.workload)
+                grant = self.registry.grant_sidecar(tx, request.workload, asked_by=None, now=self.now, ttl=request.ttl)
+            made = JoinToken(b64(os.urandom(9)), os.urandom(SECRET_LEN), self.authority.root_fingerprint)
+            self.registry.add_token(made.id, b64(made.public_key), grant, tx, self.now, actor)
+        return Token(token=made.format(), endpoint=grant.endpoint, kind=grant.kind, expires=grant.expires)
+
+    def sidecar_token(self, caller: EndpointRow, workload: str) -> SidecarTokenReply:
+        """A token for the sidecar of a workload that is placed on the calling host."""
+        workload_path(workload)
+        if caller.kind != "host":
+            raise Refused("sidecar.caller", "only a host agent asks for sidecar tokens")
+        with self.store.write() as tx:
+            grant: Grant = self.registry.grant_sidecar(tx, workload, asked_by=caller.name, now=self.now, ttl=SIDECAR_TOKEN_S)
+            made = JoinToken(b64(os.urandom(9)), os.urandom(SECRET_LEN), self.authority.root_fingerprint)
+            self.registry.add_token(made.id, b64(made.public_key), grant, tx, self.now, caller.name)
+        return SidecarTokenReply(token=made.format(), endpoint=grant.endpoint, expires_in=SIDECAR_TOKEN_S)
+
+    # ---- enrolment
+
+    def challenge(self, token_id: str, server_leaf: bytes) -> Challenge:
+        """A nonce; the same answer whether or not the token exists."""
+        return self.challenges.issue(token_id, server_leaf, self.clock()).to_wire(self.clock())
+
+    def enroll(self, request: EnrollRequest) -> EnrollReply:
+        """Decide, claim, issue, publish. Raises what `ca.enroll.admit` and `Registry.claim` raise."""
+        try:
+            admitted = self._admit(request)
+            row = self._claim(admitted)
+        except RetinueError as e:
+            self.refused("enroll", ascii(request.token_id)[:80], e)
+            raise
+        with self._issuing(row.name):
+            chain = self.authority.issue_endpoint(request.csr, SpiffeId.parse(row.spiffe_id), self.clock())
+        row = self.registry.finish(row.name, certs.not_after(certs.parse_chain(chain)[0]), self.now, row.name)
+        assert row.record is not None
+        return EnrollReply(
+            trust_domain=str(self.trust_domain), endpoint=row.name, kind=row.kind, workload=row.workload, chain=chain,
+            bundle=self.bundle, record=row.record,
+        )  # fmt: skip
+
+    def _admit(self, request: EnrollRequest) -> Admitted:
+        challenge = self.challenges.take(request.nonce, self.clock())
+        token = self.registry.token(request.token_id)
+        return admit(request, challenge, JoinTokenAttestor(self._evidence(token)), self.clock())
+
+    def _evidence(self, token: TokenRow | None) -> TokenEvidence | None:
+        if token is None:
+            return None
+        claimant = self.registry.claimant(token)
+        return TokenEvidence(
+            token.id, unb64(token.public_key), token.endpoint, token.kind, token.expires, token.workload, token.used_at,
+            unb64(claimant.enroll_key) if claimant else None, unb64(claimant.tunnel_key) if claimant else None,
+        )  # fmt: skip
+
+    def _claim(self, admitted: Admitted) -> EndpointRow:
+        assert admitted.token_id is not None
+        applicant = Applicant(b64(admitted.tunnel_key), b64(admitted.enroll_key), admitted.underlay, admitted.ciphers)
+        return self.registry.claim(admitted.token_id, applicant, self.now)
+
+    # ---- members
+
+    def caller(self, chain: list[bytes]) -> tuple[EndpointRow, int]:
+        """Who presented this chain (DER, leaf first), and when its certificate ends. Raises NotVerified, Refused."""
+        svid = certs.verify_chain(certs.parse_der_chain(chain), self.authority.roots, self.trust_domain, self.clock())
+        if svid.spiffe_id.kind not in {"host", "sidecar"}:
+            raise Refused("caller.kind", f"{svid.spiffe_id} is not an endpoint", hint="use the endpoint's own certificate")
+        return self.registry.caller(svid.spiffe_id, svid.serial), svid.not_after
+
+    def renew(self, caller: EndpointRow, request: RenewRequest) -> RenewReply:
+        with self._issuing(caller.name):
+            chain = self.authority.issue_endpoint(request.csr, SpiffeId.parse(caller.spiffe_id), self.clock())
+        expires = certs.not_after(certs.parse_chain(chain)[0])
+        row = self.registry.renew(caller.name, expires, request.underlay, request.ciphers, self.now)
+        assert row.record is not None
+        return RenewReply(chain=chain, bundle=self.bundle, record=row.record)
+
+    def underlay(self, caller: EndpointRow, hints: list[str]) -> EndpointRow:
+        return self.registry.set_underlay(caller.name, hints, self.now)
+
+    def svid(self, caller: EndpointRow, request: SvidRequest) -> SvidReply:
+        """A workload's certificate, for the endpoint that holds the instance or is about to. Raises Refused."""
+        row = self.placements.get(request.workload, request.instance)
+        if caller.name not in {row.endpoint, row.target}:
+            raise Refused("svid.not_here", f"{row.key} is not placed on {caller.name}")
+        addresses = self.trust_domain.overlay(row.overlay)
+        with self._issuing(caller.name):
+            chain = self.authority.issue_workload(request.csr, SpiffeId.parse(row.spiffe_id), addresses, self.clock())
+        return SvidReply(spiffe_id=row.spiffe_id, chain=chain, bundle=self.bundle)
+
+    def explain_for(self, caller: EndpointRow, src: str, dst: str, proto: str, port: int | None) -> ExplainReply:
+        """Explain a pair to a member that holds one of the two. Raises Refused otherwise."""
+        mine = {r.name for r in self.placements.all() if caller.name in {r.endpoint, r.target}}
+        if not mine & {src, dst}:
+            raise Refused("explain.not_here", f"neither workload is placed on {caller.name}", hint="ask on the machine of one of them, or on the CA: retinue-ca explain")
+        return self.policies.explain(src, dst, proto, port, self.now)
+
+    # ---- audit of refusals
+
+    def refused(self, action: str, subject: str, error: RetinueError) -> None:
+        """Note a refusal; a store that cannot write must not hide the refusal itself."""
+        try:
+            with self.store.write() as tx:
+                audit.append(tx, self.now, "endpoint", action, subject, outcome=error.code)
+        except RetinueError as e:
+            log.critical("a refusal could not be audited", code=e.code)

@@ -1,0 +1,280 @@
+"""The server process: one directory, one TLS listener, one admin socket; starts whole or not at all, stops gracefully."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import signal
+import socket
+import ssl
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+from aiohttp import web
+
+from ca import admin_api, api
+from ca.authority import ServerIdentity
+from ca.client import socket_path
+from ca.plane import Plane
+from ca.service import Service
+from identity.cliout import clean
+from identity.errors import BadInput, BadState, Conflict, NoPrivilege
+
+log = structlog.get_logger("retinue.ca")
+
+HANDSHAKE_S: Final = 10.0
+IDLE_S: Final = 30.0  # a connection without a request, also before its first
+STOP_S: Final = 5.0  # for running requests at the end
+RECHECK_S: Final = 600.0  # how often the TLS certificate is looked at
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """`listen` as given: HOST:PORT, IPv6 in brackets; port 0 picks a free one. `heartbeat` in seconds."""
+
+    directory: Path
+    listen: str = "[::]:8443"
+    heartbeat: float = 2.0
+    limits: api.Limits | None = None
+
+
+# ---- addresses
+
+
+def parse_listen(text: str) -> tuple[str, int]:
+    """Host and port. Raises BadInput."""
+    host, _, port = text.rpartition(":")
+    host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
+    if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535 or (":" in host and "[" not in text):
+        raise BadInput("serve.listen", f"not an address to listen on: {ascii(text)[:80]}", hint="write 0.0.0.0:8443 or [::]:8443")
+    return host, int(port)
+
+
+def listener(host: str, port: int) -> socket.socket:
+    """A bound TCP socket; ``::`` takes IPv4 too, and becomes 0.0.0.0 on a machine without IPv6.
+
+    Raises Conflict ``serve.port`` for a taken port, NoPrivilege, BadInput for an address that is not ours.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    except OSError:
+        raise BadInput("serve.listen", f"not an address of this machine: {clean(host)}") from None
+    try:
+        sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    except OSError:
+        if host != "::":
+            raise BadInput("serve.listen", f"this machine cannot listen on {host}") from None
+        return listener("0.0.0.0", port)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.bind(address)
+        sock.listen(1024)
+    except OSError as e:
+        sock.close()
+        if isinstance(e, PermissionError):
+            raise NoPrivilege("serve.privilege", f"may not listen on port {port}", hint="use a port above 1023, or run as root") from None
+        if host == "::" and e.errno != errno.EADDRINUSE:
+            return listener("0.0.0.0", port)
+        taken = e.errno == errno.EADDRINUSE
+        kind: Any = Conflict if taken else BadInput
+        raise kind(
+            "serve.port" if taken else "serve.listen",
+            f"port {port} on {host} is in use" if taken else f"cannot listen on {host}: {e.strerror}",
+            hint="choose another with --listen, or stop what uses it" if taken else "choose an address of this machine",
+        ) from None
+    sock.setblocking(False)
+    return sock
+
+
+def show(sock: socket.socket) -> str:
+    """``host:port`` of a bound socket."""
+    host, port = sock.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+# ---- the directory
+
+
+@contextmanager
+def sole(directory: Path) -> Iterator[None]:
+    """One server a directory. Raises Conflict ``serve.running``, BadState for an unusable directory."""
+    try:
+        fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except FileNotFoundError:
+        raise BadState("ca.missing", f"there is no directory {directory}", hint="make a control plane with: retinue-ca init --dir DIR --trust-domain NAME") from None
+    except PermissionError:
+        raise NoPrivilege("ca.dir", f"may not write {directory}", hint="run it as root or as the CA's own user") from None
+    except OSError as e:
+        raise BadState("ca.dir", f"cannot use {directory}: {e.strerror}") from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise Conflict("serve.running", f"a server is running on {directory}", hint="see: retinue-ca info") from None
+    try:
+        yield
+    finally:
+        os.close(fd)
+
+
+def tls_context(identity: ServerIdentity, roots: str) -> ssl.SSLContext:
+    """TLS 1.3, no tickets; a client certificate may be shown and is then checked against the root."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.num_tickets = 0
+    context.load_verify_locations(cadata=roots)
+    context.verify_mode = ssl.CERT_OPTIONAL
+    context.load_cert_chain(identity.certificate, identity.key)
+    return context
+
+
+# ---- the process
+
+
+def set_up_logs() -> None:
+    """To standard error: JSON unless it is a terminal. Values are escaped either way."""
+    terminal = sys.stderr.isatty()
+    render: Any = structlog.dev.ConsoleRenderer(colors=not os.environ.get("NO_COLOR")) if terminal else structlog.processors.JSONRenderer()
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso", utc=True), _escape,
+            structlog.processors.dict_tracebacks if not terminal else _as_is, render,
+        ],
+        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
+        cache_logger_on_first_use=True,
+    )  # fmt: skip
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
+
+
+def _escape(_: Any, __: str, event: Any) -> Any:
+    return {k: clean(v) if isinstance(v, str) else v for k, v in event.items()}
+
+
+def _as_is(_: Any, __: str, event: Any) -> Any:
+    return event
+
+
+def notify(text: str) -> None:
+    """Tell the service manager (sd_notify(3)); nothing when there is none."""
+    path = os.environ.get("NOTIFY_SOCKET")
+    if not path:
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as s:
+        s.sendto(text.encode(), "\0" + path[1:] if path.startswith("@") else path)
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A server that accepts requests."""
+
+    service: Service
+    listen: str
+    admin: Path
+
+
+@asynccontextmanager
+async def running(options: Options) -> AsyncIterator[Running]:
+    """Start everything, yield, stop everything. Raises RetinueError when any part cannot start."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(sole(options.directory))
+        admin_path = socket_path(options.directory)
+        sock = stack.enter_context(contextlib.closing(listener(*parse_listen(options.listen))))
+        plane = Plane.open(options.directory, time.time)
+        service = Service(plane, heartbeat=options.heartbeat)
+        await service.start()
+        async with contextlib.AsyncExitStack() as late:
+            late.push_async_callback(service.stop)
+            tls = await _listen_tls(late, service, sock, options)
+            await _listen_admin(late, service, admin_path, show(sock))
+            renewing = asyncio.create_task(_renew_tls(service, tls))
+            late.callback(renewing.cancel)
+            late.callback(_close_streams, service)
+            yield Running(service, show(sock), admin_path)
+
+
+def _close_streams(service: Service) -> None:
+    for stream in list(service.streams.values()):
+        stream.close("the control plane stops")
+
+
+@dataclass(slots=True)
+class _Tls:
+    context: ssl.SSLContext
+    identity: ServerIdentity
+
+
+async def _listen_tls(
+    late: contextlib.AsyncExitStack, service: Service, sock: socket.socket, options: Options
+) -> _Tls:
+    plane = service.plane
+    identity = await service.read(lambda: plane.authority.server_chain(plane.clock()))
+    roots = plane.authority.trust_bundle(0, plane.clock()).roots_pem()
+    tls = _Tls(tls_context(identity, roots), identity)
+    runner = web.AppRunner(
+        api.make_app(service, lambda: tls.identity.leaf_der, options.limits),
+        access_log=None, keepalive_timeout=IDLE_S, shutdown_timeout=STOP_S, handler_cancellation=True,
+    )  # fmt: skip
+    await runner.setup()
+    late.push_async_callback(runner.cleanup)
+    assert runner.server is not None
+    server = await asyncio.get_running_loop().create_server(
+        runner.server, sock=sock, ssl=tls.context, ssl_handshake_timeout=HANDSHAKE_S, ssl_shutdown_timeout=1.0, backlog=1024
+    )
+    late.callback(server.close)
+    return tls
+
+
+async def _listen_admin(late: contextlib.AsyncExitStack, service: Service, path: Path, listen: str) -> None:
+    runner = web.AppRunner(
+        admin_api.make_app(service, lambda: listen), access_log=None, keepalive_timeout=IDLE_S, shutdown_timeout=STOP_S
+    )
+    await runner.setup()
+    late.push_async_callback(runner.cleanup)
+    path.unlink(missing_ok=True)  # of a server that was killed: we hold the lock
+    old = os.umask(0o177)
+    try:
+        await web.UnixSite(runner, str(path)).start()
+    except OSError as e:
+        raise BadState("ca.dir", f"cannot make {path}: {e.strerror}") from None
+    finally:
+        os.umask(old)
+    late.callback(path.unlink, missing_ok=True)
+
+
+async def _renew_tls(service: Service, tls: _Tls) -> None:
+    plane = service.plane
+    while True:
+        await asyncio.sleep(RECHECK_S)
+        try:
+            tls.identity = await service.read(lambda: plane.authority.server_chain(plane.clock()))
+            tls.context.load_cert_chain(tls.identity.certificate, tls.identity.key)
+        except Exception as e:
+            log.critical("the TLS certificate could not be renewed", why=f"{type(e).__name__}: {e}")
+
+
+async def serve(options: Options, ready: Any) -> None:
+    """Run until SIGTERM or SIGINT. `ready` is called with Running once requests are accepted."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with running(options) as server:
+        ready(server)
+        notify(f"READY=1\nSTATUS=listening on {server.listen}")
+        log.info("ready", listen=server.listen, trust_domain=str(server.service.plane.trust_domain))
+        await stop.wait()
+        notify("STOPPING=1")
+        log.info("stopping")

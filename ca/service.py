@@ -1,0 +1,292 @@
+"""The asynchronous shell of the control plane: one worker thread for all state, streams and moves on the event loop.
+
+Frames are handed to the loop from inside the job that made them, so they reach every stream in commit order and are
+not lost when the request that caused them is cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Final, TypeVar
+
+import structlog
+
+from ca.placements import Prepared
+from ca.plane import Plane, Published
+from ca.rows import EndpointRow, InstanceRow
+from identity.errors import Conflict, RetinueError
+from identity.wire.admin import Host, MoveReply, Workload, WorkloadMove
+from identity.wire.enroll import EnrollReply, EnrollRequest
+from identity.wire.feed import Report
+
+log = structlog.get_logger("retinue.ca")
+
+T = TypeVar("T")
+
+MAX_QUEUE: Final = 512  # frames an endpoint may lag behind before its stream is closed
+MAINTAIN_S: Final = 3600.0
+
+
+@dataclass(slots=True)
+class Stream:
+    """One endpoint's open feed. `closed` holds the reason once it is to end."""
+
+    endpoint: str
+    expires: int  # of the certificate it was opened with
+    queue: asyncio.Queue[bytes] = field(default_factory=lambda: asyncio.Queue(MAX_QUEUE))
+    closed: asyncio.Event = field(default_factory=asyncio.Event)
+    why: str = ""
+    turn: int = 0
+
+    def put(self, frame: bytes) -> None:
+        try:
+            self.queue.put_nowait(frame)
+        except asyncio.QueueFull:
+            self.close("too slow")
+
+    def close(self, why: str) -> None:
+        if not self.closed.is_set():
+            self.why = why
+            self.closed.set()
+
+
+class Service:
+    """Use between `start` and `stop`, on one event loop."""
+
+    def __init__(self, plane: Plane, *, heartbeat: float = 2.0) -> None:
+        self.plane = plane
+        self.heartbeat = heartbeat
+        self.reports: dict[str, Report] = {}
+        self.streams: dict[str, Stream] = {}
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="retinue-ca")
+        self._loop: asyncio.AbstractEventLoop
+        self._tasks: list[asyncio.Task[None]] = []
+        self._news: asyncio.Event
+
+    async def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._news = asyncio.Event()
+        self._tasks = [asyncio.create_task(self._beats()), asyncio.create_task(self._upkeep())]
+
+    async def stop(self) -> None:
+        """End the streams, finish running jobs, close the store."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for stream in list(self.streams.values()):
+            stream.close("the control plane stops")
+        await self._loop.run_in_executor(self._worker, self.plane.store.close)
+        self._worker.shutdown(wait=True)
+
+    # ---- jobs
+
+    async def read(self, job: Callable[[], T]) -> T:
+        """Run a job that changes nothing."""
+        return await self._loop.run_in_executor(self._worker, job)
+
+    async def change(self, job: Callable[[], T]) -> tuple[T, set[str]]:
+        """Run a job that may change the store, then publish. Returns its result and who was sent a frame."""
+
+        def run() -> tuple[T, set[str]]:
+            try:
+                result = job()
+            finally:
+                # Part of a job may be committed before it fails.
+                published = self.plane.publish()
+                self._loop.call_soon_threadsafe(self._deliver, published)
+            return result, set(published.frames)
+
+        return await self._loop.run_in_executor(self._worker, run)
+
+    def _deliver(self, published: Published) -> None:
+        for name, frame in published.frames.items():
+            if name in self.streams:
+                self.streams[name].put(frame)
+        self._close(published.closed, "revoked")
+        self._tell()
+
+    def _close(self, names: Iterable[str], why: str) -> None:
+        for name in names:
+            if name in self.streams:
+                self.streams[name].close(why)
+
+    # ---- feed
+
+    async def open_stream(self, stream: Stream, timeline: str | None, revision: int | None) -> None:
+        """Take the endpoint's seat; its first frame is in the queue afterwards. Raises Unreachable."""
+
+        def run() -> None:
+            frame, stream.turn = self.plane.feed.connect(stream.endpoint, timeline, revision, self.plane.now)
+            self._loop.call_soon_threadsafe(self._seat, stream, frame)
+
+        await self._loop.run_in_executor(self._worker, run)
+
+    def _seat(self, stream: Stream, frame: bytes) -> None:
+        old = self.streams.get(stream.endpoint)
+        if old is not None:
+            old.close("replaced by a newer connection")
+        self.streams[stream.endpoint] = stream
+        stream.put(frame)
+
+    async def close_stream(self, stream: Stream) -> None:
+        """The connection is gone."""
+        stream.close("closed")
+        if self.streams.get(stream.endpoint) is stream:
+            del self.streams[stream.endpoint]
+        self._tell()
+        with contextlib.suppress(RuntimeError):  # the worker has stopped already
+            await self.read(lambda: self.plane.feed.leave(stream.endpoint, stream.turn, self.plane.now))
+
+    def report(self, endpoint: str, report: Report) -> None:
+        """Note what an endpoint has applied. Raises Conflict for another timeline."""
+        if report.timeline != self.plane.store.timeline:
+            raise Conflict("report.timeline", "that report is of another timeline", hint="ask the feed for a snapshot")
+        self.reports[endpoint] = report
+        self._tell()
+
+    def _tell(self) -> None:
+        news, self._news = self._news, asyncio.Event()
+        news.set()
+
+    async def _until(self, done: Callable[[], bool], seconds: float) -> bool:
+        """Wait for reports until `done`; False when the time is over."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not done():
+                    await self._news.wait()
+        return done()
+
+    # ---- enrolment
+
+    async def enroll(self, request: EnrollRequest) -> EnrollReply:
+        reply, _ = await self.change(lambda: self.plane.enroll(request))
+        # Whoever holds the keys before this enrolment is out.
+        self._close([reply.endpoint], "enrolled anew")
+        self.reports.pop(reply.endpoint, None)
+        return reply
+
+    # ---- moving
+
+    async def move(self, request: WorkloadMove, actor: str) -> MoveReply:
+        """PREPARE, wait until the new holder is ready, COMMIT, wait until the receivers have it.
+
+        Raises Conflict ``move.not_ready`` (then nothing changed) when the new holder does not report the instance
+        attached within `wait`, unless `force`; and what `Placements.prepare` and `commit` raise.
+        """
+        began = time.monotonic()
+        plane = self.plane
+        if request.dry_run:
+            return await self._plan(request)
+        prepared, told = await self.change(
+            lambda: plane.placements.prepare(request.name, request.instance, request.to, plane.now, actor)
+        )
+        try:
+            ready = await self._until(lambda: self._ready(prepared, told), request.wait)
+            if not ready and not request.force and (missing := self._missing(prepared)):
+                raise Conflict(
+                    "move.not_ready", f"{request.to} is not ready for {prepared.instance.key}: {missing}; nothing was changed",
+                    hint=f"on {request.to}: retinue attach {request.name} --instance {request.instance}; or give --force",
+                )  # fmt: skip
+            prepared_ms = _since(began) if ready else None
+            forced = {"forced": True} if request.force and not ready else {}
+            (row, revision), told = await asyncio.shield(
+                asyncio.ensure_future(self.change(lambda: plane.placements.commit(prepared, plane.now, actor, **forced)))
+            )
+        except BaseException as e:
+            if not isinstance(e, Conflict) or e.code not in {"move.lost", "placement.changed"}:
+                await asyncio.shield(asyncio.ensure_future(self._abort(prepared, actor, e)))
+            raise
+        committed_ms = _since(began)
+        released = await self._until(lambda: not self._lagging(told & self.streams.keys(), revision), request.wait)
+        late = self._lagging(told, revision)
+        return MoveReply(
+            workload=self.workload(row), from_host=prepared.holder, prepared_ms=prepared_ms, committed_ms=committed_ms,
+            released_ms=_since(began) if released and not late else None, waiting_for=sorted(late),
+        )  # fmt: skip
+
+    async def _plan(self, request: WorkloadMove) -> MoveReply:
+        def run() -> tuple[InstanceRow, set[str]]:
+            row = self.plane.placements.plan(request.name, request.instance, request.to)
+            return row, (self.plane.feed.audience(row.key) | {request.to}) & self.plane.feed.connected
+
+        row, audience = await self.read(run)
+        return MoveReply(
+            workload=self.workload(row), from_host=row.endpoint, prepared_ms=None, committed_ms=0.0, released_ms=None,
+            waiting_for=sorted(audience), applied=False,
+        )  # fmt: skip
+
+    async def _abort(self, prepared: Prepared, actor: str, error: BaseException) -> None:
+        why = error.code if isinstance(error, RetinueError) else type(error).__name__
+        plane = self.plane
+        try:
+            await self.change(lambda: plane.placements.abort(prepared, plane.now, actor, why))
+        except RetinueError as e:
+            # Committed after all, or changed by someone else: then there is nothing to take back.
+            log.info("a move was not taken back", instance=prepared.instance.key, code=e.code)
+
+    def _ready(self, prepared: Prepared, told: set[str]) -> bool:
+        return not self._missing(prepared) and not self._lagging(told & self.streams.keys(), prepared.revision)
+
+    def _missing(self, prepared: Prepared) -> str:
+        """What keeps the new holder from being ready; empty when nothing does."""
+        report = self.reports.get(prepared.target)
+        if prepared.target not in self.streams:
+            return "it is not connected"
+        if report is None or report.revision < prepared.revision:
+            return "it has not applied the prepared placement"
+        return "" if prepared.instance.key in report.attached else "nothing is attached there for it"
+
+    def _lagging(self, names: Iterable[str], revision: int) -> set[str]:
+        return {n for n in names if (r := self.reports.get(n)) is None or r.revision < revision}
+
+    # ---- what administrators see
+
+    def host(self, row: EndpointRow) -> Host:
+        report = self.reports.get(row.name)
+        return Host(
+            name=row.name, kind=row.kind, spiffe_id=row.spiffe_id, tunnel_key=row.tunnel_key, underlay=row.underlay,
+            generation=row.generation, state="revoked" if row.state == "revoked" else "enrolled", enrolled=row.enrolled,
+            svid_expires=row.svid_expires, revision=report.revision if report else None, connected=row.name in self.streams,
+        )  # fmt: skip
+
+    def workload(self, row: InstanceRow) -> Workload:
+        return Workload(
+            name=row.name, instance=row.instance, spiffe_id=row.spiffe_id, labels=dict(row.labels), host=row.endpoint,
+            epoch=row.epoch, state=row.state, addresses=row.addresses(self.plane.trust_domain), fence=row.fence,
+        )  # fmt: skip
+
+    # ---- upkeep
+
+    async def _beats(self) -> None:
+        while True:
+            await asyncio.sleep(self.heartbeat)
+            try:
+                await self.change(self.plane.tick)
+            except RetinueError as e:
+                log.critical("upkeep failed", code=e.code, why=e.message)
+            # Said even when the store fails: nothing can be committed then, so what was said stays the newest.
+            frame, names = await self.read(lambda: self.plane.feed.beat(self.plane.now))
+            for name in names & self.streams.keys():
+                self.streams[name].put(frame)
+            over = [s.endpoint for s in self.streams.values() if s.expires <= self.plane.now]
+            self._close(over, "its certificate has ended")
+
+    async def _upkeep(self) -> None:
+        while True:
+            await asyncio.sleep(MAINTAIN_S)
+            try:
+                await self.change(self.plane.maintain)
+            except RetinueError as e:
+                log.critical("renewing the authority's certificates failed", code=e.code, why=e.message)
+
+
+def _since(began: float) -> float:
+    """Milliseconds."""
+    return round((time.monotonic() - began) * 1000, 3)
+
+

@@ -1,0 +1,365 @@
+"""The store: one schema through SQLAlchemy Core, SQLite (WAL, synchronous=FULL) as the embedded engine.
+
+Rules kept here:
+    every change of what endpoints may be sent is a row of `changes`, written in the same transaction; a position is
+    (timeline, revision); nothing is acknowledged before its transaction committed; a failed disk write is final until
+    the process starts again (a later fsync that succeeds proves nothing about the earlier one).
+The types are the common subset of SQLite and PostgreSQL. On PostgreSQL `changes` also needs the writer's xid8, because
+there a lower revision may commit later; SQLite has one writer, so revision order is commit order.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from uuid import uuid4
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    CheckConstraint,
+    Column,
+    Connection,
+    Engine,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    PrimaryKeyConstraint,
+    String,
+    Table,
+    Text,
+    create_engine,
+    event,
+    func,
+    insert,
+    select,
+    update,
+)
+from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
+
+from identity.errors import BadInput, BadState, RetinueError, Unreachable
+
+SCHEMA_VERSION: Final = 1
+BUSY_MS: Final = 5000  # how long one writer waits for another process
+
+Big = BigInteger().with_variant(Integer, "sqlite")  # SQLite autoincrements only INTEGER
+
+metadata = MetaData()
+meta = Table(
+    "meta", metadata,
+    Column("key", String(32), primary_key=True),
+    Column("value", Text, nullable=False),
+)  # fmt: skip
+changes = Table(
+    "changes", metadata,
+    Column("revision", Big, primary_key=True, autoincrement=True),
+    Column("at", BigInteger, nullable=False),
+    Column("kind", String(16), nullable=False),  # endpoint, instance, policy, bundle
+    Column("key", String(320), nullable=False),
+    sqlite_autoincrement=True,
+)  # fmt: skip
+endpoints = Table(
+    "endpoints", metadata,
+    Column("name", String(63), primary_key=True),
+    Column("kind", String(8), nullable=False),
+    Column("spiffe_id", String(2048), nullable=False, unique=True),
+    Column("workload", String(255)),  # a sidecar's service
+    Column("parent", ForeignKey("endpoints.name")),  # the host that asked for a sidecar's token
+    Column("tunnel_key", String(64), nullable=False),
+    Column("enroll_key", String(64), nullable=False),
+    Column("underlay", Text, nullable=False),
+    Column("ciphers", Text, nullable=False),
+    Column("generation", BigInteger, nullable=False),
+    Column("state", String(8), nullable=False),
+    Column("enrolled", BigInteger, nullable=False),
+    Column("svid_expires", BigInteger, nullable=False),
+    Column("record", Text),
+    CheckConstraint("state in ('pending', 'enrolled', 'revoked')", name="endpoint_state"),
+    CheckConstraint("kind in ('host', 'sidecar')", name="endpoint_kind"),
+    # one tunnel key speaks for one living endpoint
+    Index("endpoint_tunnel_key", "tunnel_key", unique=True, sqlite_where=Column("state") != "revoked",
+          postgresql_where=Column("state") != "revoked"),
+)  # fmt: skip
+tokens = Table(
+    "tokens", metadata,
+    Column("id", String(64), primary_key=True),
+    Column("public_key", String(64), nullable=False),  # Ed25519; the secret is its seed and is not here
+    Column("endpoint", String(63), nullable=False),
+    Column("kind", String(8), nullable=False),
+    Column("workload", String(255)),
+    Column("asked_by", ForeignKey("endpoints.name")),  # the host agent that asked for a sidecar's token
+    Column("replace", Boolean, nullable=False),
+    Column("created", BigInteger, nullable=False),
+    Column("expires", BigInteger, nullable=False),
+    Column("used_at", BigInteger),
+    Column("enroll_key", String(64)),  # who used it: a lost reply is repeated to this key only
+)  # fmt: skip
+serials = Table(
+    "serials", metadata,
+    Column("serial", String(40), primary_key=True),  # lower hex
+    Column("issuer", String(64), nullable=False),  # its key identifier: (issuer, serial) names a certificate for ever
+    Column("profile", String(16), nullable=False),
+    Column("spiffe_id", String(2048), nullable=False),
+    Column("spki", String(64), nullable=False),
+    Column("endpoint", ForeignKey("endpoints.name")),
+    Column("issued", BigInteger, nullable=False),
+    Column("not_after", BigInteger, nullable=False),
+    Column("revoked_at", BigInteger),
+    Index("serial_endpoint", "endpoint"),
+)  # fmt: skip
+instances = Table(
+    "instances", metadata,
+    Column("name", String(255), nullable=False),
+    Column("instance", BigInteger, nullable=False),
+    Column("spiffe_id", String(2048), nullable=False),
+    Column("labels", Text, nullable=False),
+    Column("fence", String(16), nullable=False),
+    Column("overlay", BigInteger, nullable=False, unique=True),  # address number, kept for life, never given again
+    Column("state", String(16), nullable=False),
+    Column("endpoint", ForeignKey("endpoints.name")),
+    Column("epoch", BigInteger, nullable=False),  # of the record in force; 0 before the first
+    Column("epoch_top", BigInteger, nullable=False),  # highest ever signed, so that no epoch is signed twice
+    Column("target", ForeignKey("endpoints.name")),  # of a move being prepared
+    Column("target_epoch", BigInteger),
+    Column("placement", Text),
+    Column("prepare", Text),
+    Column("created", BigInteger, nullable=False),
+    PrimaryKeyConstraint("name", "instance"),
+    CheckConstraint("state in ('unplaced', 'active', 'moving', 'revoked')", name="instance_state"),
+    CheckConstraint("(target is null) = (prepare is null)", name="instance_prepare"),
+    Index("instance_endpoint", "endpoint"),
+)  # fmt: skip
+holdings = Table(
+    "holdings", metadata,
+    Column("endpoint", ForeignKey("endpoints.name"), nullable=False),
+    Column("name", String(255), nullable=False),
+    Column("instance", BigInteger, nullable=False),
+    PrimaryKeyConstraint("endpoint", "name", "instance"),
+    Index("holding_instance", "name", "instance"),
+)  # fmt: skip
+policies = Table(
+    "policies", metadata,
+    Column("revision", BigInteger, primary_key=True),
+    Column("digest", String(64), nullable=False),
+    Column("files", Text, nullable=False),
+    Column("author", String(255), nullable=False),
+    Column("issued", BigInteger, nullable=False),
+    Column("record", Text, nullable=False),
+)  # fmt: skip
+audit = Table(
+    "audit", metadata,
+    Column("seq", Big, primary_key=True),
+    Column("at", BigInteger, nullable=False),
+    Column("actor", String(255), nullable=False),
+    Column("action", String(64), nullable=False),
+    Column("subject", String(320), nullable=False),
+    Column("outcome", String(64), nullable=False),
+    Column("detail", Text, nullable=False),
+    Column("prev", String(64), nullable=False),
+    Column("hash", String(64), nullable=False, unique=True),
+)  # fmt: skip
+
+# Enforced by the engine too, so that a slip in this program cannot rewrite the past.
+_APPEND_ONLY = [
+    f"CREATE TRIGGER {table}_no_{verb} BEFORE {verb} ON {table} BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
+    for table in ("audit", "changes")
+    for verb in ("update", "delete")
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One row of the change log."""
+
+    revision: int
+    kind: str
+    key: str
+
+
+class Store:
+    """A database of one trust domain. Methods block; call them from one worker thread, not from an event loop."""
+
+    def __init__(self, engine: Engine, timeline: str, trust_domain: str) -> None:
+        self.engine = engine
+        self.timeline = timeline
+        self.trust_domain = trust_domain
+        self._failed = False
+
+    @classmethod
+    def create(cls, path: Path, trust_domain: str) -> Store:
+        """Make a new database, mode 0600. Raises BadInput when one is there."""
+        try:
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600))
+        except FileExistsError:
+            raise BadInput("ca.exists", f"{path} exists already", hint="choose an empty directory") from None
+        engine = _engine(path)
+        timeline = str(uuid4())
+        with _translated(), engine.begin() as tx:
+            metadata.create_all(tx)
+            for statement in _APPEND_ONLY:
+                tx.exec_driver_sql(statement)
+            rows = {"schema_version": SCHEMA_VERSION, "timeline": timeline, "trust_domain": trust_domain, "overlay_next": 1}
+            tx.execute(insert(meta), [{"key": k, "value": str(v)} for k, v in rows.items()])
+        return cls(engine, timeline, trust_domain)
+
+    @classmethod
+    def open(cls, path: Path) -> Store:
+        """Open and check a database. Raises BadState when it is missing, unsafe, damaged or of another version."""
+        try:
+            info = os.lstat(path)
+        except OSError:
+            raise BadState("store.missing", f"no database at {path}", hint="make one with: retinue-ca init --dir DIR --trust-domain NAME") from None
+        if not stat.S_ISREG(info.st_mode):
+            raise BadState("store.file", f"{path} is not a regular file")
+        if stat.S_IMODE(info.st_mode) & 0o077:
+            raise BadState("store.mode", f"{path} can be read by others", hint=f"chmod 600 {path}")
+        if info.st_size == 0:
+            raise BadState("store.damaged", f"{path} is empty", hint="restore it from a backup")
+        engine = _engine(path)
+        try:
+            with engine.connect().execution_options(reads=True) as tx:
+                found = dict(tx.execute(select(meta.c.key, meta.c.value)).tuples().all())
+                version = int(found["schema_version"])
+                if version != SCHEMA_VERSION:
+                    newer = version > SCHEMA_VERSION
+                    raise BadState(
+                        "store.version", f"{path} has schema version {version}; this program knows {SCHEMA_VERSION}",
+                        hint="run the newer retinue-ca that wrote it" if newer else "restore it with the program that wrote it",
+                    )  # fmt: skip
+                verdict = tx.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
+                missing = set(metadata.tables) - set(
+                    tx.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'table'").scalars()
+                )
+                dangling = tx.exec_driver_sql("PRAGMA foreign_key_check").first()
+            if verdict != "ok" or missing or dangling is not None:
+                raise BadState("store.damaged", f"{path} does not pass its check", hint="restore it from a backup")
+            return cls(engine, found["timeline"], found["trust_domain"])
+        except (DBAPIError, KeyError, ValueError, UnicodeDecodeError):
+            engine.dispose()
+            raise BadState("store.damaged", f"{path} is not a readable Retinue database", hint="restore it from a backup") from None
+        except RetinueError:
+            engine.dispose()
+            raise
+
+    @contextmanager
+    def write(self) -> Iterator[Connection]:
+        """One write transaction (BEGIN IMMEDIATE). Commits at the end, rolls back on any exception."""
+        if self._failed:
+            raise BadState("store.failed", "the database failed to write earlier; nothing more is accepted", hint="check the disk, then start retinue-ca again")
+        try:
+            with _translated(), self.engine.begin() as tx:
+                yield tx
+        except BadState:
+            self._failed = True
+            raise
+
+    @contextmanager
+    def read(self) -> Iterator[Connection]:
+        """One read transaction: a consistent view that never waits for a writer."""
+        with _translated(), self.engine.connect().execution_options(reads=True) as tx:
+            yield tx
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+    def settle(self) -> None:
+        """Fold the write-ahead log into the file and close, so that the file alone is the database."""
+        with self.engine.connect() as connection:
+            raw = connection.connection.dbapi_connection
+            assert raw is not None
+            raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").close()
+        self.close()
+
+    # ---- the change log
+
+    @staticmethod
+    def log(tx: Connection, now: int, kind: str, key: str) -> int:
+        """Append one change inside the caller's transaction and return its revision."""
+        result = tx.execute(insert(changes).values(at=now, kind=kind, key=key))
+        assert result.inserted_primary_key is not None
+        return int(result.inserted_primary_key[0])
+
+    @staticmethod
+    def revision(tx: Connection) -> int:
+        """Newest committed (or own) revision; 0 before the first change."""
+        return int(tx.execute(select(func.coalesce(func.max(changes.c.revision), 0))).scalar_one())
+
+    @staticmethod
+    def changes_after(tx: Connection, revision: int) -> Sequence[Change]:
+        """Changes after a revision, in commit order."""
+        rows = tx.execute(
+            select(changes.c.revision, changes.c.kind, changes.c.key)
+            .where(changes.c.revision > revision)
+            .order_by(changes.c.revision)
+        )
+        return [Change(*row) for row in rows.tuples()]
+
+    # ---- small values
+
+    @staticmethod
+    def get(tx: Connection, key: str) -> str | None:
+        """A value of `meta`, or None."""
+        value: str | None = tx.execute(select(meta.c.value).where(meta.c.key == key)).scalar_one_or_none()
+        return value
+
+    @staticmethod
+    def put(tx: Connection, key: str, value: str) -> None:
+        """Set a value of `meta`."""
+        if not tx.execute(update(meta).where(meta.c.key == key).values(value=value)).rowcount:
+            tx.execute(insert(meta).values(key=key, value=value))
+
+    def take_number(self, tx: Connection, key: str) -> int:
+        """The next number of a counter that only grows."""
+        number = int(self.get(tx, key) or 1)
+        self.put(tx, key, str(number + 1))
+        return number
+
+
+def _engine(path: Path) -> Engine:
+    engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY_MS / 1000})
+
+    @event.listens_for(engine, "connect")
+    def _connected(connection: sqlite3.Connection, _record: Any) -> None:
+        connection.isolation_level = None  # we say BEGIN ourselves
+        for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON", "trusted_schema=OFF"):
+            connection.execute(f"PRAGMA {pragma}").close()
+
+    @event.listens_for(engine, "begin")
+    def _begun(connection: Connection) -> None:
+        reads = connection.get_execution_options().get("reads")
+        connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """Engine errors as the error tree says them: busy and full may be tried again, a failing disk may not."""
+    try:
+        yield
+    except OperationalError as e:
+        text = str(e.orig)
+        if "locked" in text or "busy" in text:
+            raise Unreachable("store.busy", "the database is busy", hint="try again") from None
+        if "full" in text:
+            raise Unreachable("store.full", "the disk of the database is full: nothing was changed", hint="free space and try again") from None
+        raise BadState("store.failed", f"the database cannot be used: {text}", hint="check the disk, then start retinue-ca again") from None
+    except DatabaseError as e:
+        if isinstance(e.orig, sqlite3.IntegrityError):
+            raise
+        raise BadState("store.damaged", f"the database is damaged: {e.orig}", hint="restore it from a backup") from None
+
+
+def any_of(values: Sequence[str], wanted: str, *, limit: int = 3) -> str:
+    """A hint with the known names closest to a mistyped one; empty when none is close."""
+    import difflib
+
+    close = difflib.get_close_matches(wanted, values, n=limit, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else ""
