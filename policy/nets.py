@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 import ipaddress
 from collections.abc import Iterable
@@ -84,7 +85,11 @@ def ranges_of(cidrs: tuple[str, ...], excluding: tuple[str, ...] = ()) -> tuple[
 
 def covers(outer: tuple[Range, ...], inner: tuple[Range, ...]) -> bool:
     """Is every address of `inner` in `outer`? Both merged."""
-    return all(any(a <= low and high <= b for a, b in outer) for low, high in inner)
+    for low, high in inner:
+        at = bisect.bisect_right(outer, (low, V6_ALL[1])) - 1
+        if at < 0 or high > outer[at][1]:
+            return False
+    return True
 
 
 def show(span: Range) -> str:

@@ -87,10 +87,17 @@ def in_namespace(name: str) -> Selector:
 
 
 def any_of(terms: list[Selector]) -> Selector:
-    """The union, flat and without repetition; `terms` is not empty."""
+    """The union, flat, without repetition and with plain networks in one term; `terms` is not empty."""
     flat: dict[Selector, None] = {}
+    cidrs: dict[str, None] = {}
     for term in terms:
-        flat.update(dict.fromkeys(term.terms if isinstance(term, AnyOf) else (term,)))
+        for one in term.terms if isinstance(term, AnyOf) else (term,):
+            if isinstance(one, Nets) and not one.excluding:
+                cidrs.update(dict.fromkeys(one.cidrs))
+            else:
+                flat[one] = None
+    if cidrs:
+        flat[Nets(tuple(cidrs))] = None
     return next(iter(flat)) if len(flat) == 1 else AnyOf(tuple(flat))
 
 

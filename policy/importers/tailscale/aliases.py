@@ -25,18 +25,23 @@ ROLES: Final = frozenset(f"autogroup:{r}" for r in (
 ))  # fmt: skip
 MEMBER: Final = frozenset({"autogroup:member", "autogroup:members"})
 SUBNETS: Final = In("route", frozenset({"subnet"}))
-OUTSIDE: Final = Exists("gateway")
+OUTSIDE: Final = Exists("via")
 V4_NETS: Final = Nets(("0.0.0.0/0",))
 V6_NETS: Final = Nets(("::/0",))
 
 
 def any_of(terms: Sequence[Selector]) -> Selector:
-    """The union, flat and without what adds nothing."""
+    """The union, flat, without what adds nothing and with plain networks in one term."""
     flat: list[Selector] = []
+    cidrs: list[str] = []
     for term in terms:
         for one in term.terms if isinstance(term, AnyOf) else (term,):
-            if one not in flat and not isinstance(one, Nothing):
+            if isinstance(one, Nets) and not one.excluding:
+                cidrs += [c for c in one.cidrs if c not in cidrs]
+            elif one not in flat and not isinstance(one, Nothing):
                 flat.append(one)
+    if cidrs:
+        flat.append(Nets(tuple(cidrs)))
     return flat[0] if len(flat) == 1 else AnyOf(tuple(flat)) if flat else Nothing()
 
 

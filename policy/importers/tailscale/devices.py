@@ -2,7 +2,7 @@
 
 Labels of a device: ``user`` and ``domain`` on an untagged one; ``tagged`` and one label per tag (``tag:web: yes``) on a
 tagged one. Approved routes become outside subjects of their own, ``NAME (subnets)`` and ``NAME (internet)``, with the
-labels ``gateway``, ``route: subnet|internet`` and the gateway's tags as ``via:tag:...``.
+labels ``via`` (the gateway), ``route: subnet|internet`` and the gateway's tags as ``via:tag:...``.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def _device(row: dict[str, Any], name: str, where: str) -> Device:
     subnets = tuple(r for r in routes if r not in EXIT)
     internet = tuple(r for r in INTERNET if ("::/0" if ":" in r else "0.0.0.0/0") in routes)
     behind = tuple(
-        Subject(f"{name} ({kind}s)" if kind == "subnet" else f"{name} ({kind})", {"gateway": name, "route": kind, **via}, nets=part)
+        Subject(f"{name} ({kind}s)" if kind == "subnet" else f"{name} ({kind})", {"via": name, "route": kind, **via}, nets=part)
         for kind, part in (("subnet", subnets), ("internet", internet))
         if part
     )

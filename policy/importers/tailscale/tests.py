@@ -127,7 +127,7 @@ class _Asker:
             at = nets.address(text)
         except BadInput:
             raise _Fails(f'"{word}": no such user, group, tag, host or address') from None
-        labels = {} if nets.covers(nets.ranges_of(TAILNET), ((at, at),)) else {"gateway": "", "route": "subnet"}
+        labels = {} if nets.covers(nets.ranges_of(TAILNET), ((at, at),)) else {"via": "", "route": "subnet"}
         return [Subject(text, labels, nets=(text,))], [self.subjects[n] for n in sorted(self.aliases.tailnet.at(((at, at),)))]
 
 
