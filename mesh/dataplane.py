@@ -4,17 +4,35 @@
     await plane.start()                 # deny rules first; a running engine is adopted, not restarted
     applied = await plane.apply(plan)   # narrow, then tunnels, then widen, then addresses
     await plane.stop(clean=False)       # traffic goes on without the agent
+
+Order of a change: first everything that is no longer allowed goes (elements, routes, addresses), then the tunnels
+change in one step, then what is newly allowed comes, and only when the firewall holds do addresses and routes appear.
+So there is no moment at which something passes that neither the old nor the new plan allows.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
-from mesh.devices import Choice, PeerState
-from mesh.plan import Changes, Note, Plan
+from identity.errors import RetinueError, Unreachable
+from mesh.devices import Choice, Device, DeviceConfig, PeerState, after, choose, peer_changes
+from mesh.firewall import DeniedFlow, Firewall
+from mesh.host import HostNet
+from mesh.nft import Watcher
+from mesh.plan import Changes, Note, Plan, diff
 from mesh.snapshot import InstanceKey
+
+log = logging.getLogger(__name__)
+
+CHECK_EVERY: Final = 2.0  # seconds between two verifications without a reason
+RETRY: Final = 1.0  # seconds after a failed repair
+Denied = DeniedFlow
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +55,9 @@ class PlaneConfig:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something that happened by itself: ``firewall.restored``, ``engine.restarted``, ``netns.gone`` (instance named)."""
+    """Something that happened by itself: ``firewall.restored``, ``host.restored``, ``device.restarted``,
+    ``device.failed``, ``netns.gone`` (instance named).
+    """
 
     code: str
     text: str
@@ -55,17 +75,6 @@ class Applied:
 
 
 @dataclass(frozen=True, slots=True)
-class Denied:
-    """A denied flow, seen lately. port is 0 for protocols without ports."""
-
-    src: str
-    dst: str
-    proto: int
-    port: int
-    packets: int
-
-
-@dataclass(frozen=True, slots=True)
 class Counters:
     """peers by tunnel key; verdicts: name -> packets since the table was made; denied: flows of the last minutes."""
 
@@ -80,21 +89,170 @@ class DataPlane:
 
     def __init__(self, config: PlaneConfig) -> None:
         self.config = config
+        self.firewall = Firewall(config.interface)
+        self.host = HostNet(config.interface, config.run_dir)
+        self.plan: Plan | None = None  # the last one that was applied or attempted: what repairs lead to
+        self._device: Device | None = None
+        self._why = ""
+        self._peers: dict[str, PeerState] | None = None  # as the device has them; None when that is not known
+        self._gone: set[InstanceKey] = set()
+        self._lock = asyncio.Lock()
+        self._suspicion = asyncio.Event()
+        self._watcher = Watcher(self._suspicion.set)
+        self._guard: asyncio.Task[None] | None = None
+        self._lost_device = False
 
     def describe(self) -> str:
         """Device in use and why, for `status`."""
-        ...
+        return "none" if self._device is None else f"{self._device.describe()}: {self._why}"
 
-    async def start(self) -> None: ...
+    # ---- life
 
-    async def apply(self, plan: Plan) -> Applied: ...
+    async def start(self) -> None:
+        """Deny everything that is not already allowed, then the device. Raises RetinueError."""
+        self.config.run_dir.mkdir(parents=True, exist_ok=True)
+        await self.firewall.start()
+        await self.host.start()
+        config = DeviceConfig(
+            self.config.interface, self.config.mtu, self.config.listen_port, self.config.private_key,
+            self.config.run_dir, self.config.engine,
+        )  # fmt: skip
+        self._device, self._why = await choose(self.config.device, config, on_exit=self._device_exited)
+        await self._start_device()
+        self._watcher.start()
+        self._guard = asyncio.create_task(self._guarding(), name="data plane guard")
 
-    async def verify(self) -> tuple[Note, ...]:
-        """Compare what is there with the plan last applied, repair it, and say what was repaired."""
-        ...
-
-    async def counters(self) -> Counters: ...
+    async def _start_device(self) -> None:
+        assert self._device is not None
+        await self._device.start()
+        self._peers = None
+        await self.host.device_up(self.config.mtu)
 
     async def stop(self, *, clean: bool) -> None:
         """Let go. `clean` removes the device, the firewall table, links, routes and rules."""
-        ...
+        if self._guard is not None:
+            self._guard.cancel()
+            await asyncio.gather(self._guard, return_exceptions=True)
+            self._guard = None
+        self._watcher.stop()
+        async with self._lock:
+            if self._device is not None:
+                await self._device.stop(clean=clean)
+            if clean:
+                # The rules that keep packets out go last.
+                await self.host.clean()
+                await self.firewall.remove()
+            await self.host.stop()
+
+    # ---- apply
+
+    async def apply(self, plan: Plan) -> Applied:
+        """Carry out a plan. Raises RetinueError; then nothing is allowed that the old plan or this one does not allow."""
+        async with self._lock:
+            started = time.monotonic()
+            changes = diff(self.plan, plan)
+            self.plan = plan
+            failed = await self._carry_out(plan)
+            return Applied(changes, time.monotonic() - started, failed, plan.notes)
+
+    async def _carry_out(self, plan: Plan) -> dict[InstanceKey, str]:
+        if self._device is None:
+            raise Unreachable("device.gone", "the data plane has not been started")
+        # Taking away is tried on every part, whatever becomes of the others.
+        errors: list[RetinueError] = []
+        bad: dict[str, str] = {}
+        try:
+            await self.firewall.narrow(plan)
+        except RetinueError as e:
+            errors.append(e)
+        try:
+            bad = await self.host.narrow(plan)
+        except RetinueError as e:
+            errors.append(e)
+        try:
+            await self._apply_peers(plan)
+        except RetinueError as e:
+            errors.append(e)
+        if errors:
+            raise errors[0]
+        await self.firewall.widen(plan)
+        bad |= await self.host.widen(plan, bad)
+        return {key: bad[at.veth] for key, at in plan.attachments.items() if at.veth is not None and at.veth in bad}
+
+    async def _apply_peers(self, plan: Plan) -> None:
+        assert self._device is not None
+        if self._peers is None:
+            self._peers = dict((await self._device.read()).peers)
+        changes = peer_changes(self._peers, plan.peers)
+        if not changes:
+            return
+        known, self._peers = self._peers, None
+        await self._device.apply(changes)
+        self._peers = after(known, changes)
+
+    # ---- guard: somebody flushed the rules, the engine died, a namespace went away
+
+    def _device_exited(self) -> None:
+        self._lost_device = True
+        self._peers = None
+        self._suspicion.set()
+
+    async def _guarding(self) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(CHECK_EVERY):
+                    await self._suspicion.wait()
+            except TimeoutError:
+                pass
+            self._suspicion.clear()
+            try:
+                await self.verify()
+            except RetinueError as e:
+                self._tell("plane.repair", f"cannot repair the data plane: {e.message}")
+                await asyncio.sleep(RETRY)
+                self._suspicion.set()
+            except Exception:
+                log.exception("the data plane guard failed; it goes on")
+                await asyncio.sleep(RETRY)
+
+    async def verify(self) -> tuple[Note, ...]:
+        """Compare what is there with the plan last applied, repair it, and say what was repaired."""
+        async with self._lock:
+            notes: list[Note] = []
+            # The firewall first: it is what others flush, and what must be back soonest.
+            if await self.firewall.verify():
+                notes.append(Note("firewall.restored", "somebody else had changed our firewall table; it is back"))
+            if self._lost_device:
+                await self._start_device()
+                self._lost_device = False
+                self.host.layout = None
+                notes.append(Note("device.restarted", "the tunnel engine had ended; a new one runs"))
+                if self.plan is not None:
+                    await self._carry_out(self.plan)
+            wrong, gone = await self.host.verify()
+            if wrong and self.plan is not None:
+                self.host.layout = None
+                await self.host.device_up(self.config.mtu)
+                await self._carry_out(self.plan)
+                notes.append(Note("host.restored", "; ".join(wrong[:3])))
+        for note in notes:
+            self._tell(note.code, note.text)
+        for key in gone:
+            if key not in self._gone:
+                self._tell("netns.gone", f"the network namespace of {key} is gone", key)
+        self._gone = set(gone)
+        return tuple(notes)
+
+    def _tell(self, code: str, text: str, instance: InstanceKey | None = None) -> None:
+        if self.config.on_event is not None:
+            self.config.on_event(Event(code, text, instance))
+
+    # ---- read
+
+    async def counters(self) -> Counters:
+        """What the device and the firewall have counted."""
+        if self._device is None:
+            raise Unreachable("device.gone", "the data plane has not been started")
+        peers = await self._device.counters()
+        verdicts, denied = await self.firewall.counters()
+        return Counters(peers, verdicts, tuple(denied), 0 if self.plan is None else self.plan.element_count)

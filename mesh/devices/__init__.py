@@ -156,14 +156,18 @@ def _with_allowed(peer: PeerState, allowed: frozenset[str]) -> PeerState:
     return PeerState(peer.underlay, allowed, peer.keepalive, peer.cipher, peer.latest_handshake, peer.rx_bytes, peer.tx_bytes)
 
 
-async def choose(choice: Choice, config: DeviceConfig) -> tuple[Device, str]:
-    """The device to use and why. Raises NoPrivilege or NotFound when the wish cannot be met."""
+async def choose(
+    choice: Choice, config: DeviceConfig, *, on_exit: Callable[[], None] | None = None
+) -> tuple[Device, str]:
+    """The device to use and why; `on_exit` is called on the loop when an engine ends by itself."""
     from mesh.devices.kernel import KernelDevice, probe
     from mesh.devices.userspace import UserspaceDevice
 
+    if choice == "kernel":
+        return KernelDevice(config), "asked for"
     if choice == "userspace":
-        return UserspaceDevice(config), "asked for"
+        return UserspaceDevice(config, on_exit=on_exit), "asked for"
     why_not = await probe()
-    if choice == "kernel" or not why_not:
-        return KernelDevice(config), "asked for" if choice == "kernel" else "the kernel has WireGuard"
-    return UserspaceDevice(config), why_not
+    if not why_not:
+        return KernelDevice(config), "the kernel has WireGuard"
+    return UserspaceDevice(config, on_exit=on_exit), why_not

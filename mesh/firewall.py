@@ -1,0 +1,532 @@
+"""The port firewall: one nftables table of our own, changed by atomic transactions.
+
+The verdict is taken for every packet on the conntrack *original* tuple, in both directions; nothing is accepted for
+being established. A packet that passes gets our bit in its mark, which the routing rules of mesh/host.py demand, so a
+flushed table lets nothing through. Foreign tables are never touched and foreign bits of the mark are kept.
+
+A refused packet of a local sender is answered at once: TCP by a reset, everything else by ICMP "administratively
+prohibited". Not TCP too by ICMP: Linux drops an ICMP error for a socket that is locked, and on a link without delay
+the error comes while connect() still holds the lock, so the caller would wait for its first retransmission.
+
+Sets, one of each per family (suffix 4 or 6):
+    pair    src . dst . protocol . port    exact ports (hash; the large one)
+    range   the same with port intervals   wide ranges only
+    proto   src . dst . protocol           a protocol allowed whole
+    rest    src . dst                      everything but what `except` names for the pair
+    error   outer src . flow src . flow dst    who may send ICMP errors about which flow
+    local   addresses of active local instances; held: those of them on the host itself; member: permitted ones elsewhere
+    place   link . address                 which source address may come from which link
+    self    address . address              a host-held instance talking to itself
+    denied  src . dst . protocol . port    flows refused in the last minutes, with counters; bounded
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from identity.errors import BadInput
+from mesh import nft
+from mesh.plan import AttachmentPlan, Elements, PairPlan, Plan, diff, elements_of
+from policy.ports import ICMP, ICMPV6
+
+Sets = dict[str, set[str]]
+
+DENIED_SIZE: Final = 4096
+DENIED_TIMEOUT: Final = 300  # seconds
+COUNTERS: Final = ("accepted", "denied", "strangers", "spoofed", "outside", "invalid")
+_COMPARE_LIMIT: Final = 20_000  # elements; larger tables are put back, not compared, when others commit
+_CHUNK: Final = 4000  # elements in one statement
+_INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,14}")
+
+
+def slot(interface: str) -> int:
+    """0-3 from the trailing digits of an interface name: agents that share a namespace use different marks."""
+    digits = re.search(r"\d+$", interface)
+    return int(digits[0]) % 4 if digits else 0
+
+
+def accepted_mark(interface: str) -> int:
+    """The one bit of the packet mark that says "our firewall let it pass"."""
+    return 0x0200_0000 << (2 * slot(interface))
+
+
+def table_name(interface: str) -> str:
+    """``retinue`` for rtn0, else ``retinue_IFNAME``. Raises BadInput for what is no interface name."""
+    if not _INTERFACE.fullmatch(interface):
+        raise BadInput("interface.name", f"not an interface name: {ascii(interface)[:40]}",
+                       hint="up to 15 letters, digits, '.', '_' and '-'")  # fmt: skip
+    return "retinue" if interface == "rtn0" else "retinue_" + re.sub(r"[^A-Za-z0-9]", "_", interface)
+
+
+# ---- sets (pure)
+
+
+def pair_sets(pair: PairPlan) -> Sets:
+    """The elements of one pair, by set."""
+    out: Sets = {}
+    elements = elements_of(pair.ports)
+    for family, src, dst in zip((4, 6), pair.src_addresses, pair.dst_addresses, strict=True):
+        _add_pair(out, family, f"{src} . {dst}", elements)
+        out.setdefault(f"error{family}", set()).update((f"{src} . {src} . {dst}", f"{dst} . {src} . {dst}"))
+    return out
+
+
+def _add_pair(out: Sets, family: int, ends: str, elements: Elements) -> None:
+    def add(name: str, lines: Iterable[str]) -> None:
+        lines = set(lines)
+        if lines:
+            out.setdefault(f"{name}{family}", set()).update(lines)
+
+    add("pair", (f"{ends} . {proto} . {port}" for proto, port in elements.exact))
+    add("range", (f"{ends} . {proto} . {first}-{last}" for proto, first, last in elements.ranges))
+    add("proto", (f"{ends} . {_number(proto, family)}" for proto in elements.protocols))
+    if elements.rest:
+        add("rest", (ends,))
+        excluded = set(elements.except_)
+        # Our number 1 stands for both ICMPs; neither may slip through `rest` when ICMP has entries of its own.
+        excluded |= {ICMP, ICMPV6} if ICMP in excluded else set()
+        add("except", (f"{ends} . {proto}" for proto in excluded))
+
+
+def _number(proto: int, family: int) -> int:
+    return ICMPV6 if proto == ICMP and family == 6 else proto
+
+
+def topology_sets(plan: Plan) -> Sets:
+    """The elements that say who is where."""
+    out: Sets = {}
+
+    def add(name: str, address: str, text: str) -> None:
+        out.setdefault(f"{name}{6 if ':' in address else 4}", set()).add(text)
+
+    for attachment in plan.attachments.values():
+        if attachment.veth is not None:
+            out.setdefault("links", set()).add(f'"{attachment.veth}"')
+        if not attachment.active:
+            continue
+        for address in attachment.addresses:
+            _add_local(add, attachment, address)
+    for address in plan.remotes:
+        add("member", address, address)
+    return out
+
+
+def _add_local(add: Callable[[str, str, str], None], attachment: AttachmentPlan, address: str) -> None:
+    add("local", address, address)
+    if attachment.veth is None:
+        add("held", address, address)
+        add("self", address, f"{address} . {address}")
+    else:
+        add("place", address, f'"{attachment.veth}" . {address}')
+
+
+def all_sets(plan: Plan) -> Sets:
+    """Everything the plan puts into the table."""
+    out = topology_sets(plan)
+    for pair in plan.pairs.values():
+        for name, lines in pair_sets(pair).items():
+            out.setdefault(name, set()).update(lines)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Elements to delete and to add, by set."""
+
+    delete: Mapping[str, set[str]]
+    add: Mapping[str, set[str]]
+
+    def __bool__(self) -> bool:
+        return bool(self.delete or self.add)
+
+
+def sets_delta(old: Plan, new: Plan) -> Delta:
+    """The elements that differ. Instances keep their addresses for life, so pairs never share an element."""
+    gone, come = topology_sets(old), topology_sets(new)
+    changes = diff(old, new)
+    for pairs, into in (
+        ([*changes.pairs_gone, *(a for a, _ in changes.pairs_changed)], gone),
+        ([*changes.pairs_new, *(b for _, b in changes.pairs_changed)], come),
+    ):
+        for pair in pairs:
+            for name, lines in pair_sets(pair).items():
+                into.setdefault(name, set()).update(lines)
+    return Delta(_minus(gone, come), _minus(come, gone))
+
+
+def _minus(a: Sets, b: Sets) -> Sets:
+    return {name: rest for name, lines in a.items() if (rest := lines - b.get(name, set()))}
+
+
+# ---- text (pure)
+
+
+def statements(table: str, verb: str, sets: Mapping[str, set[str]]) -> str:
+    """``add|delete element`` statements."""
+    lines = []
+    for name in sorted(sets):
+        elements = sorted(sets[name])
+        for start in range(0, len(elements), _CHUNK):
+            chunk = ", ".join(elements[start : start + _CHUNK])
+            lines.append(f"{verb} element inet {table} {name} {{ {chunk} }}")
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def replacement(interface: str, sets: Mapping[str, set[str]]) -> str:
+    """A transaction that puts the whole table in place of whatever stands under its name."""
+    name = table_name(interface)
+    return (
+        f"add table inet {name}\ndelete table inet {name}\n"
+        + skeleton(interface)
+        + statements(name, "add", {key: lines for key, lines in sets.items() if lines})
+    )
+
+
+def skeleton(interface: str) -> str:
+    """The table without elements: sets, counters, chains. Everything that is not in a set is denied."""
+    mark = f"0x{accepted_mark(interface):08x}"
+    clear = f"0x{0xFFFF_FFFF ^ accepted_mark(interface):08x}"
+    parts = [f"table inet {table_name(interface)} {{"]
+    parts += [f"counter {name} {{ }}" for name in COUNTERS]
+    parts.append("set links { type ifname; }")
+    for family in (4, 6):
+        parts += _sets(family, f"ipv{family}_addr")
+    parts.append(f"""
+chain pass {{
+    counter name accepted
+    meta mark set meta mark | {mark}
+    accept
+}}
+chain refuse {{
+    counter name denied
+    jump note
+    tcp flags & (syn|ack|rst) == syn reject with tcp reset
+    meta l4proto tcp ct state established reject with tcp reset
+    meta l4proto tcp drop
+    reject with icmpx admin-prohibited
+}}
+chain stranger {{
+    counter name strangers
+    drop
+}}
+chain far {{
+    counter name denied
+    jump note
+    drop
+}}
+chain note {{
+{_note(4)}{_note(6)}}}
+{_verdict(4)}{_verdict(6)}
+chain prerouting {{
+    type filter hook prerouting priority mangle; policy accept;
+    iifname "lo" accept
+    meta mark & {mark} == {mark} meta mark set meta mark & {clear}
+    iifname "{interface}" goto from_mesh
+    iifname @links goto from_link
+    ip daddr @local4 counter name outside drop
+    ip saddr @local4 counter name outside drop
+    ip saddr @member4 counter name outside drop
+    ip6 daddr @local6 counter name outside drop
+    ip6 saddr @local6 counter name outside drop
+    ip6 saddr @member6 counter name outside drop
+}}
+chain from_mesh {{
+    ip daddr @local4 ip saddr != @local4 goto mesh4
+    ip6 daddr @local6 ip6 saddr != @local6 goto mesh6
+    goto stranger
+}}
+chain from_link {{
+    ip daddr 224.0.0.0/3 drop
+    ip6 daddr ff00::/8 drop
+    iifname . ip saddr @place4 goto here4
+    iifname . ip6 saddr @place6 goto here6
+    counter name spoofed drop
+}}
+chain input {{
+    type filter hook input priority mangle; policy accept;
+    meta mark & {mark} == {mark} accept
+    iifname "{interface}" drop
+    iifname @links drop
+}}
+chain forward {{
+    type filter hook forward priority mangle; policy accept;
+    iifname "{interface}" oifname "{interface}" drop
+    meta mark & {mark} == {mark} accept
+    iifname "{interface}" drop
+    iifname @links drop
+    oifname "{interface}" drop
+    oifname @links drop
+}}
+chain output {{
+    type route hook output priority mangle; policy accept;
+    meta mark & {mark} == {mark} meta mark set meta mark & {clear}
+    ip daddr @local4 goto to_local
+    ip6 daddr @local6 goto to_local
+    ip saddr @held4 goto here4
+    ip6 saddr @held6 goto here6
+    ip daddr @member4 goto here4
+    ip6 daddr @member6 goto here6
+    oifname "{interface}" goto quiet
+    oifname @links goto quiet
+}}
+chain to_local {{
+    ip saddr . ip daddr @self4 accept
+    ip6 saddr . ip6 daddr @self6 accept
+    icmp type {{ destination-unreachable, time-exceeded, parameter-problem }} goto pass
+    icmpv6 type {{ destination-unreachable, packet-too-big, time-exceeded, parameter-problem }} goto pass
+    tcp flags & (syn|rst) == rst goto pass
+    meta nfproto ipv4 goto here4
+    goto here6
+}}
+chain quiet {{
+    ip daddr 224.0.0.0/4 drop
+    ip6 daddr ff00::/8 drop
+    ct state untracked drop
+    meta nfproto ipv4 goto here4
+    goto here6
+}}
+}}
+""")
+    return "\n".join(parts)
+
+
+def _sets(family: int, address: str) -> list[str]:
+    ends = f"{address} . {address}"
+    denied = f"size {DENIED_SIZE}; flags dynamic,timeout; timeout {DENIED_TIMEOUT}s; counter;"
+    return [
+        f"set pair{family} {{ type {ends} . inet_proto . inet_service; }}",
+        f"set range{family} {{ type {ends} . inet_proto . inet_service; flags interval; }}",
+        f"set proto{family} {{ type {ends} . inet_proto; }}",
+        f"set rest{family} {{ type {ends}; }}",
+        f"set except{family} {{ type {ends} . inet_proto; }}",
+        f"set error{family} {{ type {ends} . {address}; }}",
+        f"set local{family} {{ type {address}; }}",
+        f"set held{family} {{ type {address}; }}",
+        f"set member{family} {{ type {address}; }}",
+        f"set place{family} {{ type ifname . {address}; }}",
+        f"set self{family} {{ type {ends}; }}",
+        f"set denied{family} {{ type {ends} . inet_proto . inet_service; {denied} }}",
+    ]
+
+
+def _note(family: int) -> str:
+    """Remember the refused flow under the tuple of its first packet."""
+    ip = "ip" if family == 4 else "ip6"
+    ports = "meta l4proto { tcp, udp, sctp }"
+    return f"""\
+    {ports} ct direction reply update @denied{family} {{ {ip} daddr . {ip} saddr . meta l4proto . th sport }} return
+    {ports} update @denied{family} {{ {ip} saddr . {ip} daddr . meta l4proto . th dport }} return
+    update @denied{family} {{ {ip} saddr . {ip} daddr . meta l4proto . 0 }} return
+"""
+
+
+def _verdict(family: int) -> str:
+    ip = "ip" if family == 4 else "ip6"
+    there, back = f"{ip} saddr . {ip} daddr", f"{ip} daddr . {ip} saddr"
+    if family == 4:
+        error = "meta l4proto icmp"
+        kinds = "icmp type != { destination-unreachable, time-exceeded, parameter-problem } drop"
+        floor = "icmp type destination-unreachable icmp code frag-needed icmp mtu < 576 drop"
+    else:
+        error = "meta l4proto ipv6-icmp"
+        kinds = "icmpv6 type != { destination-unreachable, packet-too-big, time-exceeded, parameter-problem } drop"
+        floor = "icmpv6 type packet-too-big icmpv6 mtu < 1280 drop"
+    lookups = ""
+    for direction, ends, port in (("original", there, "th dport"), ("reply", back, "th sport")):
+        lookups += f"""
+chain {direction}{family} {{
+    {ends} . meta l4proto . {port} @pair{family} goto pass
+    {ends} . meta l4proto @proto{family} goto pass
+    {ends} . meta l4proto . {port} @range{family} goto pass
+    {ends} @rest{family} {ends} . meta l4proto != @except{family} goto pass
+}}"""
+    return f"""{lookups}
+chain verdict{family} {{
+    ct state invalid,untracked counter name invalid drop
+    {error} ct state related goto error{family}
+    ct direction original goto original{family}
+    goto reply{family}
+}}
+chain error{family} {{
+    {kinds}
+    {floor}
+    {ip} saddr . ct original {ip} saddr . ct original {ip} daddr @error{family} goto pass
+    drop
+}}
+chain here{family} {{
+    jump verdict{family}
+    goto refuse
+}}
+chain mesh{family} {{
+    jump verdict{family}
+    goto far
+}}
+"""
+
+
+# ---- the kernel's view, in a comparable form (pure)
+
+
+def fingerprint(objects: Iterable[Mapping[str, Any]]) -> tuple[frozenset[str], Sets]:
+    """What a listed table holds: its rules and chains as texts, and the elements of the sets we fill."""
+    rules: list[str] = []
+    sets: Sets = {}
+    position: dict[str, int] = {}
+    for entry in objects:
+        if "rule" in entry:
+            rule = entry["rule"]
+            position[rule["chain"]] = number = position.get(rule["chain"], 0) + 1
+            rules.append(f"{rule['chain']}#{number} {_plain(rule['expr'])}")
+        elif "chain" in entry:
+            chain = {k: v for k, v in entry["chain"].items() if k != "handle"}
+            rules.append(f"chain {_plain(chain)}")
+        elif "set" in entry and not entry["set"]["name"].startswith("denied"):
+            one = entry["set"]
+            sets[one["name"]] = {_plain(e) for e in one.get("elem", ())}
+    return frozenset(rules), sets
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{k}:{_plain(v)}" for k, v in sorted(value.items()) if k != "counter") + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(_plain(v) for v in value) + "]"
+    return str(value)
+
+
+# ---- the thing itself
+
+
+@dataclass(frozen=True, slots=True)
+class DeniedFlow:
+    """A refused flow under the tuple of its first packet; port 0 for protocols without ports."""
+
+    src: str
+    dst: str
+    proto: str
+    port: int
+    packets: int
+
+
+class Firewall:
+    """Keeps the table equal to the plan last applied."""
+
+    def __init__(self, interface: str) -> None:
+        self.interface = interface
+        self.table = table_name(interface)
+        self.plan: Plan | None = None
+        self._half: tuple[Plan, Delta] | None = None  # narrowed towards this plan, not yet widened
+        self._print: tuple[frozenset[str], Sets] | None = None  # the table as our last commit left it
+        self._generation: int | None = None  # at our last commit; None when another's came between
+        self._lock = asyncio.Lock()
+
+    async def start(self) -> bool:
+        """Make sure that a table stands: the one from before, or one that denies everything. True when it was there."""
+        async with self._lock:
+            if await nft.list_table(self.table) is not None:
+                return True
+            await self._commit(replacement(self.interface, {}))
+            return False
+
+    async def narrow(self, plan: Plan) -> None:
+        """Take away all that `plan` does not allow. Raises RetinueError; then the table is what it was.
+
+        The first time in the life of this object the whole table is put in place of an earlier one, in one
+        transaction: it cannot be known what that one allowed.
+        """
+        async with self._lock:
+            if self.plan is None or self._half is not None:
+                await self._replace(plan)
+                return
+            delta = sets_delta(self.plan, plan)
+            if delta.delete and not await self._try(statements(self.table, "delete", delta.delete)):
+                await self._replace(plan)
+                return
+            self._half = (plan, delta)
+
+    async def widen(self, plan: Plan) -> None:
+        """Allow all that `plan` allows. Raises RetinueError; then the table is not wider than it was."""
+        async with self._lock:
+            if self.plan is plan:
+                return
+            if self._half is None or self._half[0] is not plan:
+                await self._replace(plan)
+                return
+            delta = self._half[1]
+            if delta.add and not await self._try(statements(self.table, "add", delta.add)):
+                await self._replace(plan)
+                return
+            self.plan, self._half = plan, None
+
+    async def apply(self, plan: Plan) -> None:
+        """`narrow`, then `widen`."""
+        await self.narrow(plan)
+        await self.widen(plan)
+
+    async def _replace(self, plan: Plan) -> None:
+        await self._commit(replacement(self.interface, all_sets(plan)))
+        self.plan, self._half = plan, None
+
+    async def _try(self, text: str) -> bool:
+        """Commit; False when the kernel refused because the table is not what we left there."""
+        try:
+            await self._commit(text)
+        except nft.Rejected:
+            return False
+        return True
+
+    async def _commit(self, text: str) -> None:
+        before = nft.generation()
+        self._print = None
+        await nft.run(text)
+        now = nft.generation()
+        self._generation = now if now == before + 1 else None
+
+    async def verify(self) -> bool:
+        """Compare the table with the plan and put it back when it differs. True when it had to be."""
+        async with self._lock:
+            if self.plan is None or self._half is not None:
+                return False
+            now = nft.generation()
+            undisturbed = now == self._generation
+            if undisturbed and (self._print is not None or self.plan.element_count > _COMPARE_LIMIT):
+                return False
+            objects = await nft.list_table(self.table)
+            found = None if objects is None else fingerprint(objects)
+            if undisturbed and nft.generation() == now:
+                self._print = found  # nobody but us has committed: this is how our own transaction looks
+                return False
+            if found is not None and found == self._print:
+                self._generation = now
+                return False
+            await self._commit(replacement(self.interface, all_sets(self.plan)))
+            return True
+
+    async def remove(self) -> None:
+        """Delete the table."""
+        async with self._lock:
+            await nft.run(f"add table inet {self.table}\ndelete table inet {self.table}\n")
+            self.plan = self._half = self._print = self._generation = None
+
+    async def counters(self) -> tuple[dict[str, int], list[DeniedFlow]]:
+        """Packets by verdict, and the flows refused lately. Empty when the table is gone."""
+        listed = await nft.list_objects("counters", "table", "inet", self.table)
+        verdicts = {e["counter"]["name"]: int(e["counter"]["packets"]) for e in listed if "counter" in e}
+        flows: list[DeniedFlow] = []
+        for family in (4, 6):
+            for entry in await nft.list_objects("set", "inet", self.table, f"denied{family}"):
+                flows += [flow for e in entry.get("set", {}).get("elem", ()) if (flow := _flow(e)) is not None]
+        return verdicts, sorted(flows, key=lambda f: (f.src, f.dst, f.proto, f.port))
+
+
+def _flow(element: Any) -> DeniedFlow | None:
+    body = element.get("elem") if isinstance(element, dict) else None
+    concat = body.get("val", {}).get("concat") if isinstance(body, dict) else None
+    if not isinstance(concat, list) or len(concat) != 4:
+        return None
+    packets = body.get("counter", {}).get("packets", 0) if isinstance(body, dict) else 0
+    return DeniedFlow(str(concat[0]), str(concat[1]), str(concat[2]), int(concat[3]), int(packets))

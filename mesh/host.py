@@ -1,0 +1,372 @@
+"""Carries out a layout (mesh/layout.py): links, addresses, routes and rules of the host and of attached namespaces.
+
+What has to be there is compared with what is there, and the difference carried out. So every operation can be repeated,
+and leftovers of a killed agent are simply part of the difference. Ours is what carries our rule and route protocol
+number or our link alias; nothing else is touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Final, TypeVar
+
+from identity.errors import Bug, NotFound, RetinueError
+from identity.keys import write_file
+from mesh import netns
+from mesh.layout import LOCAL_RULE, TUNNEL_RULE, Layout, Pair, Rule, family_of, layout, rules
+from mesh.plan import Plan
+from mesh.rtnl import SCOPE_LINK, Netlink
+from mesh.snapshot import InstanceKey
+
+T = TypeVar("T")
+
+INSIDE: Final = "rtn0"  # the device of a workload in its namespace
+GATEWAY4: Final = "169.254.82.1"
+GATEWAY6: Final = "fe80::1"
+_ALIAS: Final = "retinue "
+
+
+def _quiet_link(name: str) -> None:
+    """Settings of a link of ours: no autoconfiguration, no redirects, routing through it in both families."""
+    for setting, value in (
+        ("disable_ipv6", "0"), ("accept_ra", "0"), ("autoconf", "0"), ("accept_redirects", "0"),
+        ("addr_gen_mode", "1"), ("dad_transmits", "0"),
+    ):  # fmt: skip
+        netns.sysctl(f"ipv6/conf/{name}/{setting}", value)
+    for setting, value in (("accept_redirects", "0"), ("send_redirects", "0"), ("arp_ignore", "8")):
+        netns.sysctl(f"ipv4/conf/{name}/{setting}", value)
+
+
+class HostNet:
+    """Makes the host look like the layout of the plan last applied. Work runs on a thread of its own."""
+
+    def __init__(self, interface: str, run_dir: Path) -> None:
+        self.interface = interface
+        self.layout: Layout | None = None  # as far as it is carried out; None when that is not known
+        self._before: Layout | None = None
+        self._undo_file = run_dir / f"undo-{interface}.json"
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="retinue-host")
+        self._netlink: Netlink | None = None
+
+    async def _run(self, work: Callable[[Netlink], T]) -> T:
+        def body() -> T:
+            if self._netlink is None:
+                self._netlink = Netlink()
+            return work(self._netlink)
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, body)
+
+    async def start(self) -> None:
+        """The rules that keep everything out, before there is a device. Raises NoPrivilege."""
+
+        def work(nl: Netlink) -> None:
+            base = [r for r in rules(self.interface, (), {4: "", 6: ""}, holds=False) if r.priority < LOCAL_RULE + 1]
+            have = nl.read_rules(self.interface)
+            for rule in sorted(set(base) - have, key=lambda r: -r.priority):
+                nl.rule("add", rule)
+            nl.move_local(behind=True)
+
+        await self._run(work)
+
+    async def device_up(self, mtu: int) -> None:
+        """Settings of the tunnel device once it exists. Raises NotFound."""
+
+        def work(nl: Netlink) -> None:
+            index = nl.index(self.interface)
+            if index is None:
+                raise NotFound("host.no_link", f"the tunnel device {self.interface} is gone")
+            _quiet_link(self.interface)
+            self._forwarding(self.interface)
+            nl.link("set up the tunnel device", index, mtu=mtu, state="up")
+
+        await self._run(work)
+
+    # ---- prepare: links that have to be there before anything is allowed; nothing gets an address here
+
+    async def narrow(self, plan: Plan) -> dict[str, str]:
+        """Take away what the plan does not have, and make the links it has, without addresses or routes to them.
+
+        Returns pair name -> reason for the namespaces that could not be set up.
+        """
+        want = layout(plan)
+        return await self._run(lambda nl: self._narrow(nl, want))
+
+    def _narrow(self, nl: Netlink, want: Layout) -> dict[str, str]:
+        known, self.layout = self.layout, None
+        have_rules = nl.read_rules(self.interface) if known is None else known.rules
+        for rule in sorted(want.rules - have_rules, key=lambda r: (r.priority != LOCAL_RULE, r.priority)):
+            nl.rule("add", rule)
+        if known is None:
+            nl.move_local(behind=True)
+        kept = {(r.family, r.table, r.dst) for r in want.routes}
+        have_routes = nl.read_routes(self.interface) if known is None else known.routes
+        for route in have_routes - want.routes:
+            if (route.family, route.table, route.dst) not in kept:  # a changed one is replaced in one step later
+                nl.route("del", route)
+        if known is None or known.host_addresses != want.host_addresses:
+            self._host_addresses(nl, want, remove=True)
+        there = nl.links(self._alias)
+        for name in there.keys() - want.pairs.keys():
+            nl.remove_link(there[name])
+        for rule in have_rules - want.rules:
+            nl.rule("del", rule)
+        failed: dict[str, str] = {}
+        for name, pair in want.pairs.items():
+            if known is not None and name in there and known.pairs.get(name) == pair:
+                continue
+            try:
+                self._make_pair(nl, want, pair, there.get(name))
+            except RetinueError as e:
+                failed[name] = e.message
+        self._before = known
+        return failed
+
+    @property
+    def _alias(self) -> str:
+        return f"{_ALIAS}{self.interface} "
+
+    def _make_pair(self, nl: Netlink, want: Layout, pair: Pair, index: int | None) -> None:
+        if index is not None and not self._inside_there(pair):
+            nl.remove_link(index)
+            index = None
+        if index is None:
+            with netns.opened(pair.netns) as fd:
+                peer = {"ifname": INSIDE, "net_ns_fd": fd, "address": pair.inside_mac}
+                nl.do(f"make a link into {pair.netns}", nl.ip.link, "add", ifname=pair.name, kind="veth",
+                      address=pair.host_mac, mtu=want.mtu, peer=peer)  # fmt: skip
+            index = nl.index(pair.name)
+        if index is None:
+            raise Bug("host.no_link", f"the link {pair.name} vanished")
+        nl.link("name a link", index, ifalias=f"{self._alias}{pair.netns}"[:255])
+        _quiet_link(pair.name)
+        self._forwarding(pair.name)
+        nl.link("set up a link", index, mtu=want.mtu, state="up")
+        nl.address("add", index, GATEWAY4, scope=SCOPE_LINK)
+        nl.address("add", index, GATEWAY6, length=64, scope=SCOPE_LINK)
+        netns.inside(pair.netns, lambda: _inside(want, pair, add=False))
+
+    def _inside_there(self, pair: Pair) -> bool:
+        """Is the other end of the pair still where it belongs?"""
+        try:
+            return netns.inside(pair.netns, _inside_mac) == pair.inside_mac
+        except RetinueError:
+            return False
+
+    def _host_addresses(self, nl: Netlink, want: Layout, *, remove: bool) -> None:
+        index = nl.index(self.interface)
+        if index is None:
+            return
+        have = set(nl.read_addresses(index))
+        if remove:
+            for address in have - set(want.host_addresses):
+                if not address.startswith("fe80:"):
+                    nl.address("del", index, address)
+        else:
+            for address in want.host_addresses:
+                if address not in have:
+                    nl.address("add", index, address)
+
+    # ---- widen: addresses and the routes to them, once the firewall holds
+
+    async def widen(self, plan: Plan, skip: Iterable[str] = ()) -> dict[str, str]:
+        """Addresses and routes of the plan; `skip` names pairs that could not be made."""
+        want = layout(plan)
+        leave = set(skip)
+        return await self._run(lambda nl: self._widen(nl, want, leave))
+
+    def _widen(self, nl: Netlink, want: Layout, skip: set[str]) -> dict[str, str]:
+        known, self._before = self._before, None
+        failed: dict[str, str] = {}
+        self._early_demux(off=bool(want.host_addresses))
+        self._host_addresses(nl, want, remove=False)
+        for name, pair in want.pairs.items():
+            if name in skip or (known is not None and known.pairs.get(name) == pair):
+                continue
+            try:
+                index = nl.index(name)
+                if index is None:
+                    raise NotFound("host.no_link", f"the link {name} is gone")
+                for address in pair.reachable:
+                    nl.neighbour(index, address, pair.inside_mac)
+                self._give_addresses(want, pair)
+            except RetinueError as e:
+                failed[name] = e.message
+        bad = skip | failed.keys()
+        routes = frozenset(r for r in want.routes if r.dev not in bad)
+        for route in routes - (nl.read_routes(self.interface) if known is None else known.routes):
+            nl.route("replace", route)
+        # What failed is not counted as there, so the next plan tries it again.
+        pairs = {name: pair for name, pair in want.pairs.items() if name not in bad}
+        self.layout = replace(want, pairs=pairs, routes=routes)
+        return failed
+
+    @staticmethod
+    def _give_addresses(want: Layout, pair: Pair) -> None:
+        netns.inside(pair.netns, lambda: _inside(want, pair, add=True))
+
+    # ---- settings of the whole namespace, with their undo
+
+    def _forwarding(self, name: str) -> None:
+        netns.sysctl(f"ipv4/conf/{name}/forwarding", "1")
+        netns.sysctl(f"ipv4/conf/{name}/src_valid_mark", "1")
+        netns.sysctl(f"ipv6/conf/{name}/forwarding", "1")
+        if netns.sysctl(f"ipv6/conf/{name}/force_forwarding", "1") is None:
+            self._forward_all_v6()
+
+    def _forward_all_v6(self) -> None:
+        """Older kernels forward IPv6 everywhere or nowhere. Other links keep their own settings (and so their router
+        advertisements), as far as settings go.
+        """
+        if netns.sysctl("ipv6/conf/all/forwarding") != "0":
+            return
+        self._remember("ipv6/conf/all/forwarding")
+        before = {p.name: netns.sysctl(f"ipv6/conf/{p.name}/forwarding") for p in Path("/proc/sys/net/ipv6/conf").iterdir()}
+        netns.sysctl("ipv6/conf/all/forwarding", "1")
+        for name, value in before.items():
+            if name != "all" and value == "0":
+                netns.sysctl(f"ipv6/conf/{name}/forwarding", "0")
+
+    def _early_demux(self, *, off: bool) -> None:
+        """A packet for an established socket skips the routing rules by early demultiplexing; with an identity on the
+        host itself it must not, or a flushed firewall would leave such flows open.
+        """
+        if off and netns.sysctl("ipv4/ip_early_demux") == "1":
+            self._remember("ipv4/ip_early_demux")
+            netns.sysctl("ipv4/ip_early_demux", "0")
+        elif not off and "ipv4/ip_early_demux" in (undo := self._undo()):
+            netns.sysctl("ipv4/ip_early_demux", undo.pop("ipv4/ip_early_demux"))
+            write_file(self._undo_file, json.dumps(undo).encode())
+
+    def _undo(self) -> dict[str, str]:
+        try:
+            saved = json.loads(self._undo_file.read_text())
+        except (OSError, ValueError):
+            return {}
+        return {str(k): str(v) for k, v in saved.items()} if isinstance(saved, dict) else {}
+
+    def _remember(self, name: str) -> None:
+        undo = self._undo()
+        value = netns.sysctl(name)
+        if name not in undo and value is not None:
+            undo[name] = value
+            write_file(self._undo_file, json.dumps(undo).encode())
+
+    # ---- verify, clean
+
+    async def verify(self) -> tuple[list[str], list[InstanceKey]]:
+        """What differs from the layout (texts), and instances whose namespace is gone."""
+        want = self.layout
+        if want is None:
+            return [], []
+        return await self._run(lambda nl: self._verify(nl, want))
+
+    def _verify(self, nl: Netlink, want: Layout) -> tuple[list[str], list[InstanceKey]]:
+        wrong: list[str] = []
+        gone: list[InstanceKey] = []
+        there = nl.links(self._alias)
+        lost: set[str] = set()
+        for name, pair in want.pairs.items():
+            if name in there:
+                continue
+            lost.add(name)
+            try:
+                netns.identify(pair.netns)
+            except RetinueError:
+                gone += pair.instances
+            else:
+                wrong.append(f"the link {name} into {pair.netns} is missing")
+        wrong += [f"the leftover link {name}" for name in there.keys() - want.pairs.keys()]
+        have_rules = nl.read_rules(self.interface)
+        if have_rules != want.rules:
+            wrong.append(f"{len(want.rules ^ have_rules)} routing rules differ")
+        routes = nl.read_routes(self.interface)
+        differ = {r for r in want.routes ^ routes if r.dev not in lost}
+        if differ:
+            wrong.append(f"{len(differ)} routes differ")
+        index = nl.index(self.interface)
+        held = set() if index is None else set(nl.read_addresses(index))
+        if not set(want.host_addresses) <= held:
+            wrong.append("an address of the host's identity is missing")
+        return wrong, gone
+
+    async def clean(self) -> None:
+        """Remove all of it and restore what was changed."""
+
+        def work(nl: Netlink) -> None:
+            for index in nl.links(self._alias).values():
+                nl.remove_link(index)
+            for route in nl.read_routes(self.interface):
+                nl.route("del", route)
+            shared = {LOCAL_RULE, TUNNEL_RULE}
+            for rule in sorted(nl.read_rules(self.interface), key=lambda r: -r.priority):
+                if rule.priority not in shared:
+                    nl.rule("del", rule)
+            if not any(nl.read_rules(f"x{n}") - _shared(nl, n) for n in range(4)):
+                nl.move_local(behind=False)
+                for rule in nl.read_rules(self.interface):
+                    nl.rule("del", rule)
+            undo = self._undo()
+            for name, value in undo.items():
+                netns.sysctl(name, value)
+            self._undo_file.unlink(missing_ok=True)
+
+        await self._run(work)
+        self.layout = None
+
+    async def stop(self) -> None:
+        """End the thread; everything stays as it is."""
+        if self._netlink is not None:
+            netlink, self._netlink = self._netlink, None
+            await asyncio.get_running_loop().run_in_executor(self._thread, netlink.close)
+        self._thread.shutdown(wait=True)
+
+
+def _shared(nl: Netlink, number: int) -> set[Rule]:
+    return {r for r in nl.read_rules(f"x{number}") if r.priority in {LOCAL_RULE, TUNNEL_RULE}}
+
+
+# ---- inside a namespace (runs on a thread that is there)
+
+
+def _inside_mac() -> str | None:
+    nl = Netlink()
+    try:
+        index = nl.index(INSIDE)
+        return None if index is None else nl.mac(index)
+    finally:
+        nl.close()
+
+
+def _inside(want: Layout, pair: Pair, *, add: bool) -> None:
+    """The workload's side: its link, and its addresses: others than the pair's go; the pair's come when `add`."""
+    nl = Netlink()
+    try:
+        link = nl.index(INSIDE)
+        if link is None:
+            raise NotFound("host.no_link", f"{pair.netns} has no {INSIDE}")
+        have = [a for a in nl.read_addresses(link) if not a.startswith("fe80:")]
+        for address in have:
+            if address not in pair.addresses:
+                nl.address("del", link, address)
+        loopback = nl.index("lo")
+        if loopback is not None:
+            nl.link("set up the loopback", loopback, state="up")
+        _quiet_link(INSIDE)
+        nl.link("set up a link", link, mtu=want.mtu, state="up")
+        if not add:
+            return
+        for address in pair.addresses:
+            if address not in have:
+                nl.address("add", link, address)
+        for family, gateway in ((4, GATEWAY4), (6, GATEWAY6)):
+            source = next((a for a in pair.addresses if family_of(a) == family), None)
+            if source is not None:
+                nl.neighbour(link, gateway, pair.host_mac)
+                nl.gateway(family, want.overlay[family], gateway, link, source)
+    finally:
+        nl.close()

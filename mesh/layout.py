@@ -1,0 +1,172 @@
+"""What links, addresses, routes and rules a plan asks for, as a value (pure).
+
+The ladder of rules, the same for both families (s = slot of the interface, M = our mark bit):
+    10+s   iif LINK, M not set -> blackhole     for the tunnel and each pair: without the firewall nothing enters
+    100    local table                          moved here from 0
+    101    outer packets of the tunnel -> main
+    110+s  M set -> table of places             local instances at their links, everybody else at the tunnel
+    114+s  M set -> blackhole                   an accepted packet never leaves through a foreign route
+    120+s  to the overlay -> exact addresses    unmarked packets to known instances go to the tunnel, where they end
+    124+s  to the overlay, from here -> main without its default     (only when the host itself holds an identity)
+    128+s  to the overlay, from here -> tunnel                       (only when the host itself holds an identity)
+"""
+
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+from mesh.devices import TUNNEL
+from mesh.firewall import accepted_mark, slot
+from mesh.plan import Plan
+from mesh.snapshot import InstanceKey
+
+LOCAL_RULE: Final = 100
+TUNNEL_RULE: Final = 101
+TABLE_MAIN: Final = 254  # linux/rtnetlink.h
+TABLE_LOCAL: Final = 255
+_TABLES: Final = 21000  # +4*slot: places, +1 exact, +2 wide
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A routing rule; `table` 0 is a blackhole."""
+
+    family: int  # 4 or 6
+    priority: int
+    table: int
+    iif: str | None = None
+    mark: tuple[int, int] | None = None  # value, mask
+    dst: str | None = None
+    no_default: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    family: int
+    table: int
+    dst: str
+    dev: str
+    src: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One veth pair: `addresses` are inside, in order; `reachable` those of them that the host routes to."""
+
+    name: str
+    netns: str
+    addresses: tuple[str, ...]
+    reachable: tuple[str, ...]
+    instances: tuple[InstanceKey, ...]
+
+    @property
+    def host_mac(self) -> str:
+        return _mac(self.name, "host")
+
+    @property
+    def inside_mac(self) -> str:
+        return _mac(self.name, "inside")
+
+
+def _mac(name: str, side: str) -> str:
+    digest = hashlib.sha256(f"{name} {side}".encode()).digest()
+    return ":".join(f"{b:02x}" for b in (0x02, *digest[:5]))  # locally administered, unicast
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Everything that has to be there."""
+
+    interface: str
+    mtu: int
+    overlay: Mapping[int, str]
+    pairs: Mapping[str, Pair] = field(default_factory=dict)
+    host_addresses: tuple[str, ...] = ()
+    rules: frozenset[Rule] = frozenset()
+    routes: frozenset[Route] = frozenset()
+
+
+def layout(plan: Plan) -> Layout:
+    """The layout of a plan."""
+    overlay = {4: str(plan.overlay.v4), 6: str(plan.overlay.v6)}
+    pairs: dict[str, Pair] = {}
+    for key in sorted(plan.attachments):
+        at = plan.attachments[key]
+        if at.veth is None or at.netns is None:
+            continue
+        before = pairs.get(at.veth)
+        pairs[at.veth] = Pair(
+            name=at.veth,
+            netns=before.netns if before else at.netns,
+            addresses=(before.addresses if before else ()) + at.addresses,
+            reachable=(before.reachable if before else ()) + (at.addresses if at.active else ()),
+            instances=(*(before.instances if before else ()), key),
+        )
+    held = plan.host_addresses
+    return Layout(
+        interface=plan.interface,
+        mtu=plan.mtu,
+        overlay=overlay,
+        pairs=pairs,
+        host_addresses=held,
+        rules=frozenset(rules(plan.interface, pairs, overlay, holds=bool(held))),
+        routes=frozenset(_routes(plan, pairs, overlay, held)),
+    )
+
+
+def tables(interface: str) -> tuple[int, int, int]:
+    """Numbers of our three routing tables: places, exact, wide."""
+    first = _TABLES + 4 * slot(interface)
+    return first, first + 1, first + 2
+
+
+def rules(interface: str, links: Iterable[str], overlay: Mapping[int, str], *, holds: bool) -> list[Rule]:
+    """The ladder. holds: does the host itself hold an identity?"""
+    s, mark = slot(interface), accepted_mark(interface)
+    places, exact, wide = tables(interface)
+    out: list[Rule] = []
+    for family in (4, 6):
+        out += [Rule(family, 10 + s, 0, iif=link, mark=(0, mark)) for link in (interface, *links)]
+        out += [
+            Rule(family, LOCAL_RULE, TABLE_LOCAL),
+            Rule(family, 110 + s, places, mark=(mark, mark)),
+            Rule(family, 114 + s, 0, mark=(mark, mark)),
+            Rule(family, 120 + s, exact, dst=overlay[family]),
+        ]
+        if holds:
+            out += [
+                Rule(family, TUNNEL_RULE, TABLE_MAIN, mark=(TUNNEL, TUNNEL)),
+                Rule(family, 124 + s, TABLE_MAIN, iif="lo", dst=overlay[family], no_default=True),
+                Rule(family, 128 + s, wide, iif="lo", dst=overlay[family]),
+            ]
+    return out
+
+
+def _routes(plan: Plan, pairs: Mapping[str, Pair], overlay: Mapping[int, str], held: tuple[str, ...]) -> list[Route]:
+    places, exact, wide = tables(plan.interface)
+    source = {family: next((a for a in held if family_of(a) == family), None) for family in (4, 6)}
+    out: list[Route] = []
+    for family in (4, 6):
+        out.append(Route(family, places, overlay[family], plan.interface, source[family]))
+        if held:
+            out.append(Route(family, wide, overlay[family], plan.interface, source[family]))
+    for pair in pairs.values():
+        for address in pair.reachable:
+            family = family_of(address)
+            out.append(Route(family, places, _exact(address), pair.name, source[family]))
+            out.append(Route(family, exact, _exact(address), plan.interface, source[family]))
+    for address in plan.remotes:
+        out.append(Route(family_of(address), exact, _exact(address), plan.interface, source[family_of(address)]))
+    return out
+
+
+def family_of(address: str) -> int:
+    return 6 if ":" in address else 4
+
+
+def _exact(address: str) -> str:
+    return f"{address}/{128 if ':' in address else 32}"
