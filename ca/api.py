@@ -75,7 +75,7 @@ def peer_chain(request: web.Request) -> list[bytes]:
     if public is not None:
         return list(public())
     sent: Any = tls._sslobj.get_unverified_chain() or ()
-    return [ssl.PEM_cert_to_DER_cert(cert.public_bytes()) for cert in sent]
+    return [ssl.PEM_cert_to_DER_cert(cert.public_bytes()) for cert in sent if cert is not None]
 
 
 class _Api:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -32,12 +33,19 @@ class _Handler(RequestHandler):
             self.force_close()
 
 
+# aiohttp logs malformed requests with their bytes, and those may hold a token.
+_SILENT = logging.getLogger("retinue.gateway.http")
+_SILENT.addHandler(logging.NullHandler())
+_SILENT.propagate = False
+_SILENT.setLevel(logging.CRITICAL + 1)
+
+
 class FrontServer(web.Server):
     """aiohttp's low-level server with `limits`."""
 
     def __init__(self, handler: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]], limits: Limits) -> None:
         super().__init__(
-            handler, handler_cancellation=True, access_log=None, keepalive_timeout=limits.idle, auto_decompress=False,
+            handler, handler_cancellation=True, access_log=None, logger=_SILENT, keepalive_timeout=limits.idle, auto_decompress=False,
             max_line_size=limits.header_bytes, max_field_size=limits.header_bytes,
         )  # fmt: skip
         self._limits = limits

@@ -141,7 +141,7 @@ class Gateway:
         from gateway.config import load_config
         from gateway.connections import FrontServer
         from gateway.ingress import Ingress
-        from mesh.demo_service import notify
+        from mesh.sd_notify import notify
 
         config = load_config(self.path)
         pin = pin_of(config)

@@ -11,7 +11,9 @@ import contextlib
 import json
 import logging
 import os
+import ssl
 import time
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -33,6 +35,7 @@ CHUNK: Final = 64 * 1024
 POLICY_CLOSE: Final = 1008  # RFC 6455 section 7.4.1: policy violation
 SAFE_METHODS: Final = frozenset({"GET", "HEAD", "OPTIONS"})  # RFC 9110 section 9.2.1: may be repeated
 REPEAT: Final = 3
+LONGEST_TIMER: Final = 86400.0  # seconds
 REFUSED_METHODS: Final = frozenset({"CONNECT", "TRACE"})
 ACCESS = logging.getLogger("retinue.gateway.access")
 LOG = logging.getLogger("retinue.gateway")
@@ -88,6 +91,7 @@ class Ingress:
         self.exchanges: set[Exchange] = set()
         self.explain: Explainer | None = None
         self._clock = clock
+        self._timer: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
         self._idle.set()
         self.upstreams = Upstreams(config.limits.connect)
@@ -99,6 +103,17 @@ class Ingress:
         self.view = view
         self.upstreams.keep(view.placements)
         self._recheck()
+        self._wake_at(view)
+
+    def _wake_at(self, view: View) -> None:
+        """Look again when a time window of the policy opens or closes."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        now = self._clock()
+        if (change := view.changes_at(now)) is not None:
+            wait = min(max(change - now, 0.0) + 0.05, LONGEST_TIMER)
+            self._timer = asyncio.get_running_loop().call_later(wait, self.update, view)
 
     def reconfigure(self, config: Config) -> None:
         """A newer configuration; callers and routes that are gone end now."""
@@ -110,7 +125,7 @@ class Ingress:
             if exchange.proven is None or exchange.route is None or exchange.ruling is None or self.view is None:
                 continue
             still = exchange.proven.caller in self.config.caller and exchange.route in self.config.route
-            ruling = rule_on(self.view, exchange.proven.caller, exchange.route)
+            ruling = rule_on(self.view, exchange.proven.caller, exchange.route, self._clock())
             held = exchange.target is None or any(t.addresses == exchange.target.addresses for t in ruling.targets)
             if not still or not ruling.allowed or not held:
                 exchange.outcome = "cut: policy" if still else "cut: configuration"
@@ -129,6 +144,8 @@ class Ingress:
 
     async def close(self) -> None:
         """End what is left and close the connections to the mesh."""
+        if self._timer is not None:
+            self._timer.cancel()
         tasks = [e.task for e in self.exchanges if e.task is not None]
         for task in tasks:
             task.cancel()
@@ -155,6 +172,13 @@ class Ingress:
         except (aiohttp.ClientError, ConnectionError, TimeoutError) as e:
             exchange.outcome = exchange.outcome or f"broken: {type(e).__name__}"
             return self._abort(exchange)
+        except Exception as e:
+            # The place of a defect, never the values that met there.
+            frame = traceback.extract_tb(e.__traceback__)[-1]
+            LOG.critical("defect: %s at %s:%s (request %s)", type(e).__name__, frame.filename, frame.lineno, exchange.id)
+            if exchange.status:
+                return self._abort(exchange)
+            return self._error(exchange, 500, "bug", "this is a defect in the gateway", {"Connection": "close"})
         finally:
             self.exchanges.discard(exchange)
             if not self.exchanges:
@@ -190,7 +214,7 @@ class Ingress:
         route = exchange.route = config.find_route(host, path)
         if route is None:
             return self._error(exchange, 404, "gateway.no_route", "no route for this host and path", {})
-        ruling = exchange.ruling = rule_on(view, exchange.proven.caller, route)
+        ruling = exchange.ruling = rule_on(view, exchange.proven.caller, route, now)
         if not ruling.allowed:
             return await self._denied(exchange, ruling, route, view)
         if (request.content_length or 0) > route.max_body:
@@ -278,7 +302,8 @@ class Ingress:
                     last = e
                     break
             # A connection that broke may have belonged to an instance that has just moved: ask again where it is.
-            ruling = rule_on(self.view, exchange.proven.caller, route) if self.view and exchange.proven else ruling
+            if self.view is not None and exchange.proven is not None:
+                ruling = rule_on(self.view, exchange.proven.caller, route, self._clock())
             if not ruling.allowed or isinstance(last, TimeoutError | aiohttp.ClientConnectorError):
                 break
             exchange.notes["repeated"] = True
@@ -405,12 +430,12 @@ def is_websocket(request: web.BaseRequest) -> bool:
 
 
 def client_chain(request: web.BaseRequest) -> list[bytes]:
-    """DER certificates the client presented, leaf first; empty without TLS or certificate.
-
-    Python 3.11 shows only the leaf in public; the chain is read the way 3.13 makes public.
-    """
+    """DER certificates the client presented, leaf first; empty without TLS or certificate."""
     tls = request.transport.get_extra_info("ssl_object") if request.transport is not None else None
     if tls is None:
         return []
-    chain = tls._sslobj.get_unverified_chain() or []
-    return [c.public_bytes(2) for c in chain]  # 2: _ssl.ENCODING_DER
+    public = getattr(tls, "get_unverified_chain", None)  # Python 3.13
+    if public is not None:
+        return list(public() or ())
+    sent = tls._sslobj.get_unverified_chain() or ()  # [None] when no certificate came
+    return [ssl.PEM_cert_to_DER_cert(c.public_bytes()) for c in sent if c is not None]

@@ -15,11 +15,11 @@ from identity.errors import NotVerified
 from identity.names import TrustDomain
 from identity.records import EndpointRecord, PlacementRecord, PolicyRecord
 from identity.wire.local import SnapshotReply
-from mesh.compile import program_of
+from mesh.compile import Compiler
 from mesh.snapshot import InstanceKey, instance_key
 from policy.evaluate import Decision, evaluate
 from policy.ports import TCP
-from policy.program import Program, Subject
+from policy.program import Subject
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +40,13 @@ class View:
     revision: int = 0
     tunnel_key: str = ""
     policy: PolicyRecord | None = None
-    program: Program | None = None
+    compiler: Compiler = field(default_factory=Compiler, repr=False, compare=False)
     placements: Mapping[InstanceKey, PlacementRecord] = field(default_factory=dict)
     epochs: Mapping[InstanceKey, int] = field(default_factory=dict)
+
+    def changes_at(self, now: float) -> int | None:
+        """When a time window next changes what the policy says, seconds since the epoch; None for never."""
+        return None if self.policy is None else self.compiler.changes_at(self.policy, int(now))
 
     def instances(self, workload: str) -> list[PlacementRecord]:
         """Active placements of a workload, by instance."""
@@ -80,10 +84,11 @@ def verify_reply(reply: SnapshotReply, endpoint: str, pin: Pin, before: View | N
             placements[instance] = record
     own = reply.objects.get(f"endpoint/{endpoint}")
     tunnel_key = trust.verify(EndpointRecord, own).tunnel_key if own is not None else ""
-    same = before is not None and before.policy is not None and policy is not None and before.policy.digest == policy.digest
-    program = before.program if same and before is not None else program_of(policy) if policy is not None else None
+    compiler = before.compiler if before is not None else Compiler()
+    if policy is not None:
+        compiler.classes(policy, int(now))
     return View(
-        endpoint, trust, reply.timeline or "", reply.revision or 0, tunnel_key, policy, program, placements, epochs
+        endpoint, trust, reply.timeline or "", reply.revision or 0, tunnel_key, policy, compiler, placements, epochs
     )  # fmt: skip
 
 
@@ -124,16 +129,17 @@ def subject(record: PlacementRecord) -> Subject:
     return Subject(record.name, dict(record.labels), record.spiffe_id)
 
 
-def rule_on(view: View, caller: Caller, route: Route) -> Ruling:
-    """Decide. An outside caller is the registered workload placed on this endpoint, and nothing else."""
+def rule_on(view: View, caller: Caller, route: Route, now: float) -> Ruling:
+    """Decide at `now` (seconds since the epoch). An outside caller is the registered workload placed on this endpoint, and nothing else."""
     source = view.placements.get(instance_key(caller.workload, caller.instance))
     if source is None or source.endpoint != view.endpoint or (view.tunnel_key and source.tunnel_key != view.tunnel_key):
         where = "not placed anywhere that this gateway knows of" if source is None else f"placed on {source.endpoint}"
         return Ruling("unplaced", f"{caller.workload} is {where}, so this gateway cannot speak for it")
     targets = view.instances(route.workload)
-    if not targets or view.program is None:
+    if not targets or view.policy is None:
         return Ruling("unknown", f"no rule permits {caller.workload} -> {route.workload} tcp/{route.port}", source=source)
-    decisions = [(t, evaluate(view.program, subject(source), subject(t), TCP, route.port)) for t in targets]
+    program = view.compiler.classes(view.policy, int(now)).program
+    decisions = [(t, evaluate(program, subject(source), subject(t), TCP, route.port)) for t in targets]
     allowed = tuple(t for t, d in decisions if d.verdict == "allow")
     decision = next((d for _, d in decisions if d.verdict == "allow"), decisions[0][1])
     return Ruling("ok" if allowed else "policy", decision.reason, decision, source, allowed)

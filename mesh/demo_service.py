@@ -4,7 +4,7 @@
     GET /stream      a chunked response with one `tick` line every 10 ms, without end
     POST /echo       the body back
 
-Standard library only. `python -m mesh.demo_service --name api@host-b --port 8080`; tells READY=1 to NOTIFY_SOCKET.
+`python -m mesh.demo_service --name api@host-b --port 8080`; tells READY=1 to NOTIFY_SOCKET.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sys
 from collections.abc import Sequence
 from typing import Final
+
+from mesh.sd_notify import notify
 
 TICK: Final = 0.01  # seconds
 MAX_HEAD: Final = 16 * 1024
@@ -71,14 +72,6 @@ class Service:
         head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n{extra}Connection: close\r\n\r\n"
         writer.write(head.encode() + body)
         await writer.drain()
-
-
-def notify(text: str) -> None:
-    """sd_notify(3): one datagram to NOTIFY_SOCKET when there is one."""
-    path = os.environ.get("NOTIFY_SOCKET")
-    if path:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock, contextlib.suppress(OSError):
-            sock.sendto(text.encode(), "\0" + path[1:] if path.startswith("@") else path)
 
 
 async def _main(args: argparse.Namespace) -> None:
