@@ -7,7 +7,6 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Final
 
 import structlog
@@ -17,20 +16,13 @@ from identity.names import workload_path
 from identity.wire.local import Attach
 from mesh import netns
 from mesh.compile import LocalAttachment
+from mesh.processes import process_start
 from mesh.snapshot import InstanceKey, instance_key
 from mesh.state import SavedPlace, StateDir
 
 _PROCESS: Final = re.compile(r"/proc/([1-9][0-9]{0,9})/ns/net")
 
 log = structlog.get_logger("retinue.attachments")
-
-
-def process_start(pid: int) -> int | None:
-    """Start time of a process in clock ticks after boot (proc(5), field 22); None when there is none."""
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    except (OSError, ValueError, IndexError):
-        return None
 
 
 class Attachments:

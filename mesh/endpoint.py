@@ -23,6 +23,7 @@ from identity.errors import BadInput, BadState, NotFound, RetinueError
 from identity.records import PolicyRecord
 from identity.wire.feed import Report
 from identity.wire.local import Attach
+from mesh import svid_files
 from mesh.attachments import Attachments
 from mesh.compile import Compiler, LocalAttachment, LocalFacts
 from mesh.dataplane import DataPlane, PlaneConfig
@@ -35,11 +36,12 @@ from mesh.sd_notify import notify
 from mesh.snapshot import InstanceKey, Snapshot, instance_key
 from mesh.state import StateDir
 from mesh.svid import WorkloadSvids
-from mesh.sync import LEASE, STALE_MAX, Accepted, Event, Position, SyncMachine, View
+from mesh.sync import LEASE, STALE_MAX, Accepted, Event, Position, Refreshed, SyncMachine, View
 from mesh.uplink import Uplink, boottime
 
 STALE_SAID: Final = 5.0  # seconds without a heartbeat until `status` calls the state stale
 RETRY: Final = 1.0  # seconds until a failed apply is tried again
+MAX_SKEW: Final = 30.0  # seconds between our wall clock and a heartbeat just received
 TICK: Final = 1.0  # longest sleep while something ends by time: timers stand still during suspend, deadlines do not
 
 log = structlog.get_logger("retinue.agent")
@@ -87,7 +89,7 @@ class Agent:
             enrollment.bundle, enrollment.endpoint, marks=marks, policy_mark=policy_mark,
             check_policy=self._check_policy, lease=config.lease, stale_max=config.stale_max,
         )  # fmt: skip
-        self.attachments = Attachments(state, self.boot, self.touch)
+        self.attachments = Attachments(state, self.boot, self._process_ended)
         self.uplink = Uplink(
             enrollment, self.machine, self.health, on_events=self._on_events, report=self.report
         )
@@ -149,6 +151,7 @@ class Agent:
             self.state.restore(self.machine, boot=self.boot, wall=time.time(), mono=boottime())
         except BadState as e:
             self.health.put(e.code, "error", f"{e.message}; {e.hint}" if e.hint else e.message)
+        svid_files.collect(self.config.run_dir)
         try:
             self.attachments.load()
         except BadState as e:
@@ -162,6 +165,9 @@ class Agent:
             self.touch()
         elif boottime() - self._heartbeat_saved > self.config.lease / 3:
             await self._save()
+        for event in events:
+            if isinstance(event, Refreshed):
+                self._say_skew(event.time - time.time())
         if self.in_force is not None and self.in_force.view.fenced:
             self.touch()  # a heartbeat may have lifted the fence
 
@@ -192,6 +198,10 @@ class Agent:
     def touch(self) -> None:
         """Something changed: compile and apply again."""
         self._wake.set()
+
+    def _process_ended(self) -> None:
+        svid_files.collect(self.config.run_dir)
+        self.touch()
 
     async def _applying(self) -> None:
         while True:
@@ -288,6 +298,13 @@ class Agent:
             self.health.put("control.stale", "warning", f"the newest heartbeat of the CA is {age:.0f} s old")
         else:
             self.health.clear("control.stale")
+
+    def _say_skew(self, ahead: float) -> None:
+        if abs(ahead) > MAX_SKEW:
+            side = "behind" if ahead > 0 else "ahead of"
+            self.health.put("clock.skew", "warning", f"this machine's clock is {abs(ahead):.0f} s {side} the CA's")
+        else:
+            self.health.clear("clock.skew")
 
     def _on_plane_event(self, event: PlaneEvent) -> None:
         log.warning("the data plane changed by itself", code=event.code, text=event.text)

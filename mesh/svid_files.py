@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
 from identity.errors import BadInput, BadState
 from identity.keys import write_file, write_secret
 from identity.wire.local import SvidFiles
+from mesh.processes import process_start
 
 CERT, KEY, BUNDLE = "cert.pem", "key.pem", "bundle.pem"
 RELOAD_TIMEOUT = 30.0  # seconds
@@ -50,6 +52,24 @@ def remove(directory: Path) -> None:
     """Take the files away; what else is in the directory stays."""
     for name in (KEY, CERT, BUNDLE):
         (directory / name).unlink(missing_ok=True)
+
+
+def private_dir(run_dir: Path, pid: int) -> Path:
+    """Where the files of a program that `retinue run` started go; named so that leftovers can be told."""
+    return run_dir / "run" / f"{pid}-{process_start(pid) or 0}"
+
+
+def remove_dir(directory: Path) -> None:
+    """Take a private directory away, files and all."""
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def collect(run_dir: Path) -> None:
+    """Take away the private directories of programs that have ended."""
+    for directory in (run_dir / "run").glob("*-*"):
+        pid, _, started = directory.name.partition("-")
+        if pid.isdigit() and started.isdigit() and process_start(int(pid)) != int(started):
+            remove_dir(directory)
 
 
 def reload(command: str) -> None:

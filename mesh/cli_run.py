@@ -1,0 +1,45 @@
+"""`retinue run`: a program as an instance of the mesh."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from identity import cliout
+from mesh.cli_node import Instance, RunDir
+
+
+def register(app: typer.Typer) -> None:
+    """Put the command under `app`."""
+    app.command(
+        context_settings={"allow_interspersed_args": False}, epilog="Example: retinue run --as web -- curl http://[fd00::1]:8080/"
+    )(run)
+
+
+def run(
+    command: Annotated[list[str], typer.Argument(metavar="-- COMMAND [ARG]...", help="The program and its arguments.")],
+    name: Annotated[str, typer.Option("--as", help="The workload to be, such as web or shop/api.")],
+    instance: Instance = 0,
+    wait: Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait until the instance is active here.")] = 15.0,
+    no_svid: Annotated[bool, typer.Option("--no-svid", help="Without certificate files.")] = False,
+    run_dir: RunDir = None,
+) -> None:
+    """Run a program in a network namespace of its own, as an instance that is placed on this host.
+
+    It starts once the instance is active, sees only the mesh, and finds its certificate in SVID_CERT, SVID_KEY and
+    SVID_BUNDLE. Its exit status is passed on; signals reach it; when it ends, nothing stays behind.
+    """
+    import asyncio
+
+    from mesh import run as running
+    from mesh.local_client import socket_path
+
+    child = running.spawn(command)
+    status = asyncio.run(
+        running.run_as(child, name, instance, socket_path(run_dir), wait=wait, svid=not no_svid)
+    )
+    if status > 128:
+        cliout.note(f"{command[0]} ended by signal {status - 128}")
+    if status:
+        raise typer.Exit(status)
