@@ -119,9 +119,10 @@ def from_wire(status: int, body: Any) -> RetinueError:
     if isinstance(body, dict) and isinstance(body.get("code"), str) and isinstance(body.get("message"), str):
         hint = body.get("hint")
         if cls is BadInput and isinstance(body.get("line"), int):
+            column = body.get("column", 0)
             return BadPolicy(
                 body["code"], body["message"], file=str(body.get("file", "<policy>")), line=body["line"],
-                column=int(body.get("column", 0)), hint=hint if isinstance(hint, str) else "",
+                column=column if isinstance(column, int) else 0, hint=hint if isinstance(hint, str) else "",
             )  # fmt: skip
         return cls(body["code"], body["message"], hint=hint if isinstance(hint, str) else "")
     return cls("api.unexpected", f"the server answered HTTP {status} without a readable reason")
