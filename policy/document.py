@@ -109,6 +109,12 @@ def nearest(word: str, known: Collection[str]) -> str:
     return f"known: {', '.join(sorted(known)[:20])}" if known else ""
 
 
+def quote(text: str) -> str:
+    """A text as a double-quoted YAML scalar that reads back the same, whatever is in it (lone surrogates excepted)."""
+    escaped = (c if c.isprintable() and c not in '"\\' else f"\\U{ord(c):08x}" for c in text)
+    return f'"{"".join(escaped)}"'
+
+
 def parse(file: str, text: str) -> Node:
     """The one document of a file. Raises BadPolicy with the position of what is wrong."""
     if len(text) > MAX_CHARS:

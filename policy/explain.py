@@ -5,13 +5,13 @@ Every change that is offered has been applied to the program and evaluated: it d
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from policy.compile import GUARDRAILS, SEGMENTS, Inactive
+from policy.document import quote
 from policy.evaluate import Decision, evaluate, matches, possible, show_flow
 from policy.ports import ICMP, ICMPV6, PortMap, single
 from policy.program import (
@@ -380,9 +380,9 @@ def _slug(name: str) -> str:
 
 def _snippet(rule: Rule, src: Subject, dst: Subject, proto: int, port: int | None) -> str:
     """A file's `segments:` section with the rule; it can be merged into a file or added as one."""
-    ends = f"from: {{workload: {json.dumps(src.name)}}}, to: {{workload: {json.dumps(dst.name)}}}"
+    ends = f"from: {{workload: {quote(src.name)}}}, to: {{workload: {quote(dst.name)}}}"
     flow = show_flow(proto, port)
-    on = flow if not flow.isdigit() else json.dumps(flow)
+    on = flow if not flow.isdigit() else quote(flow)
     return f"segments:\n  - name: {_segment_name(rule.id)}\n    {rule.action}:\n      - {{id: {rule.id}, {ends}, on: {on}}}\n"
 
 

@@ -10,12 +10,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Final
 
 from identity.errors import BadInput
-from policy.document import Node, parse
+from policy.document import Node, parse, quote
 from policy.nets import parse_range
 from policy.program import Subject
 
@@ -76,19 +75,16 @@ def _nets(node: Node) -> tuple[str, ...]:
 
 
 def dump_inventory(subjects: Sequence[Subject]) -> str:
-    """The text of an inventory file that `load_inventory` reads back to equal subjects.
-
-    Strings are written as JSON: YAML reads them the same, without its surprises.
-    """
+    """The text of an inventory file that `load_inventory` reads back to equal subjects."""
     lines = [f"inventory: {VERSION}", "workloads:" if subjects else "workloads: []"]
     for one in subjects:
-        fields = [f"name: {json.dumps(one.name)}"]
+        fields = [f"name: {quote(one.name)}"]
         if one.labels:
-            pairs = ", ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in sorted(one.labels.items()))
+            pairs = ", ".join(f"{quote(k)}: {quote(v)}" for k, v in sorted(one.labels.items()))
             fields.append(f"labels: {{{pairs}}}")
         if one.spiffe_id:
-            fields.append(f"spiffe_id: {json.dumps(one.spiffe_id)}")
+            fields.append(f"spiffe_id: {quote(one.spiffe_id)}")
         if one.nets:
-            fields.append(f"nets: {json.dumps(list(one.nets))}")
+            fields.append(f"nets: [{', '.join(quote(n) for n in one.nets)}]")
         lines.append(f"  - {{{', '.join(fields)}}}")
     return "\n".join(lines) + "\n"
