@@ -12,7 +12,7 @@ import structlog
 from sqlalchemy import Connection, select
 
 from ca import store
-from ca.policies import InForce, newest
+from ca.policies import InForce, PolicyRow, newest_raw, parse_row
 from ca.rows import EndpointRow, InstanceRow
 from ca.scope import EndpointFact, InstanceFact, Touched, World
 from ca.store import Store
@@ -36,6 +36,7 @@ class Mirror:
         self.revision = 0
         self.broken: dict[Thing, str] = {}
         self.in_force: InForce | None = None
+        self._loaded: tuple[str, Policy] | None = None  # (digest, policy)
 
     def load(self, now: int) -> None:
         """Read everything, once. Raises BadState or Unreachable when the store cannot be read."""
@@ -44,7 +45,7 @@ class Mirror:
             things: list[Thing] = [(BUNDLE, BUNDLE)]
             things += [("endpoint", name) for name in tx.execute(select(store.endpoints.c.name)).scalars()]
             columns = store.instances.c
-            things += [("instance", f"{n}/{i}") for n, i in tx.execute(select(columns.name, columns.instance)).tuples()]
+            things += [("instance", f"{n}/{i}") for n, i in tx.execute(select(columns.name, columns.instance))]
             # The policy last: what a grant ends with must be known.
             self._apply(tx, [*things, ("policy", "policy")], now)
 
@@ -79,7 +80,11 @@ class Mirror:
         ends = {g.ends_with for g in self.in_force.policy.grants if g.ends_with is not None}
         return next((key.rpartition("/")[0] for kind, key in things if kind == "instance" and key.rpartition("/")[0] in ends), None)
 
-    def _set_policy(self, policy: Policy, record: str, now: int) -> Touched:
+    def _set_policy(self, row: PolicyRow, now: int) -> Touched:
+        # Loading a policy is the dear part: only a new revision is loaded.
+        if self._loaded is None or self._loaded[0] != row.digest:
+            self._loaded = row.digest, language.load(row.files)
+        policy, record = self._loaded[1], row.record
         running = {fact.subject.name for fact in self.world.instances.values() if not fact.revoked}
         in_force = InForce.at(policy, now, running)
         same = self.world.policy == record and self.world.program == in_force.program
@@ -96,10 +101,8 @@ class Mirror:
                 envelope = self._store.get(tx, BUNDLE)
                 return None if envelope is None else lambda: world.set_bundle(envelope)
             case "policy":
-                revision = newest(tx)
-                if revision is None:
-                    return None
-                return lambda: self._set_policy(language.load(revision.files), revision.record, now)
+                row = newest_raw(tx)
+                return None if row is None else lambda: self._set_policy(parse_row(row), now)
             case "endpoint":
                 raw = tx.execute(select(store.endpoints).where(store.endpoints.c.name == key)).mappings().one()
                 return lambda: world.set_endpoint(endpoint_fact(EndpointRow.of(raw)))

@@ -49,6 +49,7 @@ log = structlog.get_logger("retinue.ca")
 DATABASE: Final = "ca.db"
 SIDECAR_TOKEN_S: Final = 600
 NOBODY: Final = "ca"
+MAX_REFUSALS: Final = 120  # audited a minute: strangers must not fill the disk
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +77,8 @@ class Plane:
         self.authority: Authority
         self.feed: Feed
         self._issuing_for: str | None = None
+        self._ticked: int | None = None  # the moment `tick` acted on last
+        self._noted = (0, 0)  # (minute, refusals audited in it)
 
     @classmethod
     def create(cls, directory: Path, trust_domain: TrustDomain, now: float) -> Authority:
@@ -84,6 +87,8 @@ class Plane:
             raise Conflict("ca.exists", f"{directory} already holds a control plane", hint="choose another --dir")
         if (directory / "authority.json").exists():
             raise BadState("ca.partial", f"{directory} holds an authority but no {DATABASE}", hint="restore the database from a backup, or choose another --dir")
+        if directory.is_dir() and any(directory.iterdir()):
+            raise Conflict("ca.dir_used", f"{directory} is not empty", hint="choose an empty or a new directory")
         authority = Authority.create(directory, trust_domain, now)
         temporary = directory / f".{DATABASE}.{os.urandom(4).hex()}"
         store = Store.create(temporary, str(trust_domain))
@@ -176,8 +181,8 @@ class Plane:
         """Bring the mirror and every scope up to date. Raises nothing: what cannot be done now is tried again."""
         try:
             touched = self.mirror.catch_up(self.now)
-        except RetinueError as e:
-            log.critical("the change log cannot be read; nobody is told anything until it can", code=e.code)
+        except Exception as e:
+            log.critical("the change log cannot be read; nobody is told anything until it can", why=f"{type(e).__name__}: {e}")
             return Published({}, frozenset())
         world = self.mirror.world
         gone = frozenset(n for n in touched.endpoints if world.endpoints[n].record is None)
@@ -188,7 +193,10 @@ class Plane:
     def tick(self) -> None:
         """Once a heartbeat: what changes by the clock alone."""
         in_force = self.mirror.in_force
-        if in_force is not None and in_force.until is not None and in_force.until <= self.now:
+        if in_force is None or in_force.until is None or self._ticked == in_force.until:
+            return
+        if in_force.until <= self.now:
+            self._ticked = in_force.until
             self.policies.time_passed(self.now)
 
     def maintain(self) -> None:
@@ -306,7 +314,12 @@ class Plane:
     # ---- audit of refusals
 
     def refused(self, action: str, subject: str, error: RetinueError) -> None:
-        """Note a refusal; a store that cannot write must not hide the refusal itself."""
+        """Note a refusal, so many a minute; a store that cannot write must not hide the refusal itself."""
+        minute, count = self.now // 60, self._noted[1] + 1
+        self._noted = (minute, count if minute == self._noted[0] else 1)
+        if self._noted[1] > MAX_REFUSALS:
+            log.warning("a refusal is not audited: too many in this minute", action=action, code=error.code)
+            return
         try:
             with self.store.write() as tx:
                 audit.append(tx, self.now, "endpoint", action, subject, outcome=error.code)

@@ -44,11 +44,17 @@ class PolicyRow:
 
 def newest(tx: Connection) -> PolicyRow | None:
     """The revision in force; None before the first."""
+    row = newest_raw(tx)
+    return None if row is None else parse_row(row)
+
+
+def newest_raw(tx: Connection) -> dict[str, Any] | None:
+    """The same, not parsed yet."""
     row = tx.execute(select(store.policies).order_by(store.policies.c.revision.desc()).limit(1)).mappings().first()
-    return None if row is None else _row(dict(row))
+    return None if row is None else dict(row)
 
 
-def _row(row: dict[str, Any]) -> PolicyRow:
+def parse_row(row: dict[str, Any]) -> PolicyRow:
     return PolicyRow(**{**row, "files": [(f["name"], f["text"]) for f in json.loads(row["files"])]})
 
 
@@ -96,16 +102,15 @@ class Policies:
             if current is not None and current.digest == policy.digest:
                 return _reply(current)
             revision = current.revision + 1 if current else 1
-            record = PolicyRecord(
-                trust_domain=str(self._desk.trust_domain), revision=revision, digest=policy.digest,
-                files=[PolicyFile(name=n, text=t) for n, t in files], author=author, issued=now,
-            )  # fmt: skip
-            envelope = self._desk.sign(record)
-            row = PolicyRow(revision, policy.digest, list(files), author, now, envelope)
+            row = PolicyRow(revision, policy.digest, list(files), author, now, record="")
             if not dry_run:
+                record = PolicyRecord(
+                    trust_domain=str(self._desk.trust_domain), revision=revision, digest=policy.digest,
+                    files=[PolicyFile(name=n, text=t) for n, t in files], author=author, issued=now,
+                )  # fmt: skip
                 tx.execute(
                     insert(store.policies).values(
-                        revision=revision, digest=row.digest, author=author, issued=now, record=envelope,
+                        revision=revision, digest=row.digest, author=author, issued=now, record=self._desk.sign(record),
                         files=json.dumps([{"name": n, "text": t} for n, t in files]),
                     )
                 )  # fmt: skip
@@ -136,7 +141,7 @@ class Policies:
             row = tx.execute(select(store.policies).where(store.policies.c.revision == revision)).mappings().first()
             if row is None:
                 raise NotFound("policy.revision", f"there is no policy revision {revision}", hint=f"the newest is {current.revision}")
-            return _reply(_row(dict(row)))
+            return _reply(parse_row(dict(row)))
 
     def history(self) -> list[PolicyReply]:
         """Every revision without its files' texts, newest first."""

@@ -104,7 +104,7 @@ def endpoint(tx: Connection, name: str) -> EndpointRow:
     row = endpoint_or_none(tx, name)
     if row is None or row.state == "pending":
         known = tx.execute(select(store.endpoints.c.name).where(store.endpoints.c.state == "enrolled")).scalars().all()
-        raise NotFound("host.unknown", f"no host named {ascii(name)[:80]} has enrolled", hint=any_of(known, name) or "see: retinue-ca host list")
+        raise NotFound("host.unknown", f"no host named {ascii(name)[:80]} has enrolled", hint=any_of(known, name) or "enrol it first: retinue-ca token create --host NAME")
     return row
 
 
@@ -122,7 +122,7 @@ def instance(tx: Connection, name: str, number: int) -> InstanceRow:
     row = tx.execute(select(store.instances).where(columns.name == name, columns.instance == number)).mappings().first()
     if row is not None:
         return InstanceRow.of(row)
-    known = tx.execute(select(columns.name, columns.instance)).tuples().all()
+    known = tx.execute(select(columns.name, columns.instance)).all()
     numbers = sorted(i for n, i in known if n == name)
     if numbers:
         raise NotFound("workload.instance", f"{name} has no instance {number}", hint=f"it has: {', '.join(map(str, numbers[:20]))}")

@@ -267,10 +267,14 @@ class Service:
             await asyncio.sleep(self.heartbeat)
             try:
                 await self.change(self.plane.tick)
-            except RetinueError as e:
-                log.critical("upkeep failed", code=e.code, why=e.message)
+            except Exception as e:
+                log.critical("upkeep failed", why=f"{type(e).__name__}: {e}")
             # Said even when the store fails: nothing can be committed then, so what was said stays the newest.
-            frame, names = await self.read(lambda: self.plane.feed.beat(self.plane.now))
+            try:
+                frame, names = await self.read(lambda: self.plane.feed.beat(self.plane.now))
+            except Exception as e:
+                log.critical("no heartbeat can be signed", why=f"{type(e).__name__}: {e}")
+                continue
             for name in names & self.streams.keys():
                 self.streams[name].put(frame)
             over = [s.endpoint for s in self.streams.values() if s.expires <= self.plane.now]
@@ -281,8 +285,8 @@ class Service:
             await asyncio.sleep(MAINTAIN_S)
             try:
                 await self.change(self.plane.maintain)
-            except RetinueError as e:
-                log.critical("renewing the authority's certificates failed", code=e.code, why=e.message)
+            except Exception as e:
+                log.critical("renewing the authority's certificates failed", why=f"{type(e).__name__}: {e}")
 
 
 def _since(began: float) -> float:

@@ -217,7 +217,7 @@ class Store:
         except OSError:
             raise BadState("store.missing", f"no database at {path}", hint="make one with: retinue-ca init --dir DIR --trust-domain NAME") from None
         if not stat.S_ISREG(info.st_mode):
-            raise BadState("store.file", f"{path} is not a regular file")
+            raise BadState("store.file", f"{path} is not a regular file", hint="put the database itself there")
         if stat.S_IMODE(info.st_mode) & 0o077:
             raise BadState("store.mode", f"{path} can be read by others", hint=f"chmod 600 {path}")
         if info.st_size == 0:
@@ -225,7 +225,7 @@ class Store:
         engine = _engine(path)
         try:
             with engine.connect().execution_options(reads=True) as tx:
-                found = dict(tx.execute(select(meta.c.key, meta.c.value)).tuples().all())
+                found = dict(tx.execute(select(meta.c.key, meta.c.value)).all())
                 version = int(found["schema_version"])
                 if version != SCHEMA_VERSION:
                     newer = version > SCHEMA_VERSION
@@ -256,8 +256,8 @@ class Store:
         try:
             with _translated(), self.engine.begin() as tx:
                 yield tx
-        except BadState:
-            self._failed = True
+        except BadState as e:
+            self._failed = self._failed or e.code.startswith("store.")
             raise
 
     @contextmanager
@@ -299,7 +299,7 @@ class Store:
             .where(changes.c.revision > revision)
             .order_by(changes.c.revision)
         )
-        return [Change(*row) for row in rows.tuples()]
+        return [Change(*row) for row in rows]
 
     # ---- small values
 
