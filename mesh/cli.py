@@ -31,7 +31,9 @@ class LazyGroup(TyperGroup):
             return typer.main.get_command(_stub(cmd_name, text))
         import importlib
 
-        command = typer.main.get_command(getattr(importlib.import_module(module), attribute))
+        group = getattr(importlib.import_module(module), attribute)
+        group.rich_markup_mode = None  # help in one form everywhere
+        command = typer.main.get_command(group)
         command.name = cmd_name
         return command
 

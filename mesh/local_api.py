@@ -162,9 +162,11 @@ class LocalApi:
     async def _watch(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson"})
         await response.prepare(request)
+        # A reader that went away shows as a ConnectionError at the next write.
         async with contextlib.aclosing(self.agent.watch()) as changes:
-            async for _ in changes:
-                await response.write(snapshot_of(self.agent).model_dump_json().encode() + b"\n")
+            with contextlib.suppress(ConnectionError):
+                async for _ in changes:
+                    await response.write(snapshot_of(self.agent).model_dump_json().encode() + b"\n")
         return response
 
     async def _svid(self, request: web.Request) -> web.StreamResponse:

@@ -116,5 +116,5 @@ def _why(error: OSError) -> str:
     if error.errno in {errno.EHOSTUNREACH, errno.EACCES, errno.EPERM, errno.ENETUNREACH}:
         return f"refused by the firewall ({os.strerror(error.errno)})"
     if error.errno == errno.ECONNREFUSED:
-        return "reached, but nobody listens there"
+        return "refused: nobody listens there, or policy denies it"
     return os.strerror(error.errno or 0)

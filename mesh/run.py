@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import fcntl
 import json
 import os
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
-from identity.errors import BadInput, NoPrivilege, NotFound, RetinueError
+from identity.errors import BadInput, NoPrivilege, RetinueError
 
 if TYPE_CHECKING:
     from identity.wire.local import InstanceRef
@@ -36,6 +37,18 @@ FORWARDED: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR
 _FROM_TERMINAL: Final = frozenset({signal.SIGINT, signal.SIGQUIT, signal.SIGWINCH})  # a terminal tells the whole group itself
 REFRESH: Final = 30.0  # seconds between two looks at the SVID
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as shells have it
+
+
+class CannotRun(BadInput):
+    """The command exists but cannot be executed."""
+
+    exit = NOT_EXECUTABLE
+
+
+class CommandNotFound(CannotRun):
+    """No such command."""
+
+    exit = NOT_FOUND
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +116,7 @@ def _child(argv: Sequence[str], parent: int, ready: int, go: int, failed: int) -
         os.execvpe(argv[0], list(argv), environment)  # noqa: S606 -- the command the user gave
     except OSError as e:
         os.write(failed, json.dumps([e.errno, e.strerror]).encode())
-        os._exit(NOT_FOUND if e.errno == 2 else NOT_EXECUTABLE)
+        os._exit(NOT_FOUND if e.errno == errno.ENOENT else NOT_EXECUTABLE)
 
 
 def loopback_up() -> None:
@@ -113,7 +126,7 @@ def loopback_up() -> None:
 
 
 def start(child: Child, environment: Mapping[str, str]) -> None:
-    """Let the child become the program. Raises NotFound or BadInput when it cannot."""
+    """Let the child become the program. Raises CannotRun."""
     with contextlib.suppress(BrokenPipeError):
         os.write(child.go, json.dumps(dict(environment)).encode())
     os.close(child.go)
@@ -121,7 +134,7 @@ def start(child: Child, environment: Mapping[str, str]) -> None:
         said = f.read()
     if said:
         number, why = json.loads(said)
-        error = NotFound if number == 2 else BadInput
+        error = CommandNotFound if number == errno.ENOENT else CannotRun
         raise error("run.exec", f"cannot run the command: {why}")
 
 
@@ -141,7 +154,7 @@ def exit_status(status: int) -> int:
 async def run_as(child: Child, name: str, instance: int, agent_socket: Path, *, wait: float, svid: bool) -> int:
     """Attach the waiting child, start it when it is active, and stay until it ends: its exit status.
 
-    Raises what the agent answered, TimedOut ``attach.timeout``, NotFound or BadInput ``run.exec``.
+    Raises what the agent answered, TimedOut ``attach.timeout``, or CannotRun.
     """
     from identity.wire.local import Attach, InstanceRef
     from mesh import svid_files

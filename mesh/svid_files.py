@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import shutil
 import subprocess
@@ -62,6 +63,8 @@ def private_dir(run_dir: Path, pid: int) -> Path:
 def remove_dir(directory: Path) -> None:
     """Take a private directory away, files and all."""
     shutil.rmtree(directory, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        directory.parent.rmdir()  # when it was the last
 
 
 def collect(run_dir: Path) -> None:

@@ -23,7 +23,7 @@ from mesh.health import Health
 from mesh.svid import renew_at
 from mesh.sync import Accepted, Event, FrameRefused, NeedSnapshot, RecordRefused, Refreshed, SyncMachine
 
-FEED_CAP: Final = 10.0  # seconds, ceiling of the wait before reconnecting
+FEED_CAP: Final = 5.0  # seconds, ceiling of the wait before reconnecting
 RENEW_CAP: Final = 300.0
 LOW_LIFE: Final = 0.25  # of the certificate's life left: say so
 
@@ -144,6 +144,7 @@ class Uplink:
                     heard[0] = True
                     if self.control == "disconnected":
                         self.control = "connected"
+                        log.info("connected", ca=self.enrollment.ca_url)
                         self._health.clear("control.disconnected")
                         self._tell.set()
                 self._log(events)
