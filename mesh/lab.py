@@ -12,15 +12,17 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from identity.errors import BadInput, Conflict, NoPrivilege
+from identity.errors import BadInput, Conflict, NoPrivilege, TimedOut, from_wire
 from identity.names import host_name
+from identity.wire import Message
+from identity.wire.local import Status
 from mesh import lab_registry
 from mesh.lab_process import Process, command, ip_batch, run
 
@@ -249,12 +251,14 @@ class Lab:
         """`retinue-ca ARGS -o json`: the parsed answer. Raises ProcessFailed with what it said."""
         return self._json([*command("retinue-ca"), *args, "-o", "json"], "ca", {"RETINUE_CA_DIR": str(self.ca_dir)}, stdin)
 
-    def retinue(self, node: str, *args: str, stdin: str | None = None) -> Any:
-        """`retinue ARGS -o json` on a node: the parsed answer."""
-        return self._json([*command("retinue"), *args, "-o", "json"], node, self.nodes[node].env, stdin)
+    def retinue(self, node: str, *args: str, stdin: str | None = None, codes: Sequence[int] = (0,)) -> Any:
+        """`retinue ARGS -o json` on a node: the parsed answer. `codes`: exit statuses that are an answer."""
+        return self._json([*command("retinue"), *args, "-o", "json"], node, self.nodes[node].env, stdin, codes)
 
-    def _json(self, argv: list[str], node: str, env: Mapping[str, str], stdin: str | None) -> Any:
-        done = run(argv, netns=self.nodes[node].netns, env=env, stdin=stdin, cwd=self.dir)
+    def _json(
+        self, argv: list[str], node: str, env: Mapping[str, str], stdin: str | None, codes: Sequence[int] = (0,)
+    ) -> Any:
+        done = run(argv, netns=self.nodes[node].netns, env=env, stdin=stdin, cwd=self.dir, codes=codes)
         text = done.stdout.strip()
         try:
             return json.loads(text) if text else None
@@ -314,8 +318,40 @@ class Lab:
     async def aca(self, *args: str, stdin: str | None = None) -> Any:
         return await asyncio.to_thread(lambda: self.ca(*args, stdin=stdin))
 
-    async def aretinue(self, node: str, *args: str, stdin: str | None = None) -> Any:
-        return await asyncio.to_thread(lambda: self.retinue(node, *args, stdin=stdin))
+    async def aretinue(self, node: str, *args: str, stdin: str | None = None, codes: Sequence[int] = (0,)) -> Any:
+        return await asyncio.to_thread(lambda: self.retinue(node, *args, stdin=stdin, codes=codes))
+
+    async def admin(self, method: str, path: str, body: Message | None = None, *, timeout: float = 30.0) -> Any:
+        """One call of the CA's admin API over its socket, without the cost of a command: for what is timed."""
+        import aiohttp
+
+        connector = aiohttp.UnixConnector(str(self.ca_dir / "admin.sock"))
+        data = body.model_dump_json().encode() if body is not None else None
+        async with aiohttp.ClientSession(connector=connector) as session, session.request(
+            method, f"http://ca{path}", data=data, headers={"Content-Type": "application/json"},
+            timeout=aiohttp.ClientTimeout(total=timeout),
+        ) as answer:  # fmt: skip
+            said = await answer.json(content_type=None)
+            if answer.status != 200:
+                raise from_wire(answer.status, said)
+            return said
+
+    async def until(self, node: str, holds: Callable[[Status], bool], *, timeout: float = 15.0) -> Status:
+        """The agent's status as soon as it fits; looked at after every change it applies. Raises TimedOut."""
+        from mesh.local_client import LocalClient
+
+        seen: Status | None = None
+        try:
+            async with asyncio.timeout(timeout), LocalClient(self.nodes[node].run_dir / "agent.sock") as agent:
+                async for _ in agent.watch():
+                    seen = await agent.status()
+                    if holds(seen):
+                        return seen
+        except TimeoutError:
+            pass
+        state = "nothing" if seen is None else f"policy {seen.policy_revision}, " + ", ".join(
+            f"{a.name} {a.state}" for a in seen.attachments)  # fmt: skip
+        raise TimedOut("lab.until", f"{node} did not come to the expected state within {timeout:g} s; it has {state}")
 
     def forget(self, name: str) -> None:
         """Stop one process of the lab (SIGTERM, then SIGKILL)."""

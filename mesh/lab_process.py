@@ -208,9 +208,9 @@ class Process:
 
 def run(
     argv: Sequence[str], *, netns: str | None = None, env: Mapping[str, str] | None = None, cwd: Path | None = None,
-    stdin: str | None = None, timeout: float = 30.0, check: bool = True,
+    stdin: str | None = None, timeout: float = 30.0, codes: Sequence[int] = (0,),
 ) -> subprocess.CompletedProcess[str]:  # fmt: skip
-    """One command to its end, output as text. Raises ProcessFailed (with `check`) or TimedOut."""
+    """One command to its end, output as text. Raises ProcessFailed for a status not in `codes`, or TimedOut."""
     try:
         done = subprocess.run(
             inside(netns, argv), env=base_env(env), cwd=cwd, capture_output=True, timeout=timeout, text=True, check=False,
@@ -218,7 +218,7 @@ def run(
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         raise TimedOut("lab.command", f"{Path(argv[0]).name} took longer than {timeout:g} s") from None
-    if check and done.returncode:
+    if done.returncode not in codes:
         words = " ".join(Path(a).name if i == 0 else a for i, a in enumerate(argv) if i == 0 or len(a) < 60)
         raise ProcessFailed("lab.command", f"{words}: exit {done.returncode}: {(done.stderr or done.stdout).strip()[-LOG_TAIL:]}")
     return done
