@@ -243,6 +243,11 @@ class Authority:
                 "ca.intermediate_expired", "the intermediate certificate has expired",
                 hint="bring root.key back to the CA directory and start it again",
             )  # fmt: skip
+        if now < certs.not_before(self.intermediate):
+            raise BadState(
+                "ca.clock", "this machine's clock is behind the making of the intermediate certificate",
+                hint="set the clock right",
+            )  # fmt: skip
         builder = certs.build(
             profile, key=key, trust_domain=self.trust_domain, spiffe_id=spiffe_id, issuer=self.intermediate,
             serial=_serial(), now=now, addresses=addresses,

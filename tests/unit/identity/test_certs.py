@@ -335,6 +335,30 @@ def test_a_serial_number_must_be_positive(forge):
     assert e.value.code == "chain.syntax"
 
 
+def test_a_field_that_cannot_be_read_is_refused_wherever_it_is(forge):
+    der = bytearray(forge.intermediate.cert.public_bytes(Encoding.DER))
+    der[der.rindex(b"retinue intermediate")] = 0xFF  # no UTF-8: read only when the subject is asked for
+    parsed = certs.parse_der_chain([bytes(der)])
+    with pytest.raises(NotVerified) as e:
+        forge.verify(forge.leaf().cert, *parsed)
+    assert e.value.code == "cert.syntax"
+
+
+def test_a_signature_of_odd_bits_is_refused(forge):
+    refused = 0
+    for _ in range(20):  # the last bit must be zero for the library to let it pass
+        der = bytearray(forge.leaf().cert.public_bytes(Encoding.DER))
+        signature = x509.load_der_x509_certificate(bytes(der)).signature
+        if signature[-1] & 1:
+            continue
+        der[-len(signature) - 1] = 1
+        with pytest.raises(NotVerified) as e:
+            forge.verify(x509.load_der_x509_certificate(bytes(der)))
+        assert e.value.code == "cert.syntax"
+        refused += 1
+    assert refused
+
+
 def test_no_chain_no_root_and_long_chains(forge):
     leaf = forge.leaf().cert
     for chain, roots, code in (
@@ -360,6 +384,10 @@ def test_lint_knows_more_than_the_verifier(forge, swap, live):
     assert "serial number" in findings(lambda b: setattr(b, "_serial_number", 7) or b)
     assert "subject name" in findings(
         lambda b: setattr(b, "_subject_name", x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "x")])) or b
+    )
+    named = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "x")])
+    assert "SAN of an empty subject" in findings(
+        lambda b: setattr(b2 := swap(b, san(ID), x509.SubjectAlternativeName, False), "_subject_name", named) or b2
     )
     assert "extensions differ" in findings(
         lambda b: b.add_extension(x509.UnrecognizedExtension(x509.ObjectIdentifier("1.2.3"), b"\5\0"), False)
