@@ -120,3 +120,9 @@ def plane(tmp_path: Path, clock: Clock) -> Iterator[Plane]:
     opened = Plane.open(directory, clock)
     yield opened
     opened.store.close()
+
+
+@pytest.fixture
+def make_desk() -> type[Bench]:
+    """Bench over a store that the caller made and closes."""
+    return Bench
