@@ -98,16 +98,21 @@ def enroll(
     cipher: Annotated[
         list[str] | None, typer.Option("--cipher", help="chacha20poly1305 or aes-256-gcm; what the tunnel offers.")
     ] = None,
+    listen_port: Annotated[
+        int, typer.Option(envvar="RETINUE_LISTEN_PORT", min=1, max=65535, help="Tunnel port of the hint that is found out without --underlay.")
+    ] = 51820,
     replace: Annotated[bool, typer.Option("--replace", help="Give up the enrolment that is there.")] = False,
     output: Format = Output.TABLE,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Join a trust domain with a one-time token. The keys are made here and stay here."""
     token = read_token(token_file)
+    from mesh.companion import guess_underlay
     from mesh.enroll import enroll as join
 
     ciphers = check_ciphers(cipher)
-    done = asyncio.run(join(ca, token, state_dir, underlay or [], ciphers, replace=replace))
+    hints = underlay or guess_underlay(ca, listen_port)
+    done = asyncio.run(join(ca, token, state_dir, hints, ciphers, replace=replace))
     data = {
         "trust_domain": str(done.trust_domain), "endpoint": done.endpoint, "kind": done.kind, "spiffe_id": str(done.spiffe_id),
         "workload": done.workload, "tunnel_key": done.tunnel_public, "svid_expires": done.svid.not_after,

@@ -11,10 +11,10 @@ import asyncio
 import contextlib
 import signal
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import structlog
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
@@ -121,8 +121,11 @@ class Agent:
 
     # ---- life
 
-    async def run(self, stop: asyncio.Event) -> None:
-        """Restore, apply, serve; until `stop`. Traffic goes on after it ends unless `clean`."""
+    async def run(self, stop: asyncio.Event, beside: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
+        """Restore, apply, serve; until `stop`. Traffic goes on after it ends unless `clean`.
+
+        beside: what runs along from the moment the restored state is applied; its failure ends the endpoint.
+        """
         self._restore()
         await self.plane.start()
         await self._apply()
@@ -130,6 +133,7 @@ class Agent:
             asyncio.create_task(self._applying(), name="apply"),
             asyncio.create_task(self.uplink.run(), name="uplink"),
             asyncio.create_task(stop.wait(), name="stop"),
+            *([asyncio.create_task(beside(), name="beside")] if beside is not None else []),
         ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -287,7 +291,7 @@ class Agent:
                 health.put(code, "error" if code != "feed.refused" else "warning", _few(texts))
             else:
                 health.clear(code)
-        if view.snapshot.policy is None:
+        if view.snapshot.policy is None and view.snapshot.timeline:
             health.put("policy.none", "warning", "no policy has been published: nothing is permitted")
         else:
             health.clear("policy.none")
@@ -368,8 +372,8 @@ def _few(texts: list[str]) -> str:
     return "; ".join(texts[:3]) + more
 
 
-async def serve(config: AgentConfig) -> None:
-    """The whole agent with its local API, until SIGTERM or SIGINT."""
+async def serve(config: AgentConfig, *, beside: Callable[[Agent], Coroutine[Any, Any, None]] | None = None) -> None:
+    """The whole endpoint with its local API, until SIGTERM or SIGINT. `beside` makes what else it does."""
     from mesh.local_api import LocalApi
 
     enrollment = load_enrollment(config.state_dir)
@@ -383,7 +387,7 @@ async def serve(config: AgentConfig) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
         async with LocalApi(agent, stop):
-            await agent.run(stop)
+            await agent.run(stop, (lambda: beside(agent)) if beside is not None else None)
     finally:
         state.close()
 

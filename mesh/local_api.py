@@ -330,7 +330,8 @@ async def explain(agent: Agent, src: str, dst: str, proto: str, port: int | None
     policy = now.view.snapshot.policy if now else None
     if one is None or other is None or policy is None:
         try:
-            return await agent.uplink.explain(src, dst, proto_name(number), port)
+            asked = (one.name if one else src, other.name if other else dst)
+            return await agent.uplink.explain(*asked, proto_name(number), port)
         except (NotFound, BadInput, Refused):
             raise
         except RetinueError:
