@@ -283,7 +283,7 @@ chain to_local {{
     goto here6
 }}
 chain quiet {{
-    ip daddr 224.0.0.0/4 drop
+    ip daddr 224.0.0.0/3 drop
     ip6 daddr ff00::/8 drop
     ct state untracked drop
     meta nfproto ipv4 goto here4

@@ -110,7 +110,9 @@ class Host:
         )  # fmt: skip
 
     def ask(self, verb: str, argument: str = "") -> Any:
-        assert self.process is not None and self.process.stdin and self.process.stdout
+        assert self.process is not None
+        assert self.process.stdin
+        assert self.process.stdout
         self.process.stdin.write(f"{verb} {argument}".strip() + "\n")
         self.process.stdin.flush()
         answer = json.loads(self.process.stdout.readline() or '{"error": "died", "message": "no answer"}')
@@ -147,22 +149,24 @@ class Host:
 
 
 class Rig:
-    """hosts a and b; workloads web and batch on a, api on b."""
+    """Hosts a and b (and more, by letter) on one underlay switch; workloads web and batch on a, api on b."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, hosts: str = "ab") -> None:
         tag = f"{os.getpid() % 100000}x{next(_unique)}"
         self.tag = tag
         self.hosts = {
             name: Host(name, f"dp{tag}-{name}", f"dp{name}{os.getpid() % 10000}x0", (f"192.168.77.{n}", f"fd77::{n}"),
                        directory / name, engine())
-            for n, name in enumerate("ab", 1)
+            for n, name in enumerate(hosts, 1)
         }  # fmt: skip
+        self.switch = f"dp{tag}-sw"
         self.workloads = {name: f"dp{tag}-{name}" for name in ("web", "batch", "api")}
         self.where = {"web": "a", "batch": "a", "api": "b"}
         self.epochs = dict.fromkeys(self.workloads, 1)
         self.prepares: dict[str, tuple[str, int]] = {}
         self.family = 4
         self.offers = ["chacha20poly1305"]
+        self.closing = contextlib.ExitStack()
         self.program = program()
 
     def __enter__(self) -> Rig:
@@ -171,9 +175,12 @@ class Rig:
         for ns in (*(h.ns for h in self.hosts.values()), *self.workloads.values()):
             ip("netns", "add", ns)
             ip("link", "set", "lo", "up", ns=ns)
-        a, b = self.hosts.values()
-        ip("link", "add", "eth0", "netns", a.ns, "type", "veth", "peer", "name", "eth0", "netns", b.ns)
+        ip("netns", "add", self.switch)
+        ip("link", "add", "br0", "type", "bridge", ns=self.switch)
+        ip("link", "set", "br0", "up", ns=self.switch)
         for host in self.hosts.values():
+            ip("link", "add", "eth0", "netns", host.ns, "type", "veth", "peer", "name", f"p{host.name}", "netns", self.switch)
+            ip("link", "set", f"p{host.name}", "master", "br0", "up", ns=self.switch)
             ip("addr", "add", f"{host.underlay[0]}/24", "dev", "eth0", ns=host.ns)
             ip("addr", "add", f"{host.underlay[1]}/64", "dev", "eth0", "nodad", ns=host.ns)
             ip("link", "set", "eth0", "up", ns=host.ns)
@@ -184,13 +191,25 @@ class Rig:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        self.closing.close()
         for host in self.hosts.values():
             host.finish()
-        for ns in (*(h.ns for h in self.hosts.values()), *self.workloads.values()):
+        for ns in (*(h.ns for h in self.hosts.values()), *self.workloads.values(), self.switch):
             with contextlib.suppress(subprocess.CalledProcessError):
                 ip("netns", "del", ns)
 
+    def namespace(self, suffix: str) -> str:
+        """One more namespace for a workload."""
+        ns = f"dp{self.tag}-{suffix}"
+        ip("netns", "add", ns)
+        self.closing.callback(ip, "netns", "del", ns)
+        return ns
+
     def attach(self, name: str, host: str, ns: str | None = None) -> None:
+        """A place for a workload on a host; `ns` the host itself when it is the empty string."""
+        if ns == "":
+            self.hosts[host].attachments[InstanceKey(f"{name}/0")] = LocalAttachment("host")
+            return
         place = ns or self.workloads[name]
         self.hosts[host].attachments[InstanceKey(f"{name}/0")] = LocalAttachment("netns", place, netns.identify(place))
 
@@ -227,14 +246,18 @@ class Rig:
     def server(self, name: str, port: int, family: int = 4, *, at: str | None = None) -> Server:
         return Server(at or self.workloads[name], self.address(name, family), port)
 
-    def udp(self, name: str, port: int = 0, family: int = 4) -> socket.socket:
+    def udp(self, name: str, port: int = 0, family: int = 4, *, at: str | None = None) -> socket.socket:
         def make() -> socket.socket:
-            sock = socket.socket(socket.AF_INET if family == 4 else socket.AF_INET6, socket.SOCK_DGRAM)
-            sock.bind((self.address(name, family), port))
-            sock.settimeout(1)
-            return sock
+            return socket.socket(socket.AF_INET if family == 4 else socket.AF_INET6, socket.SOCK_DGRAM)
 
-        return inside(self.workloads[name], make)
+        sock = self.closing.enter_context(inside(at or self.workloads[name], make))
+        sock.bind((self.address(name, family), port))
+        sock.settimeout(1)
+        return sock
+
+    def tap(self, name: str, *, at: str | None = None) -> Tap:
+        """What reaches the device of a workload."""
+        return self.closing.enter_context(contextlib.closing(Tap(at or self.workloads[name])))
 
     def connect(self, src: str, dst: str, port: int, family: int = 4, timeout: float = 3.0) -> socket.socket:
         """A TCP connection from one workload to another. Raises OSError."""
@@ -244,12 +267,8 @@ class Rig:
             sock.settimeout(timeout)
             return sock
 
-        sock = inside(self.workloads[src], make)
-        try:
-            sock.connect((self.address(dst, family), port))
-        except BaseException:
-            sock.close()
-            raise
+        sock = self.closing.enter_context(inside(self.workloads[src], make))
+        sock.connect((self.address(dst, family), port))
         return sock
 
 
@@ -316,7 +335,7 @@ def until(check: Callable[[], bool], timeout: float = 5.0) -> bool:
 
 
 class Tap:
-    """Counts packets that reach a namespace's own device, below any socket."""
+    """What reaches a namespace's own device, below any socket; without the multicast chatter of the host's kernel."""
 
     def __init__(self, ns: str, device: str = "rtn0") -> None:
         def make() -> socket.socket:
@@ -334,7 +353,7 @@ class Tap:
                 data, source = self._sock.recvfrom(65536)
             except BlockingIOError:
                 return
-            if source[2] != socket.PACKET_OUTGOING:
+            if source[2] not in {socket.PACKET_OUTGOING, socket.PACKET_MULTICAST}:
                 yield data
 
     def close(self) -> None:
