@@ -213,7 +213,7 @@ class Authority:
     def server_chain(self, now: float) -> ServerIdentity:
         """The control plane's TLS identity, a new key and certificate whenever less than half the lifetime is left."""
         path, key_path = self.directory / "server.pem", self.directory / "server.key"
-        present = self._present_server(path, key_path)
+        present = self._present_server(path, key_path, now)
         if present is not None and present.not_after - now > certs.SERVER_LIFETIME / 2:
             return present
         key = ec.generate_private_key(ec.SECP256R1())
@@ -221,18 +221,20 @@ class Authority:
         chain = self._issue(SERVER, key.public_key(), name, now)
         FileSigner.create(key_path, key)
         write_file(path, "".join([*chain, certs.pem(self.root)]).encode())
-        made = self._present_server(path, key_path)
+        made = self._present_server(path, key_path, now)
         if made is None:
             raise Bug("ca.server", "the server certificate just written cannot be read")
         return made
 
-    def _present_server(self, path: Path, key_path: Path) -> ServerIdentity | None:
+    def _present_server(self, path: Path, key_path: Path, now: float) -> ServerIdentity | None:
         try:
             chain, key = _read_chain(path), FileSigner.load(key_path)
         except BadState:
             return None  # missing, or torn by a crash: it is made anew
         if certs.spki(_key(chain[0])) != certs.spki(key.public_key):
             return None
+        if chain[-1] != self.root or now < certs.not_before(chain[0]):
+            return None  # of another authority, or made before the clock was set back
         return ServerIdentity(path, key_path, chain[0].public_bytes(Encoding.DER), certs.not_after(chain[0]))
 
     def _issue(

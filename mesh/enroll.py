@@ -316,8 +316,10 @@ def load_enrollment(state_dir: Path) -> Enrollment:
             bundle, [_text(raw["chain.pem"])], envelope, keys.tls, keys.tunnel, name, about.verified_at
         )
     except (NotVerified, BadInput) as e:
-        code = "state.foreign" if e.code.startswith("enroll.foreign") or e.code == "svid.name" else "state.altered"
-        raise BadState(code, f"{part} in {state_dir}: {e.message}", hint=_AGAIN) from None
+        what = f"{part} in {state_dir}: {e.message}"
+        if e.code.startswith("enroll.foreign") or e.code == "svid.name":
+            raise BadState("state.foreign", what, hint=_AGAIN) from None
+        raise BadState("state.altered", what, hint=_AGAIN) from None
     return Enrollment(
         state_dir, about.ca_url, about.root_fingerprint, trust_domain, about.endpoint, about.kind, about.workload, svid,
         bundle, record, envelope, keys.tunnel, keys.enroll, about.verified_at,

@@ -164,6 +164,18 @@ def test_the_server_identity_is_kept_until_half_of_its_life(copy):
     ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(second.certificate, second.key)
 
 
+def test_a_server_identity_of_another_authority_or_time_is_made_anew(copy, tmp_path):
+    authority = Authority.load(copy, NOW)
+    later = authority.server_chain(NOW + 3600)
+    now = authority.server_chain(NOW)
+    assert now.leaf_der != later.leaf_der
+    other = Authority.create(tmp_path / "other", TD, NOW)
+    for source, name in ((other.server_chain(NOW).certificate, "server.pem"), (other.server_chain(NOW).key, "server.key")):
+        write_secret(copy / name, source.read_bytes())
+    again = certs.parse_chain(authority.server_chain(NOW).certificate.read_text())
+    assert again[-1] == authority.root
+
+
 @pytest.mark.parametrize("name", ["server.pem", "server.key"])
 def test_a_torn_server_identity_is_made_anew(copy, name):
     authority = Authority.load(copy, NOW)
