@@ -61,12 +61,18 @@ def implies(one: Selector, other: Selector) -> bool:
 
 def witness(selector: Selector, name: str, taken: Iterable[str] = ()) -> Subject | None:
     """A made-up inside subject that a selector selects and that carries nothing else; None when none was found."""
+    return next(witnesses(selector, name, taken), None)
+
+
+def witnesses(selector: Selector, name: str, taken: Iterable[str] = ()) -> Iterator[Subject]:
+    """Such subjects, one for each choice the selector leaves, as far as they were found. They share the name unless
+    the selector asks for one.
+    """
+    used = frozenset(taken)
     for wanted in itertools.islice(_wants(selector), _TRIES):
-        label_values = {key: value for key, value in wanted.items() if key}
-        one = Subject(wanted.get("", name), label_values)
-        if one.name not in taken and matches(selector, one):
-            return one
-    return None
+        one = Subject(wanted.get("", name), {key: value for key, value in wanted.items() if key})
+        if one.name not in used and matches(selector, one):
+            yield one
 
 
 def _wants(selector: Selector) -> Iterator[Mapping[str, str]]:

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from policy.algebra import witness
+from policy.algebra import witness, witnesses
 from policy.classes import Classes, reach
 from policy.compile import compile_policy
 from policy.evaluate import Decision, evaluate, matches, permitted, show_flow
@@ -18,6 +18,7 @@ from policy.model import FlowTest, Policy, ReachTest
 from policy.ports import PORTED, TCP, UDP, PortMap, ranges
 from policy.program import AllOf, Program, Selector, Subject, Where
 
+_STAND_INS = 8  # made-up subjects for each end of a rule
 _PAIRS = 100_000  # pairs of classes one test looks at
 
 
@@ -135,9 +136,9 @@ def _between(program: Program, taken: Iterable[str]) -> dict[str, Subject]:
             for end, selector in (("source", rule.src), ("destination", rule.dst)):
                 narrow = selector if rule.concerns is None else AllOf((selector, rule.concerns))
                 name = f"(any {end} of {rule.id})"
-                one = witness(narrow, name, taken) or witness(selector, name, taken)
-                if one is not None:
-                    out[one.name] = one
+                for number, one in enumerate(itertools.islice(witnesses(narrow, name, taken), _STAND_INS), 1):
+                    title = one.name if one.name != name else f"{name} {number}"
+                    out[title] = replace(one, name=title)
     return out
 
 
