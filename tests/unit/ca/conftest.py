@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from ca.desk import Desk
 from ca.placements import Placements
@@ -16,11 +18,13 @@ from ca.plane import Plane
 from ca.registry import Applicant, Registry
 from ca.rows import EndpointRow
 from ca.store import Store
-from identity import records
-from identity.keys import b64, ed25519_public, x25519_public
+from identity import certs, records
+from identity.enrollment import JoinToken, Offer, prove
+from identity.keys import b64, ed25519_public, unb64, x25519_public
 from identity.names import TrustDomain
 from identity.records import EndpointRecord, PlacementRecord
-from identity.wire.admin import WorkloadAdd
+from identity.wire.admin import TokenCreate, WorkloadAdd
+from identity.wire.enroll import EnrollReply, EnrollRequest
 
 TD = TrustDomain("reg.test")
 T0 = 1_800_000_000
@@ -126,3 +130,75 @@ def plane(tmp_path: Path, clock: Clock) -> Iterator[Plane]:
 def make_desk() -> type[Bench]:
     """Bench over a store that the caller made and closes."""
     return Bench
+
+
+# ---- joining a plane without sockets
+
+
+def make_csr() -> str:
+    return certs.make_csr(ec.generate_private_key(ec.SECP256R1()))
+
+
+@pytest.fixture
+def csr() -> Callable[[], str]:
+    return make_csr
+
+
+def der_of(chain: list[str]) -> list[bytes]:
+    return [c.public_bytes(Encoding.DER) for c in certs.parse_chain(chain)]
+
+
+@dataclass
+class Attempt:
+    """One machine that joins: its keys stay the same over repeated requests."""
+
+    token: JoinToken
+    tunnel: X25519PrivateKey = field(default_factory=X25519PrivateKey.generate)
+    key: Ed25519PrivateKey = field(default_factory=Ed25519PrivateKey.generate)
+
+    def request(self, plane: Plane) -> EnrollRequest:
+        leaf = b"the server's certificate"
+        challenge = plane.challenge(self.token.id, leaf)
+        offer = Offer(
+            self.token.id, unb64(challenge.nonce), leaf, unb64(challenge.server_key), make_csr(),
+            x25519_public(self.tunnel), ed25519_public(self.key), (), ("chacha20poly1305",),
+        )  # fmt: skip
+        proofs = prove(offer, self.token, self.tunnel, self.key)
+        return EnrollRequest(
+            token_id=self.token.id, nonce=challenge.nonce, csr=offer.csr, tunnel_key=b64(offer.tunnel_key),
+            enroll_key=b64(offer.enroll_key), token_proof=b64(proofs.token), tunnel_proof=b64(proofs.tunnel),
+            enroll_proof=b64(proofs.enroll), underlay=[], ciphers=["chacha20poly1305"],
+        )  # fmt: skip
+
+    @staticmethod
+    def der(reply: EnrollReply) -> list[bytes]:
+        return der_of(reply.chain)
+
+
+@dataclass
+class Joined:
+    reply: EnrollReply
+    der_of = staticmethod(der_of)
+
+    @property
+    def der(self) -> list[bytes]:
+        return der_of(self.reply.chain)
+
+
+def make_attempt(plane: Plane, host: str | None, *, token: JoinToken | str | None = None) -> Attempt:
+    """`host` None without a token: a machine with a token that was never made."""
+    if isinstance(token, str):
+        token = JoinToken.parse(token)
+    if token is None and host is not None:
+        token = JoinToken.parse(plane.token(TokenCreate(host=host), "test").token)
+    return Attempt(token or JoinToken("nobody", bytes(32), "0" * 64))
+
+
+@pytest.fixture
+def join() -> Callable[..., Attempt]:
+    return make_attempt
+
+
+@pytest.fixture
+def enrol() -> Callable[..., Joined]:
+    return lambda plane, host, token=None: Joined(plane.enroll(make_attempt(plane, host, token=token).request(plane)))
