@@ -24,7 +24,7 @@ from identity.keys import b64, ed25519_public, unb64, x25519_public
 from identity.names import TrustDomain
 from identity.records import EndpointRecord, PlacementRecord
 from identity.wire.admin import TokenCreate, WorkloadAdd
-from identity.wire.enroll import EnrollReply, EnrollRequest
+from identity.wire.enroll import Challenge, EnrollReply, EnrollRequest
 
 TD = TrustDomain("reg.test")
 T0 = 1_800_000_000
@@ -158,7 +158,9 @@ class Attempt:
 
     def request(self, plane: Plane) -> EnrollRequest:
         leaf = b"the server's certificate"
-        challenge = plane.challenge(self.token.id, leaf)
+        return self.answer(plane.challenge(self.token.id, leaf), leaf)
+
+    def answer(self, challenge: Challenge, leaf: bytes) -> EnrollRequest:
         offer = Offer(
             self.token.id, unb64(challenge.nonce), leaf, unb64(challenge.server_key), make_csr(),
             x25519_public(self.tunnel), ed25519_public(self.key), (), ("chacha20poly1305",),
