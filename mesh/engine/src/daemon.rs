@@ -215,18 +215,20 @@ fn daemonise(o: &Options) -> Result<i32> {
         -1 => Err(os_failure("fork")(io::Error::last_os_error())),
         0 => {
             drop(reader);
-            let mut writer = std::fs::File::from(writer);
-            detach();
-            let ready = writer.try_clone();
-            let code = match serve(o, || {
-                if let Ok(mut w) = ready {
-                    // The parent may have been killed: then nobody waits.
-                    let _ = w.write_all(b"0\n");
-                }
-            }) {
+            let writer = std::fs::File::from(writer);
+            detach(writer.as_raw_fd());
+            let told = std::cell::Cell::new(false);
+            let outcome = serve(o, || {
+                // The parent may have been killed: then nobody waits.
+                let _ = (&writer).write_all(b"0\n");
+                told.set(true);
+            });
+            let code = match outcome {
                 Ok(code) => code,
                 Err(e) => {
-                    let _ = writeln!(writer, "{} {e}", e.exit);
+                    if !told.get() {
+                        let _ = writeln!(&writer, "{} {e}", e.exit);
+                    }
                     e.exit
                 }
             };
@@ -253,9 +255,14 @@ fn daemonise(o: &Options) -> Result<i32> {
     }
 }
 
-fn detach() {
-    // SAFETY: plain calls with constant arguments; /dev/null replaces the standard streams.
+/// Leaves the session and closes everything inherited but `keep`: a caller that waits for the end
+/// of a pipe must not wait for the daemon.
+fn detach(keep: i32) {
+    // SAFETY: plain calls with constant arguments; /dev/null replaces the standard streams; no
+    // descriptor above 2 other than `keep` belongs to a live value of this process yet.
     unsafe {
+        libc::syscall(libc::SYS_close_range, 3u32, (keep - 1) as u32, 0u32);
+        libc::syscall(libc::SYS_close_range, (keep + 1) as u32, u32::MAX, 0u32);
         libc::setsid();
         libc::chdir(c"/".as_ptr());
         let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR);

@@ -371,6 +371,11 @@ impl Coalescer {
 }
 
 impl Group {
+    /// Several UDP datagrams in one write: their reader's buffer has room for few of these.
+    pub fn is_datagrams(&self) -> bool {
+        self.vnet.gso_type == GSO_UDP_L4
+    }
+
     fn takes<B: Buffers>(
         &self,
         bufs: &B,

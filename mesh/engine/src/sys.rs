@@ -137,6 +137,12 @@ pub fn harden_process() {
     }
 }
 
+/// Lets another runnable thread have this CPU.
+pub fn yield_now() {
+    // SAFETY: no arguments.
+    unsafe { libc::sched_yield() };
+}
+
 /// An O_CLOEXEC socket.
 pub fn socket(domain: i32, kind: i32, protocol: i32) -> io::Result<OwnedFd> {
     // SAFETY: no pointers are passed.

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::engine::Engine;
 use crate::offload::{Buffers, Group, Segmenter};
 use crate::rx::Rx;
-use crate::sys::{micros, now, now_ms, Epoll, Ready};
+use crate::sys::{micros, now, now_ms, yield_now, Epoll, Ready};
 use crate::tun::{group_len, Queue, Read, READ_LEN};
 use crate::tx::{Tx, TAIL_ROOM};
 use crate::udp::{Receiver, RecvBuffers, SocketPair, BATCH};
@@ -28,7 +28,7 @@ const TOKEN_V6: u64 = 3;
 const DRAIN_PACKETS: usize = 128;
 const DRAIN_BYTES: usize = 256 * 1024;
 /// With full GRO buffers a few per call keep the working set in cache.
-const LARGE_BATCH: usize = 4;
+const LARGE_BATCH: usize = 1;
 const LARGE: usize = 16 * 1024;
 
 /// The kernel refused a superpacket once: none is written any more, by any worker.
@@ -193,7 +193,11 @@ impl Inbound {
                 }
             }
         }
+        let datagrams = self.rx.coalescer.groups().iter().any(Group::is_datagrams);
         self.rx.coalescer.clear();
+        if datagrams {
+            yield_now();
+        }
         true
     }
 }
