@@ -24,15 +24,22 @@ FOLDERS: Final = {
 def import_command(
     kind: Annotated[str, typer.Argument(help="tailscale, kubernetes or nsx", metavar="KIND")],
     path: Annotated[Path, typer.Argument(help="the configuration: a folder or one file", metavar="PATH")],
-    out: Annotated[Path, typer.Option("--out", help="where policy.yaml, inventory.yaml and report.json go", metavar="DIR")],
-    output: Annotated[Output, typer.Option("-o", "--output", help="form of the report on stdout")] = Output.TABLE,
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="where policy.yaml, inventory.yaml and report.json go", metavar="DIR"),
+    ],
+    output: Annotated[
+        Output, typer.Option("-o", "--output", help="form of the report on stdout")
+    ] = Output.TABLE,
 ) -> None:
     """Import a foreign configuration; what the source system itself would refuse is refused with exit status 1."""
     report = import_policy(kind, path, out)
 
     def human() -> None:
         rules = report["rules"]
-        print(f"{out}/policy.yaml: {rules['out']} rules from {rules['in']} of {kind}, {report['subjects']} subjects")
+        print(
+            f"{out}/policy.yaml: {rules['out']} rules from {rules['in']} of {kind}, {report['subjects']} subjects"
+        )
         for key in ("shadowed", "inactive"):
             if rules[key]:
                 print(f"{len(rules[key])} {key}: see {out}/report.json")

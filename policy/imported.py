@@ -24,14 +24,13 @@ A selector is one of: everybody, nobody, {group}, {name: [...]}, {under}, {label
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, cast
 
 from identity.errors import BadInput
-from policy.document import Node, parse
+from policy.document import Node, parse, quote
 from policy.nets import parse_range
 from policy.ports import ANYTHING, PortMap, parse_ports, union
 from policy.program import (
@@ -75,7 +74,7 @@ class ImportedPolicy:
 def dump_imported(policy: ImportedPolicy) -> str:
     """The text of an imported policy; `load_imported` reads back an equal program.
 
-    Strings are written as JSON where YAML could misread them.
+    Strings are quoted where YAML could misread them.
     """
     lines = [f"{KEY}: {VERSION}", f"source: {_word(policy.source)}", f"default: {policy.program.default}"]
     known: dict[int, str] = {}  # by identity: equal selectors may mean different things to a reader
@@ -86,7 +85,11 @@ def dump_imported(policy: ImportedPolicy) -> str:
         known[id(selector)] = name
     lines.append("tiers:" if policy.program.tiers else "tiers: []")
     for tier in policy.program.tiers:
-        lines += [f"  - name: {_word(tier.name)}", f"    order: {tier.order}", f"    otherwise: {tier.otherwise}"]
+        lines += [
+            f"  - name: {_word(tier.name)}",
+            f"    order: {tier.order}",
+            f"    otherwise: {tier.otherwise}",
+        ]
         if tier.isolates:
             lines.append("    isolates:")
             lines += _block("      ", {d: _selector(s, known) for d, s in tier.isolates.items()})
@@ -146,7 +149,7 @@ _MISREAD: Final = frozenset({"null", "true", "false", "yes", "no", "on", "off", 
 
 def _word(text: str) -> str:
     plain = _PLAIN.fullmatch(text) and text.lower() not in _MISREAD
-    return text if plain else json.dumps(text, ensure_ascii=True)
+    return text if plain else quote(text)
 
 
 def _flow(value: Any) -> str:
@@ -155,7 +158,7 @@ def _flow(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_flow(v) for v in value) + "]"
     text = _word(value)
-    return json.dumps(value) if text == value and "[" in value else text
+    return quote(value) if text == value and "[" in value else text
 
 
 def _block(indent: str, fields: Mapping[str, Any]) -> list[str]:
@@ -203,10 +206,14 @@ def _items(indent: str, values: list[Any]) -> list[str]:
 def load_imported(file: str, text: str) -> ImportedPolicy:
     """Read an imported policy. Raises BadPolicy with a position."""
     top = parse(file, text).mapping(
-        "an imported policy", {KEY, "source", "default", "groups", "tiers"}, {KEY, "source", "default", "tiers"}
+        "an imported policy",
+        {KEY, "source", "default", "groups", "tiers"},
+        {KEY, "source", "default", "tiers"},
     )
     if top[KEY].text != str(VERSION):
-        raise top[KEY].bad("policy.version", f"this reads {KEY} version {VERSION}", hint=f"write {KEY}: {VERSION}")
+        raise top[KEY].bad(
+            "policy.version", f"this reads {KEY} version {VERSION}", hint=f"write {KEY}: {VERSION}"
+        )
     reader = _Reader()
     if "groups" in top:
         top["groups"].mapping("groups")
@@ -231,10 +238,14 @@ class _Reader:
         self.groups: dict[str, Selector] = {}
 
     def tier(self, node: Node, ids: set[str]) -> Tier:
-        fields = node.mapping("a tier", {"name", "order", "otherwise", "isolates", "rules"}, {"name", "order", "rules"})
+        fields = node.mapping(
+            "a tier", {"name", "order", "otherwise", "isolates", "rules"}, {"name", "order", "rules"}
+        )
         order = fields["order"].scalar("order")
         if order not in {"first-match", "deny-wins"}:
-            raise fields["order"].bad("policy.value", f"order is first-match or deny-wins, not {ascii(order)[:40]}")
+            raise fields["order"].bad(
+                "policy.value", f"order is first-match or deny-wins, not {ascii(order)[:40]}"
+            )
         isolates: dict[Direction, Selector] = {}
         if "isolates" in fields:
             fields["isolates"].mapping("isolates", BOTH)
@@ -284,10 +295,15 @@ class _Reader:
         if node.kind == "scalar":
             word = node.scalar("a selector")
             if word not in {"everybody", "nobody"}:
-                raise node.bad("policy.selector", f"not a selector: {ascii(word)[:40]}", hint="everybody, nobody or a map")
+                raise node.bad(
+                    "policy.selector",
+                    f"not a selector: {ascii(word)[:40]}",
+                    hint="everybody, nobody or a map",
+                )
             return Everything() if word == "everybody" else Nothing()
         fields = node.mapping(
-            "a selector", {"group", "name", "under", "label", "in", "has", "not", "all", "any", "nets", "except"}
+            "a selector",
+            {"group", "name", "under", "label", "in", "has", "not", "all", "any", "nets", "except"},
         )
         match sorted(fields):
             case ["group"]:
@@ -315,7 +331,8 @@ class _Reader:
             case ["nets"] | ["except", "nets"]:
                 return Nets(*(tuple(_nets(fields[k])) for k in ("nets", "except") if k in fields))
         raise node.bad(
-            "policy.selector", "a selector has exactly one of group, name, under, label+in, has, not, all, any, nets"
+            "policy.selector",
+            "a selector has exactly one of group, name, under, label+in, has, not, all, any, nets",
         )
 
 

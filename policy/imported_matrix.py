@@ -12,7 +12,7 @@ from typing import Any
 
 from policy import nets
 from policy.evaluate import TierMatch, matches, ports_of, split
-from policy.ports import ANYTHING, ICMP, PORTED, SCTP, TCP, UDP, PortMap, proto_name, show_ports
+from policy.ports import ANYTHING, ICMP, ICMPV6, PORTED, SCTP, TCP, UDP, PortMap, proto_name, show_ports
 from policy.program import BOTH, Direction, Program, Subject
 
 
@@ -38,6 +38,8 @@ class Table:
             d: sum(1 << i for i, r in enumerate(self.rules) if d in r.directions) for d in BOTH
         }
         self.unconcerned = sum(1 << i for i, r in enumerate(self.rules) if r.concerns is None)
+        # addresses behind a gateway (label ``via``) are told by that gateway's name
+        self.identity = {s.name: s.labels.get("via", s.name) if s.nets else s.name for s in subjects}
         self.classes = {s.name: [self.classify(part) for part in split(program, s)] for s in subjects}
         self._decided: dict[tuple[Any, ...], PortMap] = {}
 
@@ -50,7 +52,8 @@ class Table:
             if rule.concerns is not None:
                 concerned |= bit * matches(rule.concerns, subject)
         isolated = tuple(
-            tuple(d in t.isolates and matches(t.isolates[d], subject) for t in self.program.tiers) for d in BOTH
+            tuple(d in t.isolates and matches(t.isolates[d], subject) for t in self.program.tiers)
+            for d in BOTH
         )
         return _Class(subject, nets.ranges_of(subject.nets), src, dst, concerned, isolated)
 
@@ -87,12 +90,12 @@ def matrix(program: Program, subjects: Sequence[Subject]) -> list[dict[str, Any]
     words: dict[PortMap, list[dict[str, str]]] = {}
     for src, sources in table.classes.items():
         for dst, destinations in table.classes.items():
-            if src == dst:
+            if table.identity[src] == table.identity[dst]:
                 continue
             for src_spans, dst_spans, ports in _joined(table, sources, destinations):
                 if ports not in words:
                     words[ports] = list(_words(ports))
-                ends = {"src": src, "dst": dst}
+                ends = {"src": table.identity[src], "dst": table.identity[dst]}
                 for one in src_spans or (None,):
                     for other in dst_spans or (None,):
                         if one and other and (one[0] < nets.V6) != (other[0] < nets.V6):
@@ -121,7 +124,7 @@ def _words(ports: PortMap) -> Iterator[dict[str, str]]:
         yield {"proto": "any", "ports": "*"}
         return
     named = [TCP, UDP, SCTP, ICMP]
-    numbers = [*named, *(p for p in (range(256) if ports.rest else ports.ports) if p not in named)]
+    numbers = [*named, *(p for p in (range(256) if ports.rest else ports.ports) if p not in {*named, ICMPV6})]
     for proto in numbers:
         bits = ports.bits(proto)
         if bits:

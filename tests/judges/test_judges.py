@@ -20,7 +20,9 @@ RETINUE = Path(sys.executable).with_name("retinue")
 pytestmark = [
     pytest.mark.judges,
     pytest.mark.timeout(900),
-    pytest.mark.skipif(not DRIVER.exists(), reason=f"the outside judge cases are absent: there is no {DRIVER}"),
+    pytest.mark.skipif(
+        not DRIVER.exists(), reason=f"the outside judge cases are absent: there is no {DRIVER}"
+    ),
 ]
 
 

@@ -49,5 +49,10 @@ def import_kubernetes(files: Files) -> Imported:
         for k in ("ingress", "egress")
     )
     return Imported(
-        ImportedPolicy(program, "kubernetes"), (*cluster.subjects, EXTERNAL), untranslated, ids=cluster.ids, rules=entries, notes=notes
+        ImportedPolicy(program, "kubernetes"),
+        (*cluster.subjects, EXTERNAL),
+        untranslated,
+        ids=cluster.ids,
+        rules=entries,
+        notes=notes,
     )

@@ -41,10 +41,16 @@ class AdminPolicies:
         for one in objects:
             check_name(one)
             if one.name in names:
-                raise SourceRefused("duplicate", f'there are two AdminNetworkPolicies named "{one.name}"', where=one.file)
+                raise SourceRefused(
+                    "duplicate", f'there are two AdminNetworkPolicies named "{one.name}"', where=one.file
+                )
             names.add(one.name)
             priority = self.spec(one).get("priority")
-            if not isinstance(priority, int) or isinstance(priority, bool) or not 0 <= priority <= MAX_PRIORITY:
+            if (
+                not isinstance(priority, int)
+                or isinstance(priority, bool)
+                or not 0 <= priority <= MAX_PRIORITY
+            ):
                 raise SourceRefused("priority", f'AdminNetworkPolicy "{one.name}": invalid priority "{priority}"', where=one.file,
                                     hint=f"a number from 0 to {MAX_PRIORITY}")  # fmt: skip
             if priority in ordered:
@@ -59,10 +65,18 @@ class AdminPolicies:
     def baseline(self, objects: Sequence[Object]) -> Tier:
         """The tier below network policies. Raises SourceRefused."""
         if len(objects) > 1:
-            raise SourceRefused("duplicate", f'only one BaselineAdminNetworkPolicy may exist; there is also "{objects[1].name}"', where=objects[1].file)
+            raise SourceRefused(
+                "duplicate",
+                f'only one BaselineAdminNetworkPolicy may exist; there is also "{objects[1].name}"',
+                where=objects[1].file,
+            )
         for one in objects:
             if one.name != BASELINE_NAME:
-                raise SourceRefused("name", f'a BaselineAdminNetworkPolicy must be named "default", not "{one.name}"', where=one.file)
+                raise SourceRefused(
+                    "name",
+                    f'a BaselineAdminNetworkPolicy must be named "default", not "{one.name}"',
+                    where=one.file,
+                )
         rules = [r for one in objects for r in self.rules(one, BASELINE_ACTIONS)]
         return Tier("baseline admin network policy", tuple(rules), "first-match")
 
@@ -75,7 +89,9 @@ class AdminPolicies:
         for direction, key, peers in SIDES:
             entries = spec.get(key) or []
             if not isinstance(entries, list) or len(entries) > MAX_RULES:
-                raise SourceRefused("type", f"{key} must be a list of at most {MAX_RULES} rules", where=str(one))
+                raise SourceRefused(
+                    "type", f"{key} must be a list of at most {MAX_RULES} rules", where=str(one)
+                )
             for index, entry in enumerate(entries):
                 yield from self.rule(one, direction, key, peers, index, entry, subject, actions)
 
@@ -87,7 +103,12 @@ class AdminPolicies:
         fields = fields_of(entry, where)
         action = actions.get(str(fields.get("action")))
         if action is None:
-            raise SourceRefused("action", f'unrecognized action "{fields.get("action")}"', where=where, hint=", ".join(actions))
+            raise SourceRefused(
+                "action",
+                f'unrecognized action "{fields.get("action")}"',
+                where=where,
+                hint=", ".join(actions),
+            )
         words = fields.get(peers)
         if not words or not isinstance(words, list):
             raise SourceRefused("peer", f'"{peers}" must list at least one peer', where=where)
@@ -109,24 +130,37 @@ class AdminPolicies:
     def one_of(self, fields: Mapping[str, Any], where: str, what: str, *keys: str) -> Selector:
         present = list(given(fields, *keys))
         if len(present) != 1:
-            raise SourceRefused("peer", f"a {what} must have exactly one of {', '.join(keys)}, not {len(present)}", where=where)
+            raise SourceRefused(
+                "peer",
+                f"a {what} must have exactly one of {', '.join(keys)}, not {len(present)}",
+                where=where,
+            )
         value = fields[present[0]]
         if present[0] == "namespaces":
             return workloads(*selector(value, where, NAMESPACE))
         if present[0] == "pods":
             pods = fields_of(value, where)
-            return workloads(*selector(pods.get("namespaceSelector"), where, NAMESPACE), *selector(pods.get("podSelector"), where))
+            return workloads(
+                *selector(pods.get("namespaceSelector"), where, NAMESPACE),
+                *selector(pods.get("podSelector"), where),
+            )
         if present[0] == "networks":
             if not isinstance(value, list) or not value:
                 raise SourceRefused("peer", "networks must be a list of CIDRs", where=where)
             return Nets(tuple(cidr(c, where) for c in value))
         if present[0] == "nodes":
             selector(value, where)
-        self.untranslated.append(Untranslated(where, f"{present[0]} are not in the inventory: this peer selects nobody"))
+        self.untranslated.append(
+            Untranslated(where, f"{present[0]} are not in the inventory: this peer selects nobody")
+        )
         return Nothing()
 
     def peer(self, value: Any, direction: Direction, where: str) -> Selector:
-        keys = ("namespaces", "pods", *(("networks", "nodes", "domainNames") if direction == "egress" else ()))
+        keys = (
+            "namespaces",
+            "pods",
+            *(("networks", "nodes", "domainNames") if direction == "egress" else ()),
+        )
         return self.one_of(fields_of(value, where), where, "peer", *keys)
 
 
@@ -134,7 +168,11 @@ def _port(entry: Any, where: str) -> PortMap | tuple[str, int | None]:
     fields = fields_of(entry, where)
     present = list(given(fields, "portNumber", "portRange", "namedPort"))
     if len(present) != 1:
-        raise SourceRefused("port", f"a port must have exactly one of portNumber, portRange, namedPort, not {len(present)}", where=where)
+        raise SourceRefused(
+            "port",
+            f"a port must have exactly one of portNumber, portRange, namedPort, not {len(present)}",
+            where=where,
+        )
     value = fields[present[0]]
     if present[0] == "namedPort":
         if not isinstance(value, str):
@@ -142,6 +180,14 @@ def _port(entry: Any, where: str) -> PortMap | tuple[str, int | None]:
         return check_port_name(value, where), None
     if present[0] == "portNumber":
         number = fields_of(value, where)
-        return PortMap({protocol(number.get("protocol"), where): port_range(number.get("port"), number.get("port"), where)})
+        return PortMap(
+            {
+                protocol(number.get("protocol"), where): port_range(
+                    number.get("port"), number.get("port"), where
+                )
+            }
+        )
     span = fields_of(value, where)
-    return PortMap({protocol(span.get("protocol"), where): port_range(span.get("start"), span.get("end"), where)})
+    return PortMap(
+        {protocol(span.get("protocol"), where): port_range(span.get("start"), span.get("end"), where)}
+    )

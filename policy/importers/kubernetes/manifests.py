@@ -56,6 +56,7 @@ class _Loader(_BASE):  # type: ignore[misc]  # the base is chosen at run time
 _Loader.add_constructor("tag:yaml.org,2002:map", _Loader.map)
 _Loader.add_constructor("tag:yaml.org,2002:seq", _Loader.list)
 _Loader.add_constructor("tag:yaml.org,2002:timestamp", _BASE.construct_yaml_str)
+MAX_VALUES: Final = 1_000_000  # of one document, aliases expanded
 _CORE: Final = frozenset({"List"})
 
 
@@ -80,6 +81,8 @@ def _documents(file: str, text: str, source: Source) -> list[Any]:
     try:
         while loader.check_data():
             out.append(loader.get_data())
+            if "*" in text and "&" in text:
+                _bounded(out[-1], file)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{file}:{mark.line + 1}:{mark.column + 1}" if mark else file
@@ -92,7 +95,20 @@ def _documents(file: str, text: str, source: Source) -> list[Any]:
     return out
 
 
-def _objects(document: Any, file: str, notes: list[str], kind: str = "", version: str = "") -> Iterator[Object]:
+def _bounded(document: Any, file: str) -> None:
+    """Aliases must not multiply a small file beyond reason. Raises SourceRefused."""
+    left, count = [document], 0
+    while left:
+        one = left.pop()
+        count += 1
+        if count > MAX_VALUES:
+            raise SourceRefused("syntax", "its aliases expand to too much", where=file)
+        left.extend(one.values() if isinstance(one, dict) else one if isinstance(one, list) else ())
+
+
+def _objects(
+    document: Any, file: str, notes: list[str], kind: str = "", version: str = ""
+) -> Iterator[Object]:
     if document is None:
         return
     if not isinstance(document, dict):

@@ -27,7 +27,10 @@ from policy.program import Action, AllOf, Direction, In, Nets, Rule, Selector, T
 
 PROTOCOLS: Final = {n.upper(): p for n, p in NAMES.items() if p in PORTED}
 _PORT_NAME: Final = re.compile(r"(?=[0-9-]*[a-z])[a-z0-9](?:-?[a-z0-9])*")
-SIDES: Final[tuple[tuple[Direction, str, str], ...]] = (("ingress", "ingress", "from"), ("egress", "egress", "to"))
+SIDES: Final[tuple[tuple[Direction, str, str], ...]] = (
+    ("ingress", "ingress", "from"),
+    ("egress", "egress", "to"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +49,16 @@ def network_policies(objects: Sequence[Object], source: Source, cluster: Cluster
     for one in objects:
         check_name(one)
         if (one.namespace, one.name) in names:
-            raise SourceRefused("duplicate", f'there are two NetworkPolicies named "{one.namespace}/{one.name}"', where=one.file)
+            raise SourceRefused(
+                "duplicate",
+                f'there are two NetworkPolicies named "{one.namespace}/{one.name}"',
+                where=one.file,
+            )
         names.add((one.namespace, one.name))
         spec = fields_of(one.body.get("spec"), str(one))
-        pods = workloads(in_namespace(one.namespace), *selector(spec.get("podSelector"), f"{one} spec.podSelector"))
+        pods = workloads(
+            in_namespace(one.namespace), *selector(spec.get("podSelector"), f"{one} spec.podSelector")
+        )
         types = _types(spec, str(one))
         for direction, key, peers in SIDES:
             found = list(_rules(one, direction, key, peers, spec, pods, source, cluster))
@@ -65,7 +74,9 @@ def _types(spec: Mapping[str, Any], where: str) -> set[str]:
     if not types:
         return {"ingress", *(["egress"] if spec.get("egress") else [])}
     if not isinstance(types, list) or any(t not in {"Ingress", "Egress"} for t in types):
-        raise SourceRefused("policy_type", f'policyTypes: invalid value "{types}"', where=where, hint="Ingress and Egress")
+        raise SourceRefused(
+            "policy_type", f'policyTypes: invalid value "{types}"', where=where, hint="Ingress and Egress"
+        )
     return {t.lower() for t in types}
 
 
@@ -105,7 +116,9 @@ def _peer(value: Any, namespace: str, where: str) -> Selector:
         raise SourceRefused("peer", "a peer must name podSelector, namespaceSelector or ipBlock", where=where)
     if "ipBlock" in present:
         if len(present) > 1:
-            raise SourceRefused("peer", "ipBlock must not be combined with podSelector or namespaceSelector", where=where)
+            raise SourceRefused(
+                "peer", "ipBlock must not be combined with podSelector or namespaceSelector", where=where
+            )
         return _block(fields["ipBlock"], where)
     pods = selector(fields.get("podSelector"), where)
     if "namespaceSelector" in present:
@@ -186,7 +199,9 @@ def protocol(value: Any, where: str) -> int:
     if value is None:
         return PROTOCOLS["TCP"]
     if value not in PROTOCOLS:
-        raise SourceRefused("protocol", f'unsupported protocol "{value}"', where=where, hint=", ".join(PROTOCOLS))
+        raise SourceRefused(
+            "protocol", f'unsupported protocol "{value}"', where=where, hint=", ".join(PROTOCOLS)
+        )
     return PROTOCOLS[value]
 
 
@@ -203,7 +218,12 @@ def port_range(first: Any, last: Any, where: str) -> int:
 def check_port_name(value: str, where: str) -> str:
     """A service port name (RFC 6335). Raises SourceRefused."""
     if len(value) > 15 or not _PORT_NAME.fullmatch(value):
-        raise SourceRefused("port", f'invalid port name "{value}"', where=where, hint="up to 15 of a-z, 0-9 and -, with a letter")
+        raise SourceRefused(
+            "port",
+            f'invalid port name "{value}"',
+            where=where,
+            hint="up to 15 of a-z, 0-9 and -, with a letter",
+        )
     return value
 
 

@@ -8,7 +8,10 @@ from typing import Any, Final
 # A map names its fields; a list holds what all items look like; None takes anything.
 Shape = Mapping[str, Any] | list[Any] | None
 
-_SELECTOR: Final[dict[str, Any]] = {"matchLabels": None, "matchExpressions": [{"key": None, "operator": None, "values": None}]}
+_SELECTOR: Final[dict[str, Any]] = {
+    "matchLabels": None,
+    "matchExpressions": [{"key": None, "operator": None, "values": None}],
+}
 _PODS: Final[dict[str, Any]] = {"namespaceSelector": _SELECTOR, "podSelector": _SELECTOR}
 _NP_PEER: Final[Shape] = [{**_PODS, "ipBlock": {"cidr": None, "except": None}}]
 _NP_PORTS: Final[Shape] = [{"protocol": None, "port": None, "endPort": None}]

@@ -44,7 +44,9 @@ def labels(value: Any, where: str, prefix: str = "") -> dict[str, str]:
         return {}
     if not isinstance(value, dict):
         raise SourceRefused("label", "labels must be a map", where=where)
-    return {prefix + check_key(k, where): check_value(v if v is not None else "", where) for k, v in value.items()}
+    return {
+        prefix + check_key(k, where): check_value(v if v is not None else "", where) for k, v in value.items()
+    }
 
 
 def selector(value: Any, where: str, prefix: str = "") -> list[Selector]:
@@ -52,7 +54,9 @@ def selector(value: Any, where: str, prefix: str = "") -> list[Selector]:
     if value is None:
         return []
     known = fields_of(value, where)
-    terms: list[Selector] = [In(k, frozenset({v})) for k, v in labels(known.get("matchLabels"), where, prefix).items()]
+    terms: list[Selector] = [
+        In(k, frozenset({v})) for k, v in labels(known.get("matchLabels"), where, prefix).items()
+    ]
     expressions = known.get("matchExpressions") or []
     if not isinstance(expressions, list):
         raise SourceRefused("selector", "matchExpressions must be a list", where=where)
@@ -64,10 +68,14 @@ def _expression(value: Any, where: str, prefix: str) -> Selector:
     key = prefix + check_key(fields.get("key"), where)
     operator, values = fields.get("operator"), fields.get("values") or []
     if operator not in OPERATORS:
-        raise SourceRefused("selector", f'invalid operator "{operator}"', where=where, hint=f"one of {', '.join(OPERATORS)}")
+        raise SourceRefused(
+            "selector", f'invalid operator "{operator}"', where=where, hint=f"one of {', '.join(OPERATORS)}"
+        )
     if not isinstance(values, list) or bool(values) is not (operator in {"In", "NotIn"}):
         need = "needs" if operator in {"In", "NotIn"} else "takes no"
-        raise SourceRefused("selector", f'the operator {operator} {need} values (key "{fields.get("key")}")', where=where)
+        raise SourceRefused(
+            "selector", f'the operator {operator} {need} values (key "{fields.get("key")}")', where=where
+        )
     if operator in {"Exists", "DoesNotExist"}:
         return Exists(key) if operator == "Exists" else Not(Exists(key))
     term = In(key, frozenset(check_value(v, where) for v in values))

@@ -36,13 +36,17 @@ class Cluster:
 
     subjects: list[Subject] = field(default_factory=list)
     ids: dict[str, str] = field(default_factory=dict)
-    named_ports: dict[str, dict[int, set[str]]] = field(default_factory=dict)  # name -> protocol -> label values
+    named_ports: dict[str, dict[int, set[str]]] = field(
+        default_factory=dict
+    )  # name -> protocol -> label values
 
 
 def read_cluster(objects: Sequence[Object], notes: list[str], untranslated: list[Untranslated]) -> Cluster:
     """Raises SourceRefused for labels or ports that the API server would not accept."""
     namespaces = {
-        o.name: labels(o.body["metadata"].get("labels"), str(o), NAMESPACE) for o in objects if o.kind == "Namespace"
+        o.name: labels(o.body["metadata"].get("labels"), str(o), NAMESPACE)
+        for o in objects
+        if o.kind == "Namespace"
     }
     kinds: dict[str, list[Subject]] = {}
     cluster = Cluster()
@@ -57,7 +61,9 @@ def read_cluster(objects: Sequence[Object], notes: list[str], untranslated: list
                 found[f"{PORT}{name}/{_proto(proto)}"] = value
                 cluster.named_ports.setdefault(name, {}).setdefault(proto, set()).add(value)
             if spec.get("hostNetwork") is True:
-                notes.append(f"{identity} uses the host's network; most clusters do not enforce policies on it")
+                notes.append(
+                    f"{identity} uses the host's network; most clusters do not enforce policies on it"
+                )
             kin = kinds.setdefault(identity, [])
             if not any(found == s.labels for s in kin):
                 name = identity if not kin else f"{identity} ({len(kin) + 1})"
@@ -65,7 +71,11 @@ def read_cluster(objects: Sequence[Object], notes: list[str], untranslated: list
                 if name != identity:
                     cluster.ids[name] = identity
         if one.kind in {"UserDefinedNetwork", "ClusterUserDefinedNetwork", "NetworkAttachmentDefinition"}:
-            untranslated.append(Untranslated(str(one), "more than one network: only the cluster's default network is imported"))
+            untranslated.append(
+                Untranslated(
+                    str(one), "more than one network: only the cluster's default network is imported"
+                )
+            )
     cluster.subjects = [s for kin in kinds.values() for s in kin]
     return cluster
 
@@ -99,7 +109,9 @@ def _named_ports(spec: Mapping[str, Any], one: Object, notes: list[str]) -> dict
     out: dict[tuple[str, int], set[int]] = {}
     for key in ("containers", "initContainers"):
         for container in spec.get(key) or []:
-            stays = isinstance(container, dict) and (key == "containers" or container.get("restartPolicy") == "Always")
+            stays = isinstance(container, dict) and (
+                key == "containers" or container.get("restartPolicy") == "Always"
+            )
             for port in (container.get("ports") or []) if stays else []:
                 number, name = port.get("containerPort"), port.get("name")
                 proto = NAMES.get(str(port.get("protocol") or "TCP").lower(), 0)

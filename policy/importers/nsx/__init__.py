@@ -15,8 +15,17 @@ from policy.ports import PortMap
 from policy.program import Action, AllOf, Direction, Everything, Not, Program, Rule, Selector, Tier
 
 CATEGORIES: Final = ("Ethernet", "Emergency", "Infrastructure", "Environment", "Application")
-ACTIONS: Final = {"ALLOW": Action.ALLOW, "DROP": Action.DENY, "REJECT": Action.DENY, "JUMP_TO_APPLICATION": Action.PASS}
-DIRECTIONS: Final[Mapping[str, tuple[Direction, ...]]] = {"IN": ("ingress",), "OUT": ("egress",), "IN_OUT": ("egress", "ingress")}
+ACTIONS: Final = {
+    "ALLOW": Action.ALLOW,
+    "DROP": Action.DENY,
+    "REJECT": Action.DENY,
+    "JUMP_TO_APPLICATION": Action.PASS,
+}
+DIRECTIONS: Final[Mapping[str, tuple[Direction, ...]]] = {
+    "IN": ("ingress",),
+    "OUT": ("egress",),
+    "IN_OUT": ("egress", "ingress"),
+}
 
 
 def import_nsx(files: Files) -> Imported:
@@ -48,7 +57,9 @@ class _Importer:
         tiers: dict[str, list[Rule]] = {c: [] for c in CATEGORIES}
         for domain in rows(self.config, "domains"):
             resources = domain.get("resources") or {}
-            for policy in in_order(rows(resources, "security_policies"), "internal_sequence_number", "sequence_number"):
+            for policy in in_order(
+                rows(resources, "security_policies"), "internal_sequence_number", "sequence_number"
+            ):
                 category = str(policy.get("category"))
                 if category not in tiers:
                     raise SourceRefused("category", f'unknown category "{category}"', where=f'policy "{policy.get("display_name")}"',
@@ -57,8 +68,15 @@ class _Importer:
             for key in ("gateway_policies", "redirection_policies"):
                 for policy in rows(resources, key):
                     if rows(policy, "rules"):
-                        self.untranslated.append(Untranslated(f'{key} "{policy.get("display_name")}"', "only the distributed firewall is imported"))
-        program = Program(tuple(Tier(c, tuple(r), "first-match") for c, r in tiers.items() if r), Action.ALLOW)
+                        self.untranslated.append(
+                            Untranslated(
+                                f'{key} "{policy.get("display_name")}"',
+                                "only the distributed firewall is imported",
+                            )
+                        )
+        program = Program(
+            tuple(Tier(c, tuple(r), "first-match") for c, r in tiers.items() if r), Action.ALLOW
+        )
         return Imported(
             ImportedPolicy(program, "nsx", dict(self.groups.named)), self.estate.inventory(), self.untranslated,
             ids=self.estate.ids, rules=self.count, notes=self.notes,
@@ -71,7 +89,12 @@ class _Importer:
             yield from self.rule(name, scope, rule)
         default = policy.get("default_rule")
         if isinstance(default, dict) and default.get("action"):
-            rule = {"display_name": "default rule", "rule_id": default.get("id"), "action": default["action"], "direction": default.get("direction")}
+            rule = {
+                "display_name": "default rule",
+                "rule_id": default.get("id"),
+                "action": default["action"],
+                "direction": default.get("direction"),
+            }
             yield from self.rule(name, scope, rule)
 
     def rule(self, policy: str, scope: Any, rule: Mapping[str, Any]) -> Iterator[Rule]:
@@ -84,7 +107,11 @@ class _Importer:
         action = ACTIONS.get(str(rule.get("action")))
         directions = DIRECTIONS.get(str(rule.get("direction") or "IN_OUT"))
         if action is None or directions is None:
-            raise SourceRefused("rule", f'unknown action "{rule.get("action")}" or direction "{rule.get("direction")}"', where=where)
+            raise SourceRefused(
+                "rule",
+                f'unknown action "{rule.get("action")}" or direction "{rule.get("direction")}"',
+                where=where,
+            )
         ports = self.traffic(rule, action, where)
         if not ports:
             return
@@ -93,14 +120,25 @@ class _Importer:
         applied = words(rule, "scope")
         if not applied or ANY in applied:
             applied = scope
-        on = Everything() if not applied or ANY in applied else AllOf((Everything(), self.groups.ends(list(applied), where)))
+        on = (
+            Everything()
+            if not applied or ANY in applied
+            else AllOf((Everything(), self.groups.ends(list(applied), where)))
+        )
         name = self.unique(f"{rule.get('rule_id') or self.count} {title}")
         if on == Everything() and len(directions) == 2 and not _outside(src) and not _outside(dst):
             yield Rule(name, action, src, dst, ports, why=policy)
             return
         for direction in directions:
             ends = (_narrow(src, on), dst) if direction == "egress" else (src, _narrow(dst, on))
-            yield Rule(f"{name} ({direction})" if len(directions) > 1 else name, action, *ends, ports, why=policy, directions=(direction,))
+            yield Rule(
+                f"{name} ({direction})" if len(directions) > 1 else name,
+                action,
+                *ends,
+                ports,
+                why=policy,
+                directions=(direction,),
+            )
 
     def traffic(self, rule: Mapping[str, Any], action: Action, where: str) -> PortMap:
         """What the rule is about. An allow takes what is surely meant, a deny all that may be; both are reported."""
@@ -119,7 +157,11 @@ class _Importer:
     def side(self, rule: Mapping[str, Any], key: str, excluded: str, where: str) -> Selector:
         names = list(words(rule, key))
         ends = self.groups.ends(names, where)
-        return AllOf((self.groups.ends([], where), Not(ends))) if rule.get(excluded) is True and names and ANY not in names else ends
+        return (
+            AllOf((self.groups.ends([], where), Not(ends)))
+            if rule.get(excluded) is True and names and ANY not in names
+            else ends
+        )
 
     def unique(self, name: str) -> str:
         number, out = 1, name

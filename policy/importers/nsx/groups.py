@@ -70,7 +70,9 @@ class Groups:
         by_rule = self.expression(expression, where, (*above, path)) if expression else None
         literals = [*words(group, "ips_members")]
         outside = self.addresses(literals, where) if literals else Nothing()
-        realised = any(group.get(k) is not None for k in ("vm_members", "vif_members", "segments_members", "ips_members"))
+        realised = any(
+            group.get(k) is not None for k in ("vm_members", "vif_members", "segments_members", "ips_members")
+        )
         if not realised:
             return by_rule if by_rule is not None else Nothing()
         members = any_of([self.members(group, where), outside])
@@ -81,7 +83,9 @@ class Groups:
     def members(self, group: Mapping[str, Any], where: str) -> Selector:
         found: dict[str, None] = {}
         for row in rows(group, "vm_members"):
-            found.update(dict.fromkeys(self.find(str(row.get("id") or ""), str(row.get("display_name") or ""), where)))
+            found.update(
+                dict.fromkeys(self.find(str(row.get("id") or ""), str(row.get("display_name") or ""), where))
+            )
         for row in rows(group, "vif_members"):
             found.update(dict.fromkeys(self.find(str(row.get("owner_vm_id") or ""), "", where)))
         for row in rows(group, "segments_members"):
@@ -97,7 +101,9 @@ class Groups:
             return
         same = [m.subject.name for m in self.estate if m.name == name]
         if not same:
-            self.untranslated.append(Untranslated(where, f'member "{name or identity}" is no machine of this export'))
+            self.untranslated.append(
+                Untranslated(where, f'member "{name or identity}" is no machine of this export')
+            )
         yield from same
 
     def same(self, one: Selector, other: Selector) -> bool:
@@ -114,7 +120,11 @@ class Groups:
                 if term.get("conjunction_operator") == "OR":
                     unions.append([])
                 elif term.get("conjunction_operator") != "AND":
-                    raise SourceRefused("expression", f'terms must be joined by AND or OR, not "{term.get("conjunction_operator")}"', where=where)
+                    raise SourceRefused(
+                        "expression",
+                        f'terms must be joined by AND or OR, not "{term.get("conjunction_operator")}"',
+                        where=where,
+                    )
             else:
                 unions[-1].append(self.term(term, where, above))
         return any_of([all_of(part) for part in unions if part])
@@ -132,7 +142,9 @@ class Groups:
                 return Named(frozenset(names)) if names else Nothing()
             case "PathExpression":
                 return any_of([self.path(p, where, above) for p in words(term, "paths")])
-        self.untranslated.append(Untranslated(where, f'{term.get("resource_type")} cannot be translated: it selects nobody'))
+        self.untranslated.append(
+            Untranslated(where, f"{term.get('resource_type')} cannot be translated: it selects nobody")
+        )
         return Nothing()
 
     def path(self, path: str, where: str, above: tuple[str, ...]) -> Selector:
@@ -142,7 +154,9 @@ class Groups:
             return Exists(f"segment:{path}")
         for name, segment in self.estate.segments.items():
             if any(str(p.get("path") or p.get("unique_id")) == path for p in rows(segment, "segment_ports")):
-                self.untranslated.append(Untranslated(where, f'a single port of segment "{name}" cannot be selected'))
+                self.untranslated.append(
+                    Untranslated(where, f'a single port of segment "{name}" cannot be selected')
+                )
                 return Nothing()
         return any_of([Named(frozenset({n})) for n in self.find(path.rpartition("/")[2], "", where)])
 
@@ -155,13 +169,25 @@ class Groups:
                 if any(_compare(operator, t, value) for t in _tags(s))
             ]
             return any_of(list(tests))
-        if term.get("member_type") not in {None, "VirtualMachine"} or key not in {"Tag", "Name", "OSName", "ComputerName"}:
-            self.untranslated.append(Untranslated(where, f'a condition on {key} of {term.get("member_type")} cannot be translated: it selects nobody'))
+        if term.get("member_type") not in {None, "VirtualMachine"} or key not in {
+            "Tag",
+            "Name",
+            "OSName",
+            "ComputerName",
+        }:
+            self.untranslated.append(
+                Untranslated(
+                    where,
+                    f"a condition on {key} of {term.get('member_type')} cannot be translated: it selects nobody",
+                )
+            )
             return Nothing()
         if key == "Tag" and operator in {"EQUALS", "NOTEQUALS"}:
             tag = Exists(f"tag:{value.removeprefix('|')}")
             return tag if operator == "EQUALS" else AllOf((Everything(), Not(tag)))
-        names = [m.subject.name for m in self.estate if any(_compare(operator, f, value) for f in _facts(m, key))]
+        names = [
+            m.subject.name for m in self.estate if any(_compare(operator, f, value) for f in _facts(m, key))
+        ]
         return Named(frozenset(names)) if names else Nothing()
 
 

@@ -35,7 +35,10 @@ class Estate:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.segments = {str(s.get("path") or s.get("display_name")): s for s in rows(config, "segments")}
         self.subnets = nets.merge(
-            r for path, s in self.segments.items() for n in rows(s, "subnets") for r in spans(n.get("network"), f"segment {path}")
+            r
+            for path, s in self.segments.items()
+            for n in rows(s, "subnets")
+            for r in spans(n.get("network"), f"segment {path}")
         )
         ports = {
             str((p.get("attachment") or {}).get("id")): path
@@ -51,19 +54,31 @@ class Estate:
         for vm in rows(config, "virtual_machines"):
             identity, name = str(vm.get("external_id") or vm.get("display_name")), vm.get("display_name")
             if not isinstance(name, str) or not name or identity in self.machines:
-                raise SourceRefused("machine", f'a virtual machine needs a display_name and an external_id of its own, not "{name}", "{identity}"')
+                raise SourceRefused(
+                    "machine",
+                    f'a virtual machine needs a display_name and an external_id of its own, not "{name}", "{identity}"',
+                )
             own = f"{name} ({identity})" if name in taken else name
             if own != name:
                 self.ids[own] = name
             taken.add(own)
             cards = interfaces.get(identity, [])
-            on = list(dict.fromkeys(ports[p] for c in cards if (p := str(c.get("lport_attachment_id"))) in ports))
+            on = list(
+                dict.fromkeys(ports[p] for c in cards if (p := str(c.get("lport_attachment_id"))) in ports)
+            )
             addresses = nets.merge(
-                r for c in cards for i in rows(c, "ip_address_info") for a in i.get("ip_addresses") or [] for r in spans(a, f"machine {name}")
+                r
+                for c in cards
+                for i in rows(c, "ip_address_info")
+                for a in i.get("ip_addresses") or []
+                for r in spans(a, f"machine {name}")
             )
             if not addresses:
                 addresses = nets.merge(
-                    r for path in on for n in rows(self.segments[path], "subnets") for r in spans(n.get("network"), f"segment {path}")
+                    r
+                    for path in on
+                    for n in rows(self.segments[path], "subnets")
+                    for r in spans(n.get("network"), f"segment {path}")
                 )
             labels = {f"segment:{path}": YES for path in on}
             for tag in rows(vm, "tags"):
@@ -78,13 +93,18 @@ class Estate:
         return iter(self.machines.values())
 
     def inside(self, parts: tuple[nets.Range, ...]) -> list[Machine]:
-        """Machines whose addresses all lie in `parts`."""
-        return [m for m in self if m.spans and nets.covers(parts, m.spans)]
+        """Machines whose IPv4 addresses, or whose IPv6 addresses, all lie in `parts`."""
+        return [m for m in self if any(f and nets.covers(parts, f) for f in families(m.spans))]
 
     def inventory(self) -> tuple[Subject, ...]:
         """The machines, and the world outside the segments."""
         outside = nets.subtract(EVERYWHERE, self.subnets)
         return (*(m.subject for m in self), Subject("external", nets=tuple(nets.show(s) for s in outside)))
+
+
+def families(parts: tuple[nets.Range, ...]) -> tuple[tuple[nets.Range, ...], tuple[nets.Range, ...]]:
+    """The IPv4 and the IPv6 part."""
+    return tuple(p for p in parts if p[0] < nets.V6), tuple(p for p in parts if p[0] >= nets.V6)
 
 
 def rows(value: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:

@@ -45,7 +45,9 @@ def just(ports: PortMap) -> Traffic:
 
 
 def together(parts: list[Traffic]) -> Traffic:
-    return Traffic(union(p.exact for p in parts), union(p.around for p in parts), tuple(w for p in parts for w in p.why))
+    return Traffic(
+        union(p.exact for p in parts), union(p.around for p in parts), tuple(w for p in parts for w in p.why)
+    )
 
 
 class Services:
@@ -63,8 +65,14 @@ class Services:
 
     def service(self, path: str, where: str, depth: int = 0) -> Traffic:
         if path not in self.raw or depth > MAX_NESTING:
-            raise SourceRefused("service", f'no service "{path}"' if path not in self.raw else f'the service "{path}" contains itself', where=where)
-        return together([self.entry(e, f'service "{path}"', depth) for e in rows(self.raw[path], "service_entries")])
+            raise SourceRefused(
+                "service",
+                f'no service "{path}"' if path not in self.raw else f'the service "{path}" contains itself',
+                where=where,
+            )
+        return together(
+            [self.entry(e, f'service "{path}"', depth) for e in rows(self.raw[path], "service_entries")]
+        )
 
     def entry(self, entry: Mapping[str, Any], where: str, depth: int = 0) -> Traffic:
         match entry.get("resource_type"):
@@ -83,7 +91,11 @@ class Services:
                 return just(whole(proto_number(str(entry.get("protocol_number")))))
             case "ALGTypeServiceEntry":
                 traffic = self.ports(entry, UDP if entry.get("alg") in _ALG_UDP else TCP, where)
-                return Traffic(traffic.exact, traffic.around, (*traffic.why, f"{where}: data connections of {entry.get('alg')} are not followed"))
+                return Traffic(
+                    traffic.exact,
+                    traffic.around,
+                    (*traffic.why, f"{where}: data connections of {entry.get('alg')} are not followed"),
+                )
             case "NestedServiceServiceEntry":
                 return self.service(str(entry.get("nested_service_path")), where, depth + 1)
         return Traffic(NOTHING, NOTHING, (f"{where}: {entry.get('resource_type')} is not about IP traffic",))

@@ -27,7 +27,9 @@ def import_tailscale(files: Files) -> Imported:
     """`files` has policy.hujson and devices.json. Raises SourceRefused."""
     for name in (POLICY, DEVICES):
         if name not in files:
-            raise SourceRefused("missing", f"there is no {name}", hint=f"a folder with {POLICY} and {DEVICES} is wanted")
+            raise SourceRefused(
+                "missing", f"there is no {name}", hint=f"a folder with {POLICY} and {DEVICES} is wanted"
+            )
     source = Source()
     root = parse_hujson(POLICY, files[POLICY], source)
     policy = _sections(root)
@@ -42,7 +44,11 @@ def import_tailscale(files: Files) -> Imported:
     if acls is None and grants is None:
         out += rules.everything(source.where(root))
     if policy.get("defaultsrcposture") and out:
-        untranslated.append(Untranslated("defaultSrcPosture", "device posture is not in the device list; nothing is allowed instead"))
+        untranslated.append(
+            Untranslated(
+                "defaultSrcPosture", "device posture is not in the device list; nothing is allowed instead"
+            )
+        )
         out = []
     program = Program((Tier("access rules", tuple(out)),))
     tests = policy.get("tests") or []
@@ -75,7 +81,9 @@ def _sections(root: Any) -> dict[str, Any]:
             raise SourceRefused("field", f'unknown field "{key}"', where=POLICY)
         wanted: type | None = dict if name in MAPS else list if name in LISTS else None
         if wanted is not None and value is not None and not isinstance(value, wanted):
-            raise SourceRefused("type", f'"{key}" must be a {"map" if wanted is dict else "list"}', where=POLICY)
+            raise SourceRefused(
+                "type", f'"{key}" must be a {"map" if wanted is dict else "list"}', where=POLICY
+            )
         out[name] = value
     return out
 
@@ -89,7 +97,10 @@ def _references(policy: Mapping[str, Any], aliases: Aliases) -> None:
             raise SourceRefused("tag", f'tagOwners: not a tag name: "{tag}"', where=POLICY)
         _names(owners or [], aliases, f'tagOwners "{tag}"')
     approvers = policy.get("autoapprovers") or {}
-    lists = [("exitNode", approvers.get("exitNode") or []), *((r, v or []) for r, v in (approvers.get("routes") or {}).items())]
+    lists = [
+        ("exitNode", approvers.get("exitNode") or []),
+        *((r, v or []) for r, v in (approvers.get("routes") or {}).items()),
+    ]
     for name, words in lists:
         _names(words, aliases, f'autoApprovers "{name}"')
     for index, entry in enumerate(policy.get("nodeattrs") or []):

@@ -98,12 +98,16 @@ class Aliases:
             case "group":
                 return alike(self.group(word, side, where))
             case "tag":
-                self.known_tag(word, side)
+                self.known_tag(word, side, where)
                 return alike(Exists(word))
             case "ipset":
                 return self.spans(self.ipset(word, where))
             case "svc":
-                self.untranslated.append(Untranslated(where, f"{word} is a service; which devices host it is not in the device list"))
+                self.untranslated.append(
+                    Untranslated(
+                        where, f"{word} is a service; which devices host it is not in the device list"
+                    )
+                )
                 return alike(Nothing())
             case "user" if word.startswith("user:*@"):
                 return alike(In("domain", frozenset({word[len("user:*@") :]})))
@@ -119,7 +123,11 @@ class Aliases:
             return alike(Everything(), OUTSIDE)
         ends = alike(Everything(), SUBNETS)
         extra = [Nets(tuple(t for t in TAILNET if (":" in t) == v6)) for v6 in (False, True)]
-        return Ends(any_of((ends.v4, extra[0])), any_of((ends.v6, extra[1])), any_of((ends.both or Nothing(), Nets(TAILNET))))
+        return Ends(
+            any_of((ends.v4, extra[0])),
+            any_of((ends.v6, extra[1])),
+            any_of((ends.both or Nothing(), Nets(TAILNET))),
+        )
 
     def autogroup(self, word: str, side: Side, where: str) -> Ends:
         if word in MEMBER:
@@ -135,7 +143,9 @@ class Aliases:
             exits = In("route", frozenset({"internet"}))
             return Ends(AllOf((exits, v4)), AllOf((exits, v6)), AllOf((exits, Nets(INTERNET))))
         if word in ROLES:
-            self.untranslated.append(Untranslated(where, f"{word} goes by the role of a user, which is not in the device list"))
+            self.untranslated.append(
+                Untranslated(where, f"{word} goes by the role of a user, which is not in the device list")
+            )
             return alike(Nothing())
         if word in {"autogroup:self", "autogroup:internet", "autogroup:shared", "autogroup:danger-all"}:
             raise SourceRefused("autogroup", f'"{word}" not valid on the {side} side of a rule', where=where)
@@ -145,7 +155,9 @@ class Aliases:
     def group(self, word: str, side: Side, where: str) -> Selector:
         if word not in self.groups:
             if "@" in word:  # a group of the identity provider
-                self.untranslated.append(Untranslated(where, f"the members of {word} are known to the identity provider only"))
+                self.untranslated.append(
+                    Untranslated(where, f"the members of {word} are known to the identity provider only")
+                )
                 return Nothing()
             raise SourceRefused("group", f'{side}="{word}": group not found: "{word}"', where=where)
         if word not in self.named:
@@ -158,7 +170,11 @@ class Aliases:
         if group in above:
             raise SourceRefused("group", f'the group "{group}" contains itself')
         value = self.groups[group]
-        if not group.startswith("group:") or not isinstance(value, list) or not all(isinstance(m, str) for m in value):
+        if (
+            not group.startswith("group:")
+            or not isinstance(value, list)
+            or not all(isinstance(m, str) for m in value)
+        ):
             raise SourceRefused("group", f'"{group}" must be named group:... and list users')
         out: list[str] = []
         for member in value:
@@ -172,10 +188,15 @@ class Aliases:
                 raise SourceRefused("group", f'group "{group}": not a user: "{member}"')
         return out
 
-    def known_tag(self, word: str, what: str) -> None:
+    def known_tag(self, word: str, side: Side, where: str) -> None:
         """Raises SourceRefused for a tag that tagOwners does not define."""
         if word not in self.tags:
-            raise SourceRefused("tag", f'{what}="{word}": tag not found: "{word}"', hint="define it under tagOwners")
+            raise SourceRefused(
+                "tag",
+                f'{side}="{word}": tag not found: "{word}"',
+                where=where,
+                hint="define it under tagOwners",
+            )
 
     # ---- addresses
 
@@ -188,18 +209,28 @@ class Aliases:
     def literal(self, word: str, side: Side, where: str) -> tuple[nets.Range, ...]:
         if word in {"0.0.0.0/0", "::/0"}:
             raise SourceRefused(
-                "everywhere", f'{side} "{word}": to allow all IP addresses, use "*" or "autogroup:internet"', where=where
+                "everywhere",
+                f'{side} "{word}": to allow all IP addresses, use "*" or "autogroup:internet"',
+                where=where,
             )
         try:
             return nets.parse_range(word)
         except BadInput:
-            raise SourceRefused("alias", f'{side}="{word}": no such user, group, tag, host or address', where=where) from None
+            raise SourceRefused(
+                "alias", f'{side}="{word}": no such user, group, tag, host or address', where=where
+            ) from None
 
     def ipset(self, word: str, where: str, above: tuple[str, ...] = ()) -> tuple[nets.Range, ...]:
         """Addresses of an IP set: entries are added in order, ``remove`` takes away. Raises SourceRefused."""
         entries = self.ipsets.get(word)
         if not isinstance(entries, list) or word in above:
-            raise SourceRefused("ipset", f'IP set not found: "{word}"' if word not in above else f'the IP set "{word}" contains itself', where=where)
+            raise SourceRefused(
+                "ipset",
+                f'IP set not found: "{word}"'
+                if word not in above
+                else f'the IP set "{word}" contains itself',
+                where=where,
+            )
         out: tuple[nets.Range, ...] = ()
         for entry in entries:
             verb, _, name = str(entry).strip().rpartition(" ")

@@ -74,7 +74,9 @@ def load_devices(file: str, text: str, untranslated: list[Untranslated]) -> Tail
         if not isinstance(row, dict) or not isinstance(row.get("hostname"), str) or not row["hostname"]:
             raise SourceRefused("devices", "a device needs a hostname", where=where)
         if row.get("authorized") is False:
-            untranslated.append(Untranslated(where, f"{row['hostname']} is not authorized: it has no access at all"))
+            untranslated.append(
+                Untranslated(where, f"{row['hostname']} is not authorized: it has no access at all")
+            )
             continue
         name = _name(row, index, taken)
         taken.add(name)
@@ -89,7 +91,11 @@ def load_devices(file: str, text: str, untranslated: list[Untranslated]) -> Tail
 def _name(row: dict[str, Any], index: int, taken: set[str]) -> str:
     """The hostname, or where two devices share it the unique machine name."""
     hostname = str(row["hostname"])
-    candidates = (hostname, str(row.get("name") or "").partition(".")[0], f"{hostname}-{row.get('id', index)}")
+    candidates = (
+        hostname,
+        str(row.get("name") or "").partition(".")[0],
+        f"{hostname}-{row.get('id', index)}",
+    )
     return next((c for c in candidates if c and c not in taken), f"{hostname}-{index}")
 
 
@@ -123,7 +129,11 @@ def _device(row: dict[str, Any], name: str, where: str) -> Device:
     subnets = tuple(r for r in routes if r not in EXIT)
     internet = tuple(r for r in INTERNET if ("::/0" if ":" in r else "0.0.0.0/0") in routes)
     behind = tuple(
-        Subject(f"{name} ({kind}s)" if kind == "subnet" else f"{name} ({kind})", {"via": name, "route": kind, **via}, nets=part)
+        Subject(
+            f"{name} ({kind}s)" if kind == "subnet" else f"{name} ({kind})",
+            {"via": name, "route": kind, **via},
+            nets=part,
+        )
         for kind, part in (("subnet", subnets), ("internet", internet))
         if part
     )

@@ -24,7 +24,9 @@ def protocol(text: str, where: str) -> int:
         return PROTOCOLS[name]
     if _INTEGER.fullmatch(name) and int(name) <= 255:
         return ICMP if int(name) == ICMPV6 else int(name)
-    raise SourceRefused("protocol", f'unknown protocol "{text}"', where=where, hint="a name such as tcp, or 0 to 255")
+    raise SourceRefused(
+        "protocol", f'unknown protocol "{text}"', where=where, hint="a name such as tcp, or 0 to 255"
+    )
 
 
 def port_bits(text: str, where: str) -> int:
@@ -42,9 +44,13 @@ def port_bits(text: str, where: str) -> int:
                 raise SourceRefused("port", f'port range "{text}": invalid {name} integer', where=where)
             numbers.append(int(digits))
         if numbers[0] == 0:
-            raise SourceRefused("port", f'port range "{text}": first port must be >0, or use \'*\' for wildcard', where=where)
+            raise SourceRefused(
+                "port", f"port range \"{text}\": first port must be >0, or use '*' for wildcard", where=where
+            )
         if max(numbers) > MAX_PORT or numbers[0] > numbers[1]:
-            what = f"ports end at {MAX_PORT}" if max(numbers) > MAX_PORT else "the last port is below the first"
+            what = (
+                f"ports end at {MAX_PORT}" if max(numbers) > MAX_PORT else "the last port is below the first"
+            )
             raise SourceRefused("port", f'port range "{text}": {what}', where=where)
         bits |= mask(numbers[0], numbers[1])
     return bits
@@ -68,7 +74,12 @@ def split_destination(text: str, where: str) -> tuple[str, str]:
     """``host:ports`` of an access rule or test; IPv6 may stand in brackets. Raises SourceRefused."""
     host, colon, ports = text.rpartition(":")
     if not colon or not host:
-        raise SourceRefused("port", f'dst="{text}": missing ports', where=where, hint="write it as host:ports, for example tag:web:443")
+        raise SourceRefused(
+            "port",
+            f'dst="{text}": missing ports',
+            where=where,
+            hint="write it as host:ports, for example tag:web:443",
+        )
     if host.startswith("[") and host.endswith("]"):
         host = host[1:-1]
     return host, ports

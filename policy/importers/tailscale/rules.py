@@ -49,7 +49,9 @@ class Target:
 class Rules:
     """Turns the entries of `acls` and `grants` into rules; ids are their places in the file."""
 
-    def __init__(self, aliases: Aliases, source: Source, postures: Mapping[str, Any], untranslated: list[Untranslated]) -> None:
+    def __init__(
+        self, aliases: Aliases, source: Source, postures: Mapping[str, Any], untranslated: list[Untranslated]
+    ) -> None:
         self.aliases = aliases
         self.source = source
         self.postures = postures
@@ -67,7 +69,12 @@ class Rules:
         name = f"acls[{index}]"
         fields = self.fields(name, entry, {"action", "src", "dst", "proto", "srcposture", "users", "ports"})
         if fields.get("action") != "accept":
-            raise SourceRefused("action", f'action "{fields.get("action")}" is not supported', where=self.at(name, entry), hint="the only action is accept")
+            raise SourceRefused(
+                "action",
+                f'action "{fields.get("action")}" is not supported',
+                where=self.at(name, entry),
+                hint="the only action is accept",
+            )
         protocols: tuple[int, ...] = USUAL
         if fields.get("proto") not in {None, ""}:
             protocols = (protocol(str(fields["proto"]), self.at(name, entry)),)
@@ -78,9 +85,13 @@ class Rules:
             try:
                 bits = port_bits(ports, where)
             except SourceRefused as error:
-                raise SourceRefused("port", f'dst="{text}": {error.message.removeprefix(where + ": ")}', where=where) from None
+                raise SourceRefused(
+                    "port", f'dst="{text}": {error.message.removeprefix(where + ": ")}', where=where
+                ) from None
             targets.append(Target(word, port_map(protocols, bits, text, where), where))
-        yield from self.checked(name, self.words(name, fields, "src", "users"), targets, entry, fields, wildcard_self=True)
+        yield from self.checked(
+            name, self.words(name, fields, "src", "users"), targets, entry, fields, wildcard_self=True
+        )
 
     def grant(self, index: int, entry: Mapping[str, Any]) -> Iterator[Rule]:
         """One grant: network access from `ip`; `app` is checked and gives no network access. Raises SourceRefused."""
@@ -93,7 +104,9 @@ class Rules:
         destinations = self.words(name, fields, "dst")
         self.application(app, destinations, where)
         ports = union(capability(text, self.at(f"{name}.ip[{i}]", entry)) for i, text in enumerate(ip))
-        targets = [Target(word, ports, self.at(f"{name}.dst[{i}]", entry)) for i, word in enumerate(destinations)]
+        targets = [
+            Target(word, ports, self.at(f"{name}.dst[{i}]", entry)) for i, word in enumerate(destinations)
+        ]
         via = []
         for tag in self.words(name, fields, "via"):
             if not tag.startswith("tag:"):
@@ -133,9 +146,13 @@ class Rules:
             raise SourceRefused("app", "app must map capability names to lists", where=where)
         for name in app:
             if not _CAPABILITY.fullmatch(name):
-                raise SourceRefused("app", f'"{name}": capability name must have the form {{domain}}/{{path}}', where=where)
+                raise SourceRefused(
+                    "app", f'"{name}": capability name must have the form {{domain}}/{{path}}', where=where
+                )
             if name.startswith("tailscale.com/") and name not in VENDOR_CAPABILITIES:
-                raise SourceRefused("app", f'"{name}": capability name must not be in the tailscale.com domain', where=where)
+                raise SourceRefused(
+                    "app", f'"{name}": capability name must not be in the tailscale.com domain', where=where
+                )
         if app and "autogroup:internet" in destinations:
             raise SourceRefused("app", "cannot use app grants with autogroup:internet", where=where)
 
@@ -149,9 +166,18 @@ class Rules:
         where = self.at(name, entry)
         if any(t.word == SELF for t in targets):
             for word in sources:
-                people = "@" in word or word.startswith("group:") or word in MEMBER | ROLES or (word == "*" and wildcard_self)
+                people = (
+                    "@" in word
+                    or word.startswith("group:")
+                    or word in MEMBER | ROLES
+                    or (word == "*" and wildcard_self)
+                )
                 if not people:
-                    raise SourceRefused("self", f'autogroup:self can only be used with users, groups, or supported autogroups, not "{word}"', where=where)
+                    raise SourceRefused(
+                        "self",
+                        f'autogroup:self can only be used with users, groups, or supported autogroups, not "{word}"',
+                        where=where,
+                    )
         rules = list(self.rules(name, sources, targets, self.source.where(entry), via=via))
         postures = self.words(name, fields, "srcposture")
         for posture in postures:
@@ -189,7 +215,9 @@ class Rules:
         gateways = AnyOf(tuple(Exists(f"via:{t}") for t in via)) if len(via) > 1 else Exists(f"via:{via[0]}")
         if word == "*":
             return alike(Nothing(), gateways)
-        parts = [AllOf((OUTSIDE, gateways, s)) if _speaks_of_nets(s) else Nothing() for s in (ends.v4, ends.v6)]
+        parts = [
+            AllOf((OUTSIDE, gateways, s)) if _speaks_of_nets(s) else Nothing() for s in (ends.v4, ends.v6)
+        ]
         return Ends(parts[0], parts[1])
 
     def own(self, sources: Sequence[str]) -> Iterator[tuple[Selector, Selector]]:

@@ -60,7 +60,9 @@ def _run(test: Any, program: Program, aliases: Aliases) -> None:
             if not isinstance(text, str):
                 raise _Fails("a destination must be a string")
             if ask.allowed(text, every=wanted) is not wanted:
-                raise _Fails(f'{word} -> {text}: want {"accept" if wanted else "deny"}, got {"deny" if wanted else "accept"}')
+                raise _Fails(
+                    f"{word} -> {text}: want {'accept' if wanted else 'deny'}, got {'deny' if wanted else 'accept'}"
+                )
 
 
 def _guarded(function: Any, *args: Any) -> Any:
@@ -88,7 +90,12 @@ class _Asker:
         else:
             made, real = self.principals(host)
         by_identity = [self.one(s, d, port) for s in self.made for d in made if self.alike(s, d, host)]
-        by_device = [self.one(s, d, port) for s in self.real or self.made for d in real or made if self.alike(s, d, host)]
+        by_device = [
+            self.one(s, d, port)
+            for s in self.real or self.made
+            for d in real or made
+            if self.alike(s, d, host)
+        ]
         if every:
             return any(bool(x) and all(x) for x in (by_identity, by_device))
         return any(by_identity) or any(by_device)
@@ -110,7 +117,9 @@ class _Asker:
             pairs = [self.user(m) for m in members]
             return [s for made, _ in pairs for s in made], [s for _, real in pairs for s in real]
         if word.startswith("tag:") and word in self.aliases.tags:
-            return [Subject(word, {word: YES, "tagged": YES})], [s for s in self.subjects.values() if word in s.labels]
+            return [Subject(word, {word: YES, "tagged": YES})], [
+                s for s in self.subjects.values() if word in s.labels
+            ]
         if word in self.aliases.hosts:
             return self.address(str(self.aliases.hosts[word]), word)
         if "@" in word and not word.startswith(("user:", "group:")):
@@ -118,7 +127,9 @@ class _Asker:
         return self.address(word, word)
 
     def user(self, user: str) -> tuple[list[Subject], list[Subject]]:
-        return [Subject(user, user_labels(user))], [s for s in self.subjects.values() if s.labels.get("user") == user]
+        return [Subject(user, user_labels(user))], [
+            s for s in self.subjects.values() if s.labels.get("user") == user
+        ]
 
     def address(self, text: str, word: str) -> tuple[list[Subject], list[Subject]]:
         if text in self.aliases.hosts or "/" in text or text == "*" or "-" in text:
@@ -128,7 +139,9 @@ class _Asker:
         except BadInput:
             raise _Fails(f'"{word}": no such user, group, tag, host or address') from None
         labels = {} if nets.covers(nets.ranges_of(TAILNET), ((at, at),)) else {"via": "", "route": "subnet"}
-        return [Subject(text, labels, nets=(text,))], [self.subjects[n] for n in sorted(self.aliases.tailnet.at(((at, at),)))]
+        return [Subject(text, labels, nets=(text,))], [
+            self.subjects[n] for n in sorted(self.aliases.tailnet.at(((at, at),)))
+        ]
 
 
 def failures(outcomes: Sequence[str]) -> Iterator[Mapping[str, Any]]:
