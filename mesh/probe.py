@@ -185,6 +185,16 @@ class HttpProber:
         async with asyncio.timeout(timeout), self._progress:
             await self._progress.wait_for(lambda: self._result.answered >= goal)
 
+    @property
+    def lost_so_far(self) -> int:
+        """Requests whose window is over without an answer."""
+        return len(self._result.lost_seqs)
+
+    async def progressed(self, timeout: float = 10.0) -> None:
+        """Wait until one more request was answered or lost. Raises TimeoutError."""
+        async with asyncio.timeout(timeout), self._progress:
+            await self._progress.wait()
+
     async def stop(self) -> HttpResult:
         """Send no more, give what is under way its window, and count."""
         self._stopping.set()
@@ -236,7 +246,9 @@ class HttpProber:
                 return
             self._errors[answer.error or str(answer.status)] += 1
             await asyncio.sleep(RETRY_PAUSE)
-        self._result.lost_seqs.append(seq)
+        async with self._progress:
+            self._result.lost_seqs.append(seq)
+            self._progress.notify_all()
 
 
 @dataclass(slots=True)

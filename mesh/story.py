@@ -49,13 +49,13 @@ class Story:
         from rich.table import Table
 
         if not mark:
-            self.console.print(Padding(text, (0, 0, 0, 2)))
+            self.console.print(Padding(text, (0, 0, 0, 2), expand=False))
             return
         line = Table.grid(padding=(0, 1))
         line.add_column(no_wrap=True)
         line.add_column()
         line.add_row(mark, text)
-        self.console.print(Padding(line, (0, 0, 0, 2)))
+        self.console.print(Padding(line, (0, 0, 0, 2), expand=False))
 
     def _good(self, text: str) -> None:
         self._say(text, mark="[bold green]✔[/]")
@@ -142,7 +142,7 @@ class Story:
         self._claim(
             data,
             f"Then web and api exchange it {data['answered_with_marker']} times: {data['tunnel_frames']} tunnel frames,"
-            f" {data['tunnel_bytes']:,} bytes.\n    Readable on the way: the marker in [b]{readable['marker']}[/], api's overlay address in"
+            f" {data['tunnel_bytes']:,} bytes.\nReadable on the way: the marker in [b]{readable['marker']}[/], api's overlay address in"
             f" [b]{readable['address']}[/], its name in [b]{readable['name']}[/] of {data['frames']} frames.",
         )
 
