@@ -113,14 +113,17 @@ class DataPlane:
         self.config.run_dir.mkdir(parents=True, exist_ok=True)
         await self.firewall.start()
         await self.host.start()
+        await self._choose_device()
+        await self._start_device()
+        self._watcher.start()
+        self._guard = asyncio.create_task(self._guarding(), name="data plane guard")
+
+    async def _choose_device(self) -> None:
         config = DeviceConfig(
             self.config.interface, self.config.mtu, self.config.listen_port, self.config.private_key,
             self.config.run_dir, self.config.engine,
         )  # fmt: skip
         self._device, self._why = await choose(self.config.device, config, on_exit=self._device_exited)
-        await self._start_device()
-        self._watcher.start()
-        self._guard = asyncio.create_task(self._guarding(), name="data plane guard")
 
     async def _start_device(self) -> None:
         assert self._device is not None
@@ -129,13 +132,15 @@ class DataPlane:
         await self.host.device_up(self.config.mtu)
 
     async def stop(self, *, clean: bool) -> None:
-        """Let go. `clean` removes the device, the firewall table, links, routes and rules."""
+        """Let go. `clean` removes the device, the firewall table, links, routes and rules, started here or before."""
         if self._guard is not None:
             self._guard.cancel()
             await asyncio.gather(self._guard, return_exceptions=True)
             self._guard = None
         self._watcher.stop()
         async with self._lock:
+            if self._device is None and clean:
+                await self._choose_device()
             if self._device is not None:
                 await self._device.stop(clean=clean)
             if clean:

@@ -19,7 +19,7 @@ async def take_down(socket: Path, state_dir: Path, interface: str, *, clean: boo
     except Unreachable:
         if not clean:
             raise
-        return await _clean_alone(socket.parent, state_dir, interface)
+        return await _clean_alone(socket, state_dir, interface)
     try:
         async with asyncio.timeout(WAIT):
             while socket.exists():  # noqa: ASYNC110 -- a file of another process has no event
@@ -31,7 +31,7 @@ async def take_down(socket: Path, state_dir: Path, interface: str, *, clean: boo
     )
 
 
-async def _clean_alone(run_dir: Path, state_dir: Path, interface: str) -> str:
+async def _clean_alone(socket: Path, state_dir: Path, interface: str) -> str:
     """No agent runs: take away what the last one left."""
     from mesh.dataplane import DataPlane, PlaneConfig
     from mesh.state import StateDir
@@ -40,8 +40,9 @@ async def _clean_alone(run_dir: Path, state_dir: Path, interface: str) -> str:
     if state_dir.exists():
         state.open()  # nobody starts an agent meanwhile
     try:
-        plane = DataPlane(PlaneConfig(interface=interface, listen_port=0, private_key=bytes, run_dir=run_dir))
+        plane = DataPlane(PlaneConfig(interface=interface, listen_port=0, private_key=bytes, run_dir=socket.parent))
         await plane.stop(clean=True)
+        socket.unlink(missing_ok=True)
     finally:
         state.close()
     return "no agent was running; its data plane is taken down"

@@ -44,6 +44,8 @@ RETRY: Final = 1.0  # seconds until a failed apply is tried again
 MAX_SKEW: Final = 30.0  # seconds between our wall clock and a heartbeat just received
 TICK: Final = 1.0  # longest sleep while something ends by time: timers stand still during suspend, deadlines do not
 
+_SURVIVABLE: Final = frozenset({"state.snapshot", "state.rollback", "state.attachments"})  # start with nothing from it
+
 log = structlog.get_logger("retinue.agent")
 
 
@@ -154,11 +156,15 @@ class Agent:
                 self.state.save_marks(self.machine)
             self.state.restore(self.machine, boot=self.boot, wall=time.time(), mono=boottime())
         except BadState as e:
-            self.health.put(e.code, "error", f"{e.message}; {e.hint}" if e.hint else e.message)
+            if e.code not in _SURVIVABLE:
+                raise  # a file that others could write: not ours to believe, nor to overwrite
+            self.health.put(e.code, "error", f"{e.message}; {e.hint}")
         svid_files.collect(self.config.run_dir)
         try:
             self.attachments.load()
         except BadState as e:
+            if e.code not in _SURVIVABLE:
+                raise
             self.health.put(e.code, "error", f"{e.message}; {e.hint}")
 
     # ---- from the feed
@@ -181,7 +187,7 @@ class Agent:
             await asyncio.to_thread(self.state.save_marks, self.machine)
             self._saved, self._heartbeat_saved = True, boottime()
             self.health.clear("state.write")
-            for code in ("state.snapshot", "state.rollback"):
+            for code in _SURVIVABLE - {"state.attachments"}:
                 self.health.clear(code)
         except BadState as e:
             # What came is still applied, since it may be a removal; but it is not reported until it is on disk.

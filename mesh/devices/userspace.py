@@ -259,6 +259,8 @@ class UserspaceDevice:
 
     async def stop(self, *, clean: bool) -> None:
         if clean:
+            if self.running is None:
+                await self._adopt()  # what an agent that is gone left running
             await self._kill()
             self.socket.unlink(missing_ok=True)
             self._pid_file.unlink(missing_ok=True)
