@@ -155,6 +155,7 @@ class Sender:
         self.errors: Counter[str] = Counter()
         self._transport, self._to, self._rate, self._tag, self._bind = transport, (to, port), rate, tag, bind
         self._family = family_of(to)
+        self._changed = asyncio.Condition()
         self._sockets = Sockets(netns)
         self._socket: socket.socket | None = None
         self._task: asyncio.Task[None] | None = None
@@ -179,6 +180,12 @@ class Sender:
     async def __aexit__(self, *_: object) -> None:
         await self.stop()
 
+    async def attempted(self, more: int, timeout: float = 10.0) -> None:
+        """Wait until `more` further sends were tried, successful or not. Raises TimeoutError."""
+        goal = self.attempts + more
+        async with asyncio.timeout(timeout), self._changed:
+            await self._changed.wait_for(lambda: self.attempts >= goal)
+
     def lost(self, delivered: Delivered) -> list[int]:
         """Numbers that were sent and did not arrive."""
         return sorted(set(range(self.sent)) - delivered.seqs)
@@ -191,7 +198,9 @@ class Sender:
     async def _run(self) -> None:
         begin = time.monotonic()
         while True:
-            self.attempts += 1
+            async with self._changed:
+                self.attempts += 1
+                self._changed.notify_all()
             try:
                 await self._send(f"{self._tag} {self.sent}\n".encode())
                 self.sent += 1
