@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import yaml
 
-from identity.errors import Bug
+from identity.errors import BadPolicy, Bug
 from policy.document import Node, parse
 
 _OPEN: Final = (yaml.FlowMappingStartToken, yaml.FlowSequenceStartToken)
@@ -50,13 +50,17 @@ def _tokens(text: str) -> list[Any]:
     try:
         while loader.check_token():
             out.append(loader.get_token())
+    except yaml.MarkedYAMLError as error:  # a little stricter than the reader of policies
+        mark = error.problem_mark
+        raise BadPolicy("policy.syntax", f"not valid YAML: {error.problem}", line=mark.line + 1 if mark else 0,
+                        column=mark.column + 1 if mark else 0) from None  # fmt: skip
     finally:
         loader.dispose()
     return [t for t in out if t.end_mark.index > t.start_mark.index]
 
 
 def _space_tokens(text: str) -> str:
-    """One space after ``-``, and in brackets after ``:`` and ``,``, where only spaces stand between two tokens."""
+    """In brackets one space after ``:`` and ``,``, none at the brackets, where only spaces stand between two tokens."""
     tokens = _tokens(text)
     out, at, depth = [], 0, 0
     for one, two in zip(tokens, tokens[1:], strict=False):
@@ -72,9 +76,7 @@ def _space_tokens(text: str) -> str:
 
 
 def _space(one: Any, two: Any, *, flow: bool) -> str | None:
-    """What belongs between two tokens of a line; None: leave it. Outside brackets people align columns, so that stays."""
-    if isinstance(one, yaml.BlockEntryToken):
-        return " "
+    """What belongs between two tokens of a line; None: leave it. Outside brackets spaces align columns, so they stay."""
     if not flow:
         return None
     if isinstance(one, _OPEN) or isinstance(two, (*_CLOSE, yaml.FlowEntryToken)):

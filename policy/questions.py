@@ -47,23 +47,29 @@ def matrix(program: Program, subjects: Sequence[Subject]) -> list[Row]:
 
 
 def _outside(program: Program, sources: Sequence[Subject], targets: Sequence[Subject]) -> Iterator[Row]:
+    """Rows of pairs with an outside end, parts of equal answer joined. Nothing passes from one address family to the other."""
+    by_ports: dict[tuple[tuple[nets.Range, ...], PortMap], list[nets.Range]] = {}
     for src in sources:
+        if identity(src) == identity(targets[0]):
+            return
+        joined: dict[PortMap, list[nets.Range]] = {}
         for dst in targets:
             ports = permitted(program, src, dst)
-            if not ports:
-                continue
-            for one in _ranges(src):
-                for other in _ranges(dst):
-                    yield Row(identity(src), identity(dst), ports, one, other)
+            if ports:
+                joined.setdefault(ports, []).extend(nets.ranges_of(dst.nets))
+        for ports, spans in joined.items():
+            by_ports.setdefault((nets.merge(spans), ports), []).extend(nets.ranges_of(src.nets))
+    for (dst_spans, ports), src_spans in by_ports.items():
+        for one in nets.merge(src_spans) or (None,):
+            for other in dst_spans or (None,):
+                if one is None or other is None or (one[0] < nets.V6) == (other[0] < nets.V6):
+                    ends = (nets.show(end) if end is not None else "" for end in (one, other))
+                    yield Row(identity(sources[0]), identity(targets[0]), ports, *ends)
 
 
 def identity(subject: Subject) -> str:
     """Who answers for a subject: itself, or for addresses behind a gateway (label ``via``) that gateway."""
     return subject.labels.get("via", subject.name) if subject.nets else subject.name
-
-
-def _ranges(subject: Subject) -> list[str]:
-    return [nets.show(span) for span in nets.ranges_of(subject.nets)] if subject.nets else [""]
 
 
 def rows_json(rows: Iterable[Row]) -> dict[str, list[dict[str, str]]]:
