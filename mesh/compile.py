@@ -35,7 +35,7 @@ from policy.model import Policy
 from policy.ports import NOTHING, PortMap
 from policy.program import Program, Selector, Subject
 
-__all__ = ["Changes", "Compiler", "LocalAttachment", "LocalFacts", "Plan", "compile_plan", "diff", "program_of", "veth_name"]
+__all__ = ["Changes", "Compiler", "LocalAttachment", "LocalFacts", "Plan", "compile_plan", "diff", "veth_name"]
 
 DEFAULT_MTU: Final = 1420  # 1500 less the outer IPv6 and WireGuard headers
 KEEPALIVE: Final = 25  # seconds; below the usual NAT binding of 30 s
@@ -129,13 +129,6 @@ def _selectors(program: Program) -> Iterable[Selector]:
                 found[rule.concerns] = None
         found.update(dict.fromkeys(tier.isolates.values()))
     return found
-
-
-def program_of(record: PolicyRecord, now: int | None = None) -> Program:
-    """Compile a policy record, for `now` (seconds since the epoch) when rules have windows. Raises BadPolicy."""
-    from policy.compile import compile_policy
-
-    return compile_policy(_load(record), now)
 
 
 def _load(record: PolicyRecord) -> Policy:

@@ -44,9 +44,10 @@ class DeviceState:
 
 @dataclass(frozen=True, slots=True)
 class PeerChange:
-    """One peer's part of a change. None leaves a property as it is; `allowed_ips` replaces the whole list.
+    """One peer's part of a change. None leaves a property as it is.
 
-    create: the peer may be new (else it is updated only when it is there).
+    create: the peer may be new (else it is updated only when it is there). replace: `allowed_ips` is the whole list,
+    else what is added to it; in both cases the device takes each of them from whoever had it.
     """
 
     tunnel_key: str
@@ -54,6 +55,7 @@ class PeerChange:
     create: bool = False
     underlay: str | None = None
     allowed_ips: tuple[str, ...] | None = None
+    replace: bool = False
     keepalive: int | None = None
     cipher: Cipher | None = None
 
@@ -98,31 +100,33 @@ class Device(Protocol):
 def peer_changes(have: Mapping[str, PeerState], want: Mapping[str, PeerPlan]) -> tuple[PeerChange, ...]:
     """What turns the peers a device has into those of a plan.
 
-    Peers that gain an address come first: where one address changes hands the device moves it in one step, so there is
-    no moment at which nobody or both have it. Then those that lose, then removals. The underlay of a peer that is
-    there is left alone, for it may have roamed, unless the device knows none.
+    Gains come first: where an address changes hands the device moves it in one step, so there is no moment at which
+    nobody or both have it, also on devices that carry out a request peer by peer. Then what is lost to nobody, then
+    removals. The underlay of a peer that is there is left alone, for it may have roamed, unless the device knows none.
     """
-    gain: list[PeerChange] = []
-    lose: list[PeerChange] = []
+    first: list[PeerChange] = []
+    lost: list[PeerChange] = []
+    moved = {a for key, plan in want.items() for a in plan.allowed_ips if a not in have.get(key, PeerState()).allowed_ips}
     for key, plan in want.items():
         old = have.get(key)
-        allowed = frozenset(plan.allowed_ips)
         if old is None:
-            gain.append(PeerChange(key, create=True, underlay=plan.underlay, allowed_ips=plan.allowed_ips,
-                                   keepalive=plan.keepalive, cipher=plan.cipher))  # fmt: skip
+            first.append(PeerChange(key, create=True, underlay=plan.underlay, allowed_ips=plan.allowed_ips,
+                                    keepalive=plan.keepalive, cipher=plan.cipher))  # fmt: skip
             continue
+        gained = tuple(a for a in plan.allowed_ips if a not in old.allowed_ips)
         change = PeerChange(
             key,
             underlay=plan.underlay if old.underlay is None else None,
-            allowed_ips=plan.allowed_ips if allowed != old.allowed_ips else None,
+            allowed_ips=gained or None,
             keepalive=plan.keepalive if plan.keepalive != old.keepalive else None,
             cipher=plan.cipher if plan.cipher != old.cipher else None,
         )
-        if change == PeerChange(key):
-            continue
-        (gain if allowed - old.allowed_ips else lose).append(change)
+        if change != PeerChange(key):
+            first.append(change)
+        if old.allowed_ips - moved - set(plan.allowed_ips):
+            lost.append(PeerChange(key, allowed_ips=plan.allowed_ips, replace=True))
     gone = [PeerChange(key, remove=True) for key in have if key not in want]
-    return (*gain, *lose, *gone)
+    return (*first, *lost, *gone)
 
 
 def after(have: Mapping[str, PeerState], changes: Iterable[PeerChange]) -> dict[str, PeerState]:
@@ -136,7 +140,8 @@ def after(have: Mapping[str, PeerState], changes: Iterable[PeerChange]) -> dict[
         if old is None and not change.create:
             continue
         old = old or PeerState()
-        allowed = old.allowed_ips if change.allowed_ips is None else frozenset(change.allowed_ips)
+        given = frozenset(change.allowed_ips or ())
+        allowed = given if change.replace else old.allowed_ips | given
         for key, other in peers.items():
             if key != change.tunnel_key and other.allowed_ips & allowed:
                 peers[key] = _with_allowed(other, other.allowed_ips - allowed)

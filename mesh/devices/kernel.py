@@ -75,8 +75,9 @@ def peer_request(change: PeerChange) -> dict[str, Any]:
         peer["endpoint_port"] = int(port)
     if change.keepalive is not None:
         peer["persistent_keepalive"] = change.keepalive
-    if change.allowed_ips is not None:
+    if change.replace:
         peer["replace_allowed_ips"] = True
+    if change.allowed_ips:
         peer["allowed_ips"] = list(change.allowed_ips)
     return peer
 

@@ -60,9 +60,9 @@ def _peer_lines(change: PeerChange, *, ciphers: bool) -> list[str]:
         lines.append(f"endpoint={change.underlay}")
     if change.keepalive is not None:
         lines.append(f"persistent_keepalive_interval={change.keepalive}")
-    if change.allowed_ips is not None:
+    if change.replace:
         lines.append("replace_allowed_ips=true")
-        lines += [f"allowed_ip={prefix}" for prefix in change.allowed_ips]
+    lines += [f"allowed_ip={prefix}" for prefix in change.allowed_ips or ()]
     return lines
 
 
