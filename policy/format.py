@@ -89,9 +89,14 @@ def _space(one: Any, two: Any, *, flow: bool) -> str | None:
 def _tidy_lines(text: str) -> str:
     """No spaces at line ends, at most one blank line in a row, one line end at the end; texts over several lines excepted."""
     inside: set[int] = set()
+    open_end = False
     for token in _tokens(text):
         if isinstance(token, yaml.ScalarToken):
             inside.update(range(token.start_mark.line, token.end_mark.line))
+            # A block text that the file ends in has as many line ends as stand there.
+            open_end = token.end_mark.index == len(text) and token.start_mark.line < token.end_mark.line
+    if open_end:
+        inside.add(text.count("\n"))
     out: list[str] = []
     blank = True
     for number, line in enumerate(text.split("\n")):
@@ -100,6 +105,8 @@ def _tidy_lines(text: str) -> str:
             continue
         blank = not kept
         out.append(kept)
+    if open_end:
+        return "\n".join(out)
     while out and not out[-1]:
         out.pop()
     return "\n".join(out) + "\n"

@@ -75,8 +75,14 @@ def test_a_result_that_would_mean_something_else_is_not_returned(monkeypatch):
         fmt("p", "a: 1 # c\n")
 
 
+@pytest.mark.parametrize("text", [">\n 1", "a: |+\n  x\n\n\n", "a: |\n  x", "a: |-\n  x\n\n", "a: >\n  x\n\n\nb: 1\n"])
+def test_block_texts_at_the_end_keep_their_line_ends(text):
+    assert same(parse("p", fmt("p", text)), parse("p", text))
+    assert fmt("p", fmt("p", text)) == fmt("p", text)
+
+
 @given(st.text(alphabet="ab:-[]{},# \n'\"|>1", max_size=60))
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=1000, deadline=None)
 def test_any_document_keeps_its_meaning_and_stays_tidy(text):
     try:
         before = parse("p", text)
