@@ -33,6 +33,7 @@ log = structlog.get_logger("retinue.ca.admin")
 MAX_BODY: Final = 16 * 1024 * 1024  # a policy
 MAX_AUDIT: Final = 10_000  # entries in one answer
 
+ACTOR = web.RequestKey("actor", str)
 _UCRED = struct.Struct("3i")  # pid, uid, gid: struct ucred, unix(7)
 
 
@@ -72,15 +73,15 @@ async def _privileged(request: web.Request, handler: Handler) -> web.StreamRespo
     if uid not in {0, os.geteuid()}:
         log.warning("an administrator was refused", uid=uid, path=request.path)
         raise NoPrivilege("admin.user", f"user id {uid} may not administer this CA", hint="run it as root or as the CA's own user")
-    request["actor"] = f"admin:{_user(uid)}"
+    request[ACTOR] = _user_of(uid)
     return await handler(request)
 
 
-def _user(uid: int) -> str:
+def _user_of(uid: int) -> str:
     try:
-        return pwd.getpwuid(uid).pw_name
+        return f"admin:{pwd.getpwuid(uid).pw_name}"
     except KeyError:
-        return str(uid)
+        return f"admin:{uid}"
 
 
 class _Admin:
@@ -102,7 +103,7 @@ class _Admin:
     # ---- hosts
 
     async def token(self, request: web.Request) -> web.Response:
-        asked, actor = await body(request, TokenCreate), request["actor"]
+        asked, actor = await body(request, TokenCreate), request[ACTOR]
         return reply(await self._service.read(lambda: self._plane.token(asked, actor)))
 
     async def hosts(self, _: web.Request) -> web.Response:
@@ -110,7 +111,7 @@ class _Admin:
         return reply(HostList(hosts=[self._service.host(row) for row in rows]))
 
     async def revoke_host(self, request: web.Request) -> web.Response:
-        asked, actor, plane = await body(request, HostRef), request["actor"], self._plane
+        asked, actor, plane = await body(request, HostRef), request[ACTOR], self._plane
         done, _ = await self._service.change(lambda: plane.registry.revoke(asked.name, plane.now, actor))
         log.info("host revoked", endpoints=done.endpoints, instances=done.instances)
         return reply(self._service.host(await self._service.read(lambda: plane.registry.get(asked.name))))
@@ -122,15 +123,15 @@ class _Admin:
         return reply(WorkloadList(workloads=[self._service.workload(row) for row in rows]))
 
     async def add(self, request: web.Request) -> web.Response:
-        asked, actor, plane = await body(request, WorkloadAdd), request["actor"], self._plane
+        asked, actor, plane = await body(request, WorkloadAdd), request[ACTOR], self._plane
         row, _ = await self._service.change(lambda: plane.placements.add(asked, plane.now, actor))
         return reply(self._service.workload(row))
 
     async def move(self, request: web.Request) -> web.Response:
-        return reply(await self._service.move(await body(request, WorkloadMove), request["actor"]))
+        return reply(await self._service.move(await body(request, WorkloadMove), request[ACTOR]))
 
     async def revoke(self, request: web.Request) -> web.Response:
-        asked, actor, plane = await body(request, WorkloadRef), request["actor"], self._plane
+        asked, actor, plane = await body(request, WorkloadRef), request[ACTOR], self._plane
         row, _ = await self._service.change(lambda: plane.placements.revoke(asked.name, asked.instance, plane.now, actor))
         return reply(self._service.workload(row))
 
@@ -145,7 +146,7 @@ class _Admin:
         return web.json_response({"revisions": [one.model_dump(exclude={"files", "gained", "lost"}) for one in found]})
 
     async def apply(self, request: web.Request) -> web.Response:
-        asked, actor, plane = await body(request, PolicyApply), request["actor"], self._plane
+        asked, actor, plane = await body(request, PolicyApply), request[ACTOR], self._plane
         files = [(f.name, f.text) for f in asked.files]
         author = asked.author or actor
         done, _ = await self._service.change(
@@ -161,7 +162,8 @@ class _Admin:
     # ---- audit
 
     async def audit(self, request: web.Request) -> web.Response:
-        after, limit, subject = number(request, "after") or 0, number(request, "limit") or 1000, request.query.get("subject")
+        after, limit, subject = number(request, "after") or 0, number(request, "limit"), request.query.get("subject")
+        limit = 1000 if limit is None else limit
         if not 1 <= limit <= MAX_AUDIT:
             raise BadInput("api.query", f"limit is 1 to {MAX_AUDIT}")
 

@@ -27,6 +27,7 @@ from ca.authority import ServerIdentity
 from ca.client import socket_path
 from ca.plane import Plane
 from ca.service import Service
+from identity import cliout
 from identity.cliout import clean
 from identity.errors import BadInput, BadState, Conflict, NoPrivilege
 
@@ -145,12 +146,17 @@ def tls_context(identity: ServerIdentity, roots: str) -> ssl.SSLContext:
 
 def set_up_logs() -> None:
     """To standard error: JSON unless it is a terminal. Values are escaped either way."""
+    # Never the values of variables: a trace may pass through a secret.
     terminal = sys.stderr.isatty()
-    render: Any = structlog.dev.ConsoleRenderer(colors=not os.environ.get("NO_COLOR")) if terminal else structlog.processors.JSONRenderer()
+    render: Any = structlog.processors.JSONRenderer()
+    traces: Any = structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False))
+    if terminal:
+        render = structlog.dev.ConsoleRenderer(colors=cliout.colour(sys.stderr), exception_formatter=structlog.dev.plain_traceback)
+        traces = _as_is
     structlog.configure(
         processors=[
             structlog.processors.add_log_level, structlog.processors.TimeStamper(fmt="iso", utc=True), _escape,
-            structlog.processors.dict_tracebacks if not terminal else _as_is, render,
+            traces, render,
         ],
         logger_factory=structlog.PrintLoggerFactory(sys.stderr),
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -72,8 +74,9 @@ def settle(events):
         if kind == "instance":
             name = fact.subject.name
             labels.setdefault(name, dict(fact.subject.labels))
-            fact = InstanceFact(fact.key, subject(name, labels[name]), fact.revoked, fact.holder, fact.target, fact.former, fact.placement, fact.prepare)
-        yield kind, fact
+            yield kind, replace(fact, subject=subject(name, labels[name]))
+        else:
+            yield kind, fact
 
 
 def apply(world: World, event) -> Touched:

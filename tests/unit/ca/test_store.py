@@ -11,7 +11,7 @@ from sqlalchemy import insert, text
 
 from ca import store as tables
 from ca.store import SCHEMA_VERSION, Store, any_of
-from identity.errors import BadInput, BadState, RetinueError, Unreachable
+from identity.errors import BadInput, BadState, Unreachable
 
 
 @pytest.fixture
@@ -114,8 +114,8 @@ def test_a_damaged_database_is_refused_or_right(path: Path, at: int, noise: byte
         path.write_bytes(good[:at] + noise + good[at + len(noise) :])
         try:
             store = Store.open(path)
-        except RetinueError as e:
-            assert e.code.startswith("store.")
+        except BadState:
+            pass
         else:
             with store.read() as tx:
                 assert store.revision(tx) == 0
