@@ -94,9 +94,9 @@ def _tidy_lines(text: str) -> str:
         if isinstance(token, yaml.ScalarToken):
             inside.update(range(token.start_mark.line, token.end_mark.line))
             # A block text that the file ends in has as many line ends as stand there.
-            open_end = token.end_mark.index == len(text) and token.start_mark.line < token.end_mark.line
-    if open_end:
-        inside.add(text.count("\n"))
+            open_end = token.style in {"|", ">"} and not text[token.end_mark.index :].strip()
+            if open_end:
+                inside.update(range(token.end_mark.line, text.count("\n") + 1))
     out: list[str] = []
     blank = True
     for number, line in enumerate(text.split("\n")):
