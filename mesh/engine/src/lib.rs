@@ -29,10 +29,14 @@ pub mod uapi;
 pub mod udp;
 pub mod worker;
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
+#[cfg(test)]
+mod mutation_tests;
 #[cfg(test)]
 mod offload_tests;
-#[cfg(test)]
-mod sim;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod sim;
 #[cfg(test)]
 mod sim_tests;
 #[cfg(test)]

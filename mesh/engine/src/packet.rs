@@ -163,7 +163,7 @@ pub fn transport_sum_ok(b: &[u8], t: &Transport) -> bool {
     fold(pseudo_sum(b, t.v6, t.proto, l4.len()) + sum(l4)) == 0xffff
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod build {
     //! Packets for the tests of this crate.
     use super::*;
