@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from types import MappingProxyType
+from typing import Any, Final, cast
 
 import yaml
 
@@ -25,6 +26,9 @@ _NULLS: Final = frozenset({"", "~", "null", "Null", "NULL"})
 _INT: Final = re.compile(r"[0-9]{1,15}")
 
 
+_NO_ENTRIES: Final[Mapping[str, tuple[Any, Any]]] = MappingProxyType({})  # shared by all scalars and lists
+
+
 @dataclass(slots=True)
 class Node:
     """A scalar (`text`), a list (`items`) or a map (`entries`: key -> (key node, value node)); position 1-based."""
@@ -35,8 +39,8 @@ class Node:
     column: int
     text: str = ""
     plain: bool = False
-    items: list[Node] = field(default_factory=list)
-    entries: dict[str, tuple[Node, Node]] = field(default_factory=dict)
+    items: Sequence[Node] = ()
+    entries: Mapping[str, tuple[Node, Node]] = field(default_factory=lambda: _NO_ENTRIES)
 
     def bad(self, code: str, message: str, hint: str = "") -> BadPolicy:
         """The error at this node, to be raised."""
@@ -55,7 +59,7 @@ class Node:
             raise self.bad("policy.empty", f"{what} is empty")
         return self.text
 
-    def sequence(self, what: str) -> list[Node]:
+    def sequence(self, what: str) -> Sequence[Node]:
         """The items of a list. Raises BadPolicy."""
         if self.kind != "list":
             raise self.bad(
@@ -65,7 +69,7 @@ class Node:
             )
         return self.items
 
-    def one_or_more(self, what: str) -> list[Node]:
+    def one_or_more(self, what: str) -> Sequence[Node]:
         """A list, or one scalar or map as a list of one; empty is refused. Raises BadPolicy."""
         nodes = self.items if self.kind == "list" else [self]
         if not nodes or self.null:
@@ -200,12 +204,16 @@ def _node(file: str, event: Any) -> Node:
         node.text, node.plain = event.value, not event.style
     else:
         node.kind = "list" if isinstance(event, yaml.events.SequenceStartEvent) else "map"
+        if node.kind == "list":
+            node.items = []
+        else:
+            node.entries = {}
     return node
 
 
 def _attach(parent: Node, pending: list[Node | None], node: Node) -> None:
     if parent.kind == "list":
-        parent.items.append(node)
+        cast("list[Node]", parent.items).append(node)
         return
     key = pending[-1]
     if key is None:
@@ -219,5 +227,5 @@ def _attach(parent: Node, pending: list[Node | None], node: Node) -> None:
             )
         pending[-1] = node
         return
-    parent.entries[key.text] = (key, node)
+    cast("dict[str, tuple[Node, Node]]", parent.entries)[key.text] = (key, node)
     pending[-1] = None

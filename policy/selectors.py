@@ -101,6 +101,9 @@ class Names:
     """What the files declare, by (scope, name), and what was refused for later."""
 
     labels: dict[str, dict[str, frozenset[str]]] = field(default_factory=dict)
+    visible: dict[str, dict[str, frozenset[str]] | None] = field(
+        default_factory=dict
+    )  # scope -> keys, once asked
     group_nodes: dict[tuple[str, str], tuple[Node, Node]] = field(default_factory=dict)
     service_nodes: dict[tuple[str, str], tuple[Node, Node]] = field(default_factory=dict)
     groups: dict[tuple[str, str], Group] = field(default_factory=dict)
@@ -206,8 +209,11 @@ class Names:
 
     def known_labels(self, scope: str) -> Mapping[str, frozenset[str]] | None:
         """The label keys that a scope may use (its own and its ancestors'); None when nobody declared any."""
-        found = [self.labels[s] for s in ancestors(scope) if s in self.labels]
-        return {key: values for one in reversed(found) for key, values in one.items()} if found else None
+        if scope not in self.visible:
+            found = [self.labels[s] for s in ancestors(scope) if s in self.labels]
+            merged = {key: values for one in reversed(found) for key, values in one.items()}
+            self.visible[scope] = merged if found else None
+        return self.visible[scope]
 
     def group(self, node: Node, name: str, scope: str) -> Selector:
         """The selector of a group. Raises BadPolicy for unknown names and cycles."""
