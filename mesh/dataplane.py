@@ -31,6 +31,7 @@ from mesh.snapshot import InstanceKey
 log = logging.getLogger(__name__)
 
 CHECK_EVERY: Final = 2.0  # seconds between two verifications without a reason
+HOST_SHARE: Final = 50  # reading all routes and rules may take one part in so many of the time
 RETRY: Final = 1.0  # seconds after a failed repair
 Denied = DeniedFlow
 
@@ -101,6 +102,7 @@ class DataPlane:
         self._watcher = Watcher(self._suspicion.set)
         self._guard: asyncio.Task[None] | None = None
         self._lost_device = False
+        self._host_due = 0.0
 
     def describe(self) -> str:
         """Device in use and why, for `status`."""
@@ -211,7 +213,7 @@ class DataPlane:
                 pass
             self._suspicion.clear()
             try:
-                await self.verify()
+                await self._verify(host=time.monotonic() >= self._host_due)
             except RetinueError as e:
                 self._tell("plane.repair", f"cannot repair the data plane: {e.message}")
                 await asyncio.sleep(RETRY)
@@ -222,8 +224,12 @@ class DataPlane:
 
     async def verify(self) -> tuple[Note, ...]:
         """Compare what is there with the plan last applied, repair it, and say what was repaired."""
+        return await self._verify(host=True)
+
+    async def _verify(self, *, host: bool) -> tuple[Note, ...]:
         async with self._lock:
             notes: list[Note] = []
+            gone: list[InstanceKey] | None = None
             # The firewall first: it is what others flush, and what must be back soonest.
             if await self.firewall.verify():
                 notes.append(Note("firewall.restored", "somebody else had changed our firewall table; it is back"))
@@ -234,18 +240,23 @@ class DataPlane:
                 notes.append(Note("device.restarted", "the tunnel engine had ended; a new one runs"))
                 if self.plan is not None:
                     await self._carry_out(self.plan)
-            wrong, gone = await self.host.verify()
-            if wrong and self.plan is not None:
-                self.host.layout = None
-                await self.host.device_up(self.config.mtu)
-                await self._carry_out(self.plan)
-                notes.append(Note("host.restored", "; ".join(wrong[:3])))
+            if host:
+                started = time.monotonic()
+                wrong, gone = await self.host.verify()
+                now = time.monotonic()
+                self._host_due = now + max(CHECK_EVERY, HOST_SHARE * (now - started))
+                if wrong and self.plan is not None:
+                    self.host.layout = None
+                    await self.host.device_up(self.config.mtu)
+                    await self._carry_out(self.plan)
+                    notes.append(Note("host.restored", "; ".join(wrong[:3])))
         for note in notes:
             self._tell(note.code, note.text)
-        for key in gone:
-            if key not in self._gone:
-                self._tell("netns.gone", f"the network namespace of {key} is gone", key)
-        self._gone = set(gone)
+        if gone is not None:
+            for key in gone:
+                if key not in self._gone:
+                    self._tell("netns.gone", f"the network namespace of {key} is gone", key)
+            self._gone = set(gone)
         return tuple(notes)
 
     def _tell(self, code: str, text: str, instance: InstanceKey | None = None) -> None:

@@ -7,6 +7,8 @@ flushed table lets nothing through. Foreign tables are never touched and foreign
 A refused packet of a local sender is answered at once: TCP by a reset, everything else by ICMP "administratively
 prohibited". Not TCP too by ICMP: Linux drops an ICMP error for a socket that is locked, and on a link without delay
 the error comes while connect() still holds the lock, so the caller would wait for its first retransmission.
+A member elsewhere is normally refused by its own host; when that one knows less, TCP is answered by a reset through
+the tunnel. An ICMP error could not go there: its source would be the host, for which no tunnel speaks.
 
 Sets, one of each per family (suffix 4 or 6):
     pair    src . dst . protocol . port    exact ports (hash; the large one)
@@ -216,6 +218,8 @@ chain stranger {{
 chain far {{
     counter name denied
     jump note
+    ip saddr @member4 meta l4proto tcp reject with tcp reset
+    ip6 saddr @member6 meta l4proto tcp reject with tcp reset
     drop
 }}
 chain note {{
@@ -266,6 +270,8 @@ chain output {{
     meta mark & {mark} == {mark} meta mark set meta mark & {clear}
     ip daddr @local4 goto to_local
     ip6 daddr @local6 goto to_local
+    ip saddr @local4 ip daddr @member4 tcp flags & (syn|rst) == rst goto pass
+    ip6 saddr @local6 ip6 daddr @member6 tcp flags & (syn|rst) == rst goto pass
     ip saddr @held4 goto here4
     ip6 saddr @held6 goto here6
     ip daddr @member4 goto here4

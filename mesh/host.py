@@ -49,6 +49,7 @@ class HostNet:
         self.interface = interface
         self.layout: Layout | None = None  # as far as it is carried out; None when that is not known
         self._before: Layout | None = None
+        self._failed: set[str] = set()  # pairs that could not be made; the next plan tries them again
         self._undo_file = run_dir / f"undo-{interface}.json"
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="retinue-host")
         self._netlink: Netlink | None = None
@@ -117,8 +118,9 @@ class HostNet:
             nl.rule("del", rule)
         failed: dict[str, str] = {}
         for name, pair in want.pairs.items():
-            if known is not None and name in there and known.pairs.get(name) == pair:
-                continue
+            before = None if known is None else known.pairs.get(name)
+            if before is not None and name in there and set(before.addresses) <= set(pair.addresses):
+                continue  # it stands, and nothing has to go
             try:
                 self._make_pair(nl, want, pair, there.get(name))
             except RetinueError as e:
@@ -185,7 +187,8 @@ class HostNet:
         self._early_demux(off=bool(want.host_addresses))
         self._host_addresses(nl, want, remove=False)
         for name, pair in want.pairs.items():
-            if name in skip or (known is not None and known.pairs.get(name) == pair):
+            before = None if known is None else known.pairs.get(name)
+            if name in skip or before == pair:
                 continue
             try:
                 index = nl.index(name)
@@ -193,7 +196,8 @@ class HostNet:
                     raise NotFound("host.no_link", f"the link {name} is gone")
                 for address in pair.reachable:
                     nl.neighbour(index, address, pair.inside_mac)
-                self._give_addresses(want, pair)
+                if before is None or before.addresses != pair.addresses:
+                    self._give_addresses(want, pair)
             except RetinueError as e:
                 failed[name] = e.message
         bad = skip | failed.keys()
@@ -203,6 +207,7 @@ class HostNet:
         # What failed is not counted as there, so the next plan tries it again.
         pairs = {name: pair for name, pair in want.pairs.items() if name not in bad}
         self.layout = replace(want, pairs=pairs, routes=routes)
+        self._failed = bad
         return failed
 
     @staticmethod
@@ -280,7 +285,9 @@ class HostNet:
                 gone += pair.instances
             else:
                 wrong.append(f"the link {name} into {pair.netns} is missing")
-        wrong += [f"the leftover link {name}" for name in there.keys() - want.pairs.keys()]
+        wrong += [f"the leftover link {name}" for name in there.keys() - want.pairs.keys() - self._failed]
+        if nl.local_first():
+            wrong.append("the local table stands before our rules")
         have_rules = nl.read_rules(self.interface)
         if have_rules != want.rules:
             wrong.append(f"{len(want.rules ^ have_rules)} routing rules differ")

@@ -111,6 +111,14 @@ class Netlink:
         for family in (socket.AF_INET, socket.AF_INET6):
             self.do("move the local table", self.ip.rule, verb, ok=(ok,), family=family, priority=0, table=TABLE_LOCAL)
 
+    def local_first(self) -> bool:
+        """Does the kernel's rule for the local table stand at priority 0, before ours?"""
+        return any(
+            not message.get_attr("FRA_PRIORITY") and message["table"] == TABLE_LOCAL
+            for family in (socket.AF_INET, socket.AF_INET6)
+            for message in self.ip.get_rules(family=family)
+        )
+
     # routes
 
     def read_routes(self, interface: str) -> set[Route]:

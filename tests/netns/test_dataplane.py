@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.netns.plane_rig import Rig, echo, inside, ports, until
+from tests.netns.plane_rig import Rig, echo, inside, ports, program, until
 
 pytestmark = pytest.mark.netns
 
@@ -195,3 +195,20 @@ def test_several_instances_may_share_a_namespace(rig: Rig) -> None:
             with inside(rig.workloads["web"], make) as sock, pytest.raises(ConnectionRefusedError):
                 sock.connect((rig.address("api"), other))
     del rig.workloads["edge"]
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_a_member_whose_own_host_knows_less_is_answered_by_the_other_end(rig: Rig, family: int) -> None:
+    rig.apply(("web", "api", ports("tcp/8080", "udp/9000")))
+    with rig.server("api", 8080, family) as server:
+        sock = rig.connect("web", "api", 8080, family)
+        assert echo(sock) == b"ping"
+        rig.program = program(("batch", "api", ports("tcp/8080")), ("web", "api", ports("icmp")))
+        rig.hosts["b"].apply(rig.plan("b"))
+        with pytest.raises(ConnectionResetError):
+            echo(sock)
+        with pytest.raises(ConnectionRefusedError):
+            rig.connect("web", "api", 8080, family)
+        assert (server.accepted, server.received) == (1, 4)
+    denied = {tuple(d[:4]) for d in rig.hosts["b"].ask("counters")["denied"]}
+    assert (rig.address("web", family), rig.address("api", family), "tcp", 8080) in denied

@@ -123,6 +123,28 @@ def test_the_rules_are_back_soon_after_a_flush(rig: Rig) -> None:
         assert echo(sock) == b"ping"
 
 
+def test_routes_rules_and_links_that_somebody_removed_come_back(rig: Rig) -> None:
+    rig.apply(("web", "api", ports("tcp/8080")))
+    host = rig.hosts["b"]
+    api = next(line.split()[2] for line in shown(host, "route", "show", "table", "21000").splitlines() if "rt" in line)
+    wrecks = (
+        ["rule", "del", "priority", "110"], ["rule", "add", "priority", "0", "lookup", "local"],
+        ["-6", "route", "flush", "table", "21001"], ["rule", "del", "iif", api], ["link", "del", api],
+        ["addr", "flush", "dev", "eth0", "scope", "link"],
+    )  # fmt: skip
+    for wreck in wrecks:
+        ip(*wreck, ns=host.ns)
+        host.ask("verify")
+        assert host.ask("verify") == []
+        with rig.server("api", 8080), rig.connect("web", "api", 8080) as sock:
+            assert echo(sock) == b"ping"
+    assert next(line.split(":")[0] for line in shown(host, "rule").splitlines()) == "10"
+
+
+def shown(host: Host, *args: str) -> str:
+    return subprocess.run(["ip", "-n", host.ns, *args], check=True, capture_output=True, text=True).stdout
+
+
 def test_a_tampered_set_is_put_right(rig: Rig) -> None:
     rig.apply(("web", "api", ports("tcp/8080")))
     host = rig.hosts["b"]
@@ -226,15 +248,12 @@ def test_clean_leaves_nothing(rig: Rig) -> None:
     rig.apply(("web", "api", ports("tcp/8080")))
     host.ask("clean")
 
-    def shown(*args: str) -> str:
-        return subprocess.run(["ip", "-n", host.ns, *args], check=True, capture_output=True, text=True).stdout
-
     assert nft(host.ns, "list", "ruleset") == ""
     for family in ("-4", "-6"):
-        rules = [line.split(":")[0] for line in shown(family, "rule").splitlines()]
+        rules = [line.split(":")[0] for line in shown(host, family, "rule").splitlines()]
         assert rules == (["0", "32766", "32767"] if family == "-4" else ["0", "32766"])
-        assert "proto 82" not in shown(family, "route", "show", "table", "all")
-    assert [line.split(":")[1].strip().split("@")[0] for line in shown("-o", "link").splitlines()] == ["lo", "eth0"]
+        assert "proto 82" not in shown(host, family, "route", "show", "table", "all")
+    assert [line.split(":")[1].strip().split("@")[0] for line in shown(host, "-o", "link").splitlines()] == ["lo", "eth0"]
     assert not list((host.dir / "run").glob("*.json"))
     host.process.stdin.close()
     host.process.wait(5)
@@ -248,7 +267,7 @@ def test_clean_leaves_nothing(rig: Rig) -> None:
     host.ask("start")
     del host.attachments["batch/0"]
     host.apply(rig.plan("a"))
-    assert sum("rt" in line.split(":")[1][:3] for line in shown("-o", "link").splitlines()) == 1
+    assert sum("rt" in line.split(":")[1][:3] for line in shown(host, "-o", "link").splitlines()) == 1
 
 
 def test_an_address_of_ours_that_arrives_elsewhere_is_dropped_and_neighbours_are_not(rig: Rig) -> None:
