@@ -6,11 +6,8 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Any, Final
 
-import typer
-
-from identity.cliout import Output, emit, note
 from identity.errors import BadInput, NotFound
 
 MAX_FILE: Final = 64 * 1024 * 1024  # bytes
@@ -19,34 +16,6 @@ FOLDERS: Final = {
     "tailscale": (".hujson", ".json"),
     "kubernetes": (".yaml", ".yml", ".json"),
 }
-
-
-def import_command(
-    kind: Annotated[str, typer.Argument(help="tailscale, kubernetes or nsx", metavar="KIND")],
-    path: Annotated[Path, typer.Argument(help="the configuration: a folder or one file", metavar="PATH")],
-    out: Annotated[
-        Path,
-        typer.Option("--out", help="where policy.yaml, inventory.yaml and report.json go", metavar="DIR"),
-    ],
-    output: Annotated[
-        Output, typer.Option("-o", "--output", help="form of the report on stdout")
-    ] = Output.TABLE,
-) -> None:
-    """Import a foreign configuration; what the source system itself would refuse is refused with exit status 1."""
-    report = import_policy(kind, path, out)
-
-    def human() -> None:
-        rules = report["rules"]
-        print(
-            f"{out}/policy.yaml: {rules['out']} rules from {rules['in']} of {kind}, {report['subjects']} subjects"
-        )
-        for key in ("shadowed", "inactive"):
-            if rules[key]:
-                print(f"{len(rules[key])} {key}: see {out}/report.json")
-
-    emit(report, output, human=human)
-    for gap in report["untranslated"]:
-        note(f"not translated: {gap['where']}: {gap['why']}")
 
 
 def import_policy(kind: str, path: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[str, Any]:

@@ -109,6 +109,7 @@ class Classes:
         self._dst: list[int] = []
         self._about: list[int] = []
         self._isolated: list[dict[Direction, int]] = []
+        self._parts: set[int] = set()  # classes of outside subjects that the program does not cut
         self._ports: dict[tuple[int, int, int], PortMap] = {}
         self._pairs: dict[tuple[int, int], PortMap] = {}
         self._selected: dict[Selector, int] = defaultdict(int)  # selector -> bits of the classes it selects
@@ -164,6 +165,12 @@ class Classes:
         number = self._of.pop(name, None)
         if number is not None:
             del self.members[number][name]
+
+    def part(self, subject: Subject) -> int:
+        """The class of one part of an outside subject (from evaluate.split), which is not kept by name."""
+        number = self._class(subject)
+        self._parts.add(number)
+        return number
 
     def class_of(self, name: str) -> int:
         """The class of a subject by name. Raises KeyError."""
@@ -224,9 +231,8 @@ class Classes:
         return known
 
     def _between(self, one: int, other: int) -> PortMap:
-        source, target = self._example[one], self._example[other]
-        if source.nets or target.nets:
-            return permitted(self.program, source, target)
+        if any(self._example[end].nets and end not in self._parts for end in (one, other)):
+            return permitted(self.program, self._example[one], self._example[other])
         hits = self._src[one] & self._dst[other] & (self._about[one] | self._about[other])
         leave, enter = self._isolated[one]["egress"], self._isolated[other]["ingress"]
         key = (hits, leave, enter)

@@ -35,26 +35,29 @@ def matrix(program: Program, subjects: Sequence[Subject]) -> list[Row]:
         for other in classes.targets(number):
             ports = classes.between(number, other)
             rows += [Row(src.name, dst, ports) for dst in classes.members[other] if dst != src.name]
+    parts = {s.name: [(part, classes.part(part)) for part in split(program, s)] for s in outer}
     for one in outer:
-        parts = split(program, one)
         for other_subject in inner:
-            rows += _outside(program, parts, [other_subject])
-            rows += _outside(program, [other_subject], parts)
+            alone = [(other_subject, classes.class_of(other_subject.name))]
+            rows += _outside(classes, parts[one.name], alone)
+            rows += _outside(classes, alone, parts[one.name])
         for another in outer:
             if another is not one:
-                rows += _outside(program, parts, split(program, another))
+                rows += _outside(classes, parts[one.name], parts[another.name])
     return sorted(rows, key=lambda r: (r.src, r.dst, r.src_net, r.dst_net))
 
 
-def _outside(program: Program, sources: Sequence[Subject], targets: Sequence[Subject]) -> Iterator[Row]:
+def _outside(
+    classes: Classes, sources: Sequence[tuple[Subject, int]], targets: Sequence[tuple[Subject, int]]
+) -> Iterator[Row]:
     """Rows of pairs with an outside end, parts of equal answer joined. Nothing passes from one address family to the other."""
     by_ports: dict[tuple[tuple[nets.Range, ...], PortMap], list[nets.Range]] = {}
-    for src in sources:
-        if identity(src) == identity(targets[0]):
+    for src, number in sources:
+        if identity(src) == identity(targets[0][0]):
             return
         joined: dict[PortMap, list[nets.Range]] = {}
-        for dst in targets:
-            ports = permitted(program, src, dst)
+        for dst, other_number in targets:
+            ports = classes.between(number, other_number)
             if ports:
                 joined.setdefault(ports, []).extend(nets.ranges_of(dst.nets))
         for ports, spans in joined.items():
@@ -64,7 +67,7 @@ def _outside(program: Program, sources: Sequence[Subject], targets: Sequence[Sub
             for other in dst_spans or (None,):
                 if one is None or other is None or (one[0] < nets.V6) == (other[0] < nets.V6):
                     ends = (nets.show(end) if end is not None else "" for end in (one, other))
-                    yield Row(identity(sources[0]), identity(targets[0]), ports, *ends)
+                    yield Row(identity(sources[0][0]), identity(targets[0][0]), ports, *ends)
 
 
 def identity(subject: Subject) -> str:

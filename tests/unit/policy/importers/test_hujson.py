@@ -27,11 +27,14 @@ def test_reads_every_json_text_as_json_does(value: object, indent: int | str | N
 
 @given(st.text(alphabet='{}[]",:/*\\ \n0aeu-.tfn', max_size=40))
 def test_any_text_is_read_or_refused_with_a_position(text: str) -> None:
+    refusal: SourceRefused | None = None
     try:
         parse_hujson("p.hujson", text, Source())
     except SourceRefused as error:
-        assert error.message.startswith("p.hujson:")
-        assert error.code == "import.syntax"
+        refusal = error
+    if refusal is not None:
+        assert refusal.message.startswith("p.hujson:")
+        assert refusal.code == "import.syntax"
 
 
 def test_comments_and_trailing_commas() -> None:
