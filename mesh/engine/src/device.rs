@@ -312,6 +312,7 @@ impl Core {
         let t = &peer.timers;
         let last = t.initiated_at.load(Relaxed);
         if (last != UNSET && now.saturating_sub(last) < REKEY_TIMEOUT_MS)
+            || peer.endpoint.load().is_none()
             || t.handshake_wanted.swap(true, Relaxed)
         {
             return;
@@ -386,10 +387,12 @@ impl Core {
         if last != UNSET && now.ms.saturating_sub(last) < REKEY_TIMEOUT_MS {
             return;
         }
-        let Some(me) = &c.identity else { return };
         if peer.endpoint.load().is_none() {
             return;
         }
+        // Also when there is nothing to send: a key-less device must not be asked per packet.
+        t.initiated_at.store(now.ms, Relaxed);
+        let Some(me) = &c.identity else { return };
         let mut h = lock(&peer.handshake);
         if h.static_static.is_none() {
             h.static_static = me.secret.dh(&peer.public).ok();
@@ -410,7 +413,6 @@ impl Core {
             }
         }
         h.cookies.add_macs(now.ms, &peer.public, &mut msg);
-        t.initiated_at.store(now.ms, Relaxed);
         let at = now.ms + REKEY_TIMEOUT_MS + u64::from(random_u32() % REKEY_JITTER_MS);
         t.retransmit_at.store(at, Relaxed);
         self.arm(peer, at);

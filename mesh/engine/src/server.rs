@@ -18,7 +18,7 @@ use crate::uapi::{apply, parse_set, report, Errno};
 
 const DEFAULT_DIR: &str = "/var/run/wireguard";
 /// Largest `set` accepted.
-const MAX_REQUEST: usize = 64 << 20;
+const MAX_REQUEST: usize = 32 << 20;
 const MAX_CONNECTIONS: usize = 64;
 const IDLE: Duration = Duration::from_secs(30);
 

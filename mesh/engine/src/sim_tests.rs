@@ -436,3 +436,40 @@ fn zero_keys_after_three_lifetimes() {
         assert!(n.core.index.read().unwrap().is_empty(), "all sessions are gone");
     }
 }
+
+#[test]
+fn packets_wait_for_an_endpoint_or_a_key_without_busy_work() {
+    let mut net = Net::pair();
+    let (a, b) = (net.nodes[0].public, net.nodes[1].public);
+    // A fresh peer without endpoint: sending asks the control side for nothing.
+    net.nodes[0].set(net.now, &format!("public_key={}\nremove=true", hex(&b))).unwrap();
+    let section =
+        format!("public_key={}\npreshared_key={}\nallowed_ip=10.0.0.2/32", hex(&b), "11".repeat(32));
+    net.nodes[0].set(net.now, &section).unwrap();
+    while net.nodes[0].core.queue.pop().is_some() {}
+    for n in 0..300 {
+        net.nodes[0].send(net.now, &inner(0, n));
+    }
+    assert!(net.nodes[0].core.queue.pop().is_none());
+    net.run(50);
+    assert_eq!(net.count(TYPE_INITIATION, 0), 0);
+    net.nodes[0].set(net.now, &format!("public_key={}\nendpoint={B}", hex(&b))).unwrap();
+    net.run(50);
+    assert_eq!(net.nodes[1].delivered.len(), 128, "the newest ones were kept");
+    assert_eq!(number_in(net.nodes[1].delivered.last().unwrap()), 299);
+    // Without a private key nothing is tried more than every five seconds.
+    let mut c = Node::new("198.51.100.1:5", net.now);
+    c.set(
+        net.now,
+        &format!(
+            "private_key={}\npublic_key={}\nendpoint={B}\nallowed_ip=10.0.0.2/32",
+            "0".repeat(64),
+            hex(&a)
+        ),
+    )
+    .unwrap();
+    c.send(net.now, &inner(0, 1));
+    c.pump(net.now);
+    c.send(net.now, &inner(0, 2));
+    assert!(c.core.queue.pop().is_none() && c.wire.sent.is_empty());
+}

@@ -15,6 +15,7 @@ use zeroize::{Zeroize, Zeroizing};
 use crate::crypto::{Cipher, Key, SecretKey};
 use crate::device::{Control, Core, Identity};
 use crate::engine::Engine;
+use crate::events::Event;
 use crate::peer::{lock, Endpoint, Peer};
 use crate::router::{Prefix, Table};
 use crate::timers::UNSET;
@@ -201,8 +202,9 @@ pub fn configure(core: &Core, change: Change, now: u64) {
         gone.extend(c.peers.drain().map(|(_, p)| p));
     }
     let mut started = Vec::new();
+    let mut touched = Vec::new();
     for p in change.peers {
-        apply_peer(&mut c, p, &mut routes, &mut gone, &mut reset, &mut started);
+        touched.extend(apply_peer(&mut c, p, &mut routes, &mut gone, &mut reset, &mut started));
     }
     // From here on every packet is judged by the new configuration.
     core.routes.store(Arc::new(routes));
@@ -213,6 +215,12 @@ pub fn configure(core: &Core, change: Change, now: u64) {
         core.forget_sessions(p);
     }
     drop(c);
+    for p in touched {
+        // What waited for an endpoint or a key may have one now.
+        if !lock(&p.staged).is_empty() {
+            core.queue.push(Event::Flush(p));
+        }
+    }
     for p in started {
         if let Some(at) = p.timers.traversal(now) {
             // Due at once: the first keepalive brings the tunnel up.
@@ -262,21 +270,21 @@ fn apply_peer(
     gone: &mut Vec<Arc<Peer>>,
     reset: &mut Vec<Arc<Peer>>,
     started: &mut Vec<Arc<Peer>>,
-) {
+) -> Option<Arc<Peer>> {
     // A device is never its own peer.
     if c.identity.as_ref().is_some_and(|i| i.public == change.public) {
-        return;
+        return None;
     }
     if change.remove {
         if let Some(p) = c.peers.remove(&change.public) {
             drop_routes(&p, routes);
             gone.push(p);
         }
-        return;
+        return None;
     }
     let peer = match c.peers.get(&change.public) {
         Some(p) => p.clone(),
-        None if change.update_only => return,
+        None if change.update_only => return None,
         None => {
             let p = Peer::new(change.public);
             c.peers.insert(change.public, p.clone());
@@ -323,6 +331,7 @@ fn apply_peer(
             routes.remove(p);
         }
     }
+    Some(peer)
 }
 
 fn put_hex(out: &mut String, name: &str, bytes: &[u8]) {

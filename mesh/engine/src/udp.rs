@@ -142,14 +142,16 @@ impl Socket {
         if data.len() <= segment || self.gso.load(Relaxed) {
             match self.send_once(to, data, segment) {
                 Ok(()) => return Sent::Done,
-                Err(e) if source_gone(&e, to) => return Sent::SourceGone,
                 Err(e) if data.len() > segment => match e.raw_os_error() {
                     // The route's device cannot checksum what GSO cuts: never again.
                     Some(libc::EIO) => self.gso.store(false, Relaxed),
-                    // A segment is larger than this path's MTU: cut here, let IP fragment.
+                    // A segment is larger than this path's MTU (or the source is gone, which the
+                    // plain sends will tell): cut here, let IP fragment.
                     Some(libc::EMSGSIZE | libc::EINVAL) => {}
+                    _ if source_gone(&e, to) => return Sent::SourceGone,
                     _ => return Sent::Done,
                 },
+                Err(e) if source_gone(&e, to) => return Sent::SourceGone,
                 Err(_) => return Sent::Done,
             }
         }
