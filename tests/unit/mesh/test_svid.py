@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import asyncio
+import os
+import stat
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from identity.errors import BadInput, BadState, NotVerified, Unreachable
+from identity.names import SpiffeId
+from identity.wire.enroll import SvidReply
+from identity.wire.local import SvidFiles
+from mesh import svid_files
+from mesh.svid import WorkloadSvids, renew_at
+
+
+@given(st.integers(0, 10**9), st.integers(1, 10**6), st.floats(0, 1, exclude_max=True))
+def test_renewal_is_around_half_of_life(start, life, unit):
+    assert 0.4 * life - 1e-3 <= renew_at(start, start + life, unit) - start <= 0.6 * life + 1e-3
+
+
+class Issuer:
+    """Signs with the real authority; `fail` and `name` make it misbehave."""
+
+    def __init__(self, live) -> None:
+        self.live, self.count, self.fail, self.name, self.csr = live, 0, None, None, None
+
+    async def __call__(self, request) -> SvidReply:
+        self.count += 1
+        await asyncio.sleep(0)
+        if self.fail:
+            raise self.fail
+        name = SpiffeId.workload(self.live.trust.trust_domain, self.name or request.workload)
+        chain = self.live.authority.issue_workload(self.csr or request.csr, name, [], self.live.now)
+        return SvidReply(spiffe_id=str(name), chain=chain, bundle="")
+
+
+@pytest.fixture
+def issuer(live):
+    return Issuer(live)
+
+
+@pytest.fixture
+def clock(live):
+    return [float(live.now)]
+
+
+@pytest.fixture
+def svids(live, issuer, clock):
+    return WorkloadSvids(issuer, lambda: live.trust, lambda: clock[0])
+
+
+async def test_one_request_serves_many_and_renewal_comes_at_half_life(svids, issuer, clock):
+    files = await asyncio.gather(*(svids.get("web", 0) for _ in range(5)))
+    assert issuer.count == 1
+    assert len({f.key for f in files}) == 1
+    assert svids.due() is not None
+    clock[0] += 2.5 * 3600
+    renewed = await svids.get("web", 0)
+    assert issuer.count == 2
+    assert renewed.key != files[0].key
+
+
+async def test_a_failed_renewal_serves_the_old_one_while_it_lasts(svids, issuer, clock):
+    first = await svids.get("web", 0)
+    issuer.fail = Unreachable("ca.unreachable", "no")
+    clock[0] += 3 * 3600
+    assert await svids.get("web", 0) == first
+    clock[0] += 3600
+    with pytest.raises(Unreachable):
+        await svids.get("web", 0)
+
+
+async def test_certificates_for_others_are_refused(svids, issuer):
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    from identity import certs
+
+    issuer.name = "other"
+    with pytest.raises(NotVerified) as caught:
+        await svids.get("web", 0)
+    assert caught.value.code == "svid.name"
+    issuer.name, issuer.csr = None, certs.make_csr(ec.generate_private_key(ec.SECP256R1()))
+    with pytest.raises(NotVerified) as caught:
+        await svids.get("web", 0)
+    assert caught.value.code == "svid.foreign_key"
+    assert svids.due() is None
+
+
+async def test_keys_go_with_the_instance(svids, issuer):
+    await svids.get("web", 0)
+    await svids.get("web", 1)
+    svids.keep_only(frozenset({"web/1"}))
+    assert set(svids._held) == {"web/1"}
+    await svids.get("web", 0)
+    assert issuer.count == 3
+    assert "PRIVATE" not in repr(svids._held["web/0"])
+
+
+# ---- files
+
+FILES = SvidFiles(spiffe_id="spiffe://x/wl/a", certificate="cert\n", key="key\n", bundle="bundle\n", expires=1)
+
+
+def test_files_have_their_modes_and_change_only_when_needed(tmp_path):
+    directory = tmp_path / "deep" / "svid"
+    assert svid_files.write(directory, FILES)
+    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in directory.iterdir()}
+    assert modes == {"cert.pem": 0o644, "key.pem": 0o600, "bundle.pem": 0o644}
+    before = {p.name: p.stat().st_ino for p in directory.iterdir()}
+    assert not svid_files.write(directory, FILES)
+    assert {p.name: p.stat().st_ino for p in directory.iterdir()} == before
+    assert svid_files.write(directory, FILES.model_copy(update={"bundle": "new\n"}))
+    assert (directory / "bundle.pem").read_text() == "new\n"
+    assert (directory / "key.pem").stat().st_ino == before["key.pem"]
+    assert svid_files.environment(directory, FILES)["SVID_KEY"] == str(directory / "key.pem")
+    (directory / "other").write_text("")
+    svid_files.remove(directory)
+    assert [p.name for p in directory.iterdir()] == ["other"]
+
+
+def test_a_link_is_replaced_and_not_followed(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("key\n")
+    directory = tmp_path / "svid"
+    directory.mkdir()
+    (directory / "key.pem").symlink_to(victim)
+    svid_files.write(directory, FILES.model_copy(update={"key": "secret\n"}))
+    assert victim.read_text() == "key\n"
+    assert not (directory / "key.pem").is_symlink()
+
+
+def test_a_place_that_cannot_be_written_is_bad_state(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadState) as caught:
+        svid_files.write(tmp_path / "file" / "svid", FILES)
+    assert caught.value.code == "svid.write"
+
+
+def test_the_reload_command(tmp_path):
+    svid_files.reload(f"touch {tmp_path}/done")
+    assert (tmp_path / "done").exists()
+    for command in ("false", "/no/such/command", "'unbalanced"):
+        with pytest.raises(BadInput) as caught:
+            svid_files.reload(command)
+        assert caught.value.code == "svid.reload"
+
+
+def test_private_directories_of_ended_programs_are_collected(tmp_path):
+    alive, dead = svid_files.private_dir(tmp_path, os.getpid()), tmp_path / "run" / "4194000-1"
+    svid_files.write(alive, FILES)
+    svid_files.write(dead, FILES)
+    (tmp_path / "run" / "not-ours").mkdir()
+    svid_files.collect(tmp_path)
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == sorted([alive.name, "not-ours"])
+    (tmp_path / "run" / "not-ours").rmdir()
+    svid_files.remove_dir(alive)
+    assert not (tmp_path / "run").exists()
+    svid_files.collect(tmp_path)
+
+
