@@ -115,14 +115,27 @@ class Listener:
             factory, sock=self._socket.dup(), ssl=context, ssl_handshake_timeout=self._handshake if context else None
         )  # fmt: skip
         if before is not None:
-            before.close()
+            await _retire(before)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Accept no more."""
-        if self._server is not None:
-            self._server.close()
         if self._socket is not None:
             self._socket.close()
+        if self._server is not None:
+            await _retire(self._server)
+
+
+async def _retire(server: asyncio.Server) -> None:
+    """Close a server without losing a connection that it has accepted and not yet given a transport.
+
+    asyncio (3.11) drops such a connection without closing it when the server is closed in between.
+    """
+    loop = asyncio.get_running_loop()
+    for sock in server.sockets:
+        loop.remove_reader(sock.fileno())
+    for _ in range(3):  # turns of the loop: accept, then the task that makes the transport
+        await asyncio.sleep(0)
+    server.close()
 
 
 class Gateway:
@@ -166,7 +179,7 @@ class Gateway:
 
         notify("STOPPING=1")
         for listener in self._listeners.values():
-            listener.close()
+            await listener.close()
         server.pre_shutdown()
         clean = await ingress.drained(ingress.config.drain)
         LOG.info("drained" if clean else "drain time is over: the rest is cut")
@@ -221,11 +234,11 @@ class Gateway:
                     made[listen.address] = listener
         except RetinueError:
             for listener in made.values():
-                listener.close()
+                await listener.close()
             raise
         wanted = {x.address for x in config.listen}
         for address in [a for a in self._listeners if a not in wanted]:
-            self._listeners.pop(address).close()
+            await self._listeners.pop(address).close()
         self._listeners |= made
         for listen in config.listen:
             self._listeners[listen.address].listen = listen

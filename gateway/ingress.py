@@ -71,7 +71,7 @@ class Exchange:
         """The access-log object. No query, no header, no token, no certificate: nothing that could be a secret."""
         caller = self.proven.caller.workload if self.proven else None
         return {
-            "event": "request", "time": round(time.time(), 3), "id": self.id, "client": self.request.remote,
+            "event": "request", "time": round(time.time(), 3), "id": self.id, "client": client_address(self.request),
             "caller": caller, "proof": self.proven.by if self.proven else None, "method": self.request.method,
             "host": self.request.host[:255], "path": self.request.raw_path.partition("?")[0][:1024], "status": self.status,
             "verdict": self.ruling.code if self.ruling else None, "rule": self.ruling.rule if self.ruling else None,
@@ -260,7 +260,7 @@ class Ingress:
         assert proven is not None
         assert ruling.source is not None
         ours = headers.statements(
-            client=request.remote or "", proto="https" if request.secure else "http", host=request.host,
+            client=client_address(request), proto="https" if request.secure else "http", host=request.host,
             caller=ruling.source.spiffe_id, by=proven.by, request_id=exchange.id,
         )  # fmt: skip
         given = ((k.decode("utf-8", "surrogateescape"), v.decode("utf-8", "surrogateescape")) for k, v in request.raw_headers)
@@ -427,6 +427,12 @@ def is_websocket(request: web.BaseRequest) -> bool:
     """Does the request ask for a WebSocket upgrade (RFC 6455 section 4.2.1)?"""
     tokens = headers.connection_tokens(request.headers.items())
     return request.method == "GET" and "upgrade" in tokens and request.headers.get("Upgrade", "").lower() == "websocket"
+
+
+def client_address(request: web.BaseRequest) -> str:
+    """The peer's address; an IPv4 caller of an IPv6 socket is shown as IPv4."""
+    remote = request.remote or ""
+    return remote.removeprefix("::ffff:") if remote.startswith("::ffff:") and "." in remote else remote
 
 
 def client_chain(request: web.BaseRequest) -> list[bytes]:

@@ -133,6 +133,8 @@ async def test_a_permitted_caller_reaches_the_workload_from_its_own_address(outs
     assert answer.status == 200
     assert said["caller"] == outside.mesh.addresses["partner/acme"][family]
     assert said["path"] == path
+    outer = outside.mesh.lab.nodes["outside"]
+    assert said["headers"]["X-Forwarded-For"] == (outer.v6 if v6 else outer.v4)
     assert said["headers"]["X-Retinue-Caller"] == "spiffe://netns.example/wl/partner/acme"
     assert "Authorization" not in said["headers"]
 

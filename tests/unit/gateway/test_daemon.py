@@ -25,6 +25,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import NameOID
 
 from gateway.callers import spki_sha256
+from gateway.config import Listen
+from gateway.daemon import Listener, tls_context
 from identity.keys import private_pem, write_secret
 
 TOKEN = "daemon-secret"
@@ -234,3 +236,43 @@ async def test_start_errors_are_clear(daemon: Daemon, tmp_path: Path) -> None:
     path.write_text('state_dir = "none"\n' + path.read_text())
     code, said = await fails(path)
     assert (code, "gateway.pin" in said) == (2, True)
+
+
+async def test_changing_tls_settings_loses_no_connection(tmp_path: Path) -> None:
+    """Settings change again and again while callers come in: each of them is answered."""
+    self_signed(tmp_path, "server")
+    listen = Listen(address="127.0.0.1:0", certificate=tmp_path / "server.pem", key=tmp_path / "server.key")
+    listener = Listener(listen, 10.0)
+    listener.bind()
+
+    async def answer(_: web.BaseRequest) -> web.StreamResponse:
+        return web.Response(text="ok")
+
+    server = web.Server(answer)
+    await listener.serve(server, tls_context(listen, None))
+    trust = ssl.create_default_context(cafile=str(tmp_path / "server.pem"))
+    trust.check_hostname = False
+    done = asyncio.Event()
+
+    async def swap() -> int:
+        count = 0
+        while not done.is_set():
+            await listener.serve(server, tls_context(listen, None))
+            count += 1
+        return count
+
+    swapping = asyncio.create_task(swap())
+
+    async def call() -> str:
+        async with (
+            aiohttp.ClientSession() as client,
+            client.get(f"https://127.0.0.1:{listener.port}/", ssl=trust, timeout=aiohttp.ClientTimeout(total=20)) as said,
+        ):
+            return await said.text()
+
+    for _ in range(6):
+        assert await asyncio.gather(*(call() for _ in range(10))) == ["ok"] * 10
+    done.set()
+    assert await swapping > 5
+    await listener.close()
+    await server.shutdown(0.1)
