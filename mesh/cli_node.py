@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import sys
 import time
@@ -42,6 +41,8 @@ def _format(output: Output, as_json: bool) -> Output:
 
 def ask(run_dir: Path | None, question: Callable[[LocalClient], Awaitable[T]]) -> T:
     """Ask the agent of this machine one thing."""
+    import asyncio
+
     from mesh.local_client import LocalClient, socket_path
 
     async def body() -> T:
@@ -106,6 +107,8 @@ def enroll(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Join a trust domain with a one-time token. The keys are made here and stay here."""
+    import asyncio
+
     token = read_token(token_file)
     from mesh.companion import guess_underlay
     from mesh.enroll import enroll as join
@@ -252,6 +255,8 @@ def attach(
 
 async def wait_active(agent: LocalClient, request: Attach, seconds: float) -> Attachment:
     """Attach, then wait until active. Raises TimedOut ``attach.timeout`` with the reason, when there is something to wait."""
+    import asyncio
+
     from identity.errors import TimedOut
 
     found = (await agent.attach(request)).attachment
@@ -303,6 +308,8 @@ def parse_flow(text: str) -> tuple[str, int | None]:
     word = text.strip().lower()
     if word.isascii() and word.isdigit():
         word = f"tcp/{word}"
+    if word[:1].isdigit() and "/" not in word:
+        raise BadInput("port.form", f"not a port: {ascii(text)[:40]}", hint="write 8080, tcp/8080, udp/53 or icmp")
     proto, slash, port = word.partition("/")
     number = proto_number(proto)
     if not slash:
@@ -409,6 +416,8 @@ def doctor(
     run_dir: RunDir = None, state_dir: StateDirOpt = STATE_DIR, output: Format = Output.TABLE, as_json: Json = False
 ) -> None:
     """Look for what keeps the mesh from working on this machine. Exit 1 when something fails."""
+    import asyncio
+
     from mesh.doctor import examine
     from mesh.local_client import socket_path
 
@@ -429,6 +438,8 @@ def down(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """End the agent and take its tunnels, routes and firewall table away. The enrolment stays."""
+    import asyncio
+
     from mesh.down import take_down
     from mesh.local_client import socket_path
 

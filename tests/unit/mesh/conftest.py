@@ -272,3 +272,10 @@ def make_agent(private_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     yield make
     for state in states:
         state.close()
+
+
+@pytest.fixture
+def sidecar_enrollment(live: FakeFeed, private_dir: Path) -> Enrollment:
+    """An enrolment of a sidecar that holds `cart`."""
+    live.objects["placement/cart/0"] = live.placement("cart", "cart-sidecar-1", index=7, labels={"role": "web"})
+    return make_enrollment(live, private_dir, "cart-sidecar-1", "sidecar")
