@@ -11,11 +11,12 @@ from typing import Final
 
 import structlog
 from aiohttp import web
+from aiohttp.typedefs import Middleware
 
 from ca import audit
 from ca.http import Handler, body, errors, number, reply, text
 from ca.service import Service
-from identity.errors import BadInput, NoPrivilege
+from identity.errors import BadInput, NoPrivilege, RetinueError
 from identity.wire.admin import (
     HostList,
     HostRef,
@@ -40,7 +41,7 @@ _UCRED = struct.Struct("3i")  # pid, uid, gid: struct ucred, unix(7)
 def make_app(service: Service, listen: Callable[[], str]) -> web.Application:
     """`listen` tells where the endpoints' API is."""
     admin = _Admin(service, listen)
-    app = web.Application(middlewares=[errors, _privileged], client_max_size=MAX_BODY)
+    app = web.Application(middlewares=[errors, _audited(service), _privileged], client_max_size=MAX_BODY)
     app.add_routes([
         web.get("/v1/info", admin.info),
         web.post("/v1/tokens", admin.token),
@@ -66,13 +67,33 @@ def peer_uid(connection: socket.socket) -> int:
     return int(uid)
 
 
+def _audited(service: Service) -> Middleware:
+    """Acts are audited where they are done; what was refused, here."""
+
+    @web.middleware
+    async def audited(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except RetinueError as e:
+            error, actor, path = e, request.get(ACTOR, "admin:?"), request.path
+            if request.method != "GET" or error.code == "admin.user":
+                await service.read(lambda: service.plane.refused("admin", path, error, actor=actor))
+            raise
+
+    return audited
+
+
 @web.middleware
 async def _privileged(request: web.Request, handler: Handler) -> web.StreamResponse:
     connection = request.transport.get_extra_info("socket") if request.transport else None
     uid = peer_uid(connection) if connection is not None else -1
     if uid not in {0, os.geteuid()}:
         log.warning("an administrator was refused", uid=uid, path=request.path)
-        raise NoPrivilege("admin.user", f"user id {uid} may not administer this CA", hint="run it as root or as the CA's own user")
+        raise NoPrivilege(
+            "admin.user",
+            f"user id {uid} may not administer this CA",
+            hint="run it as root or as the CA's own user",
+        )
     request[ACTOR] = _user_of(uid)
     return await handler(request)
 
@@ -132,7 +153,9 @@ class _Admin:
 
     async def revoke(self, request: web.Request) -> web.Response:
         asked, actor, plane = await body(request, WorkloadRef), request[ACTOR], self._plane
-        row, _ = await self._service.change(lambda: plane.placements.revoke(asked.name, asked.instance, plane.now, actor))
+        row, _ = await self._service.change(
+            lambda: plane.placements.revoke(asked.name, asked.instance, plane.now, actor)
+        )
         return reply(self._service.workload(row))
 
     # ---- policy
@@ -143,7 +166,9 @@ class _Admin:
 
     async def history(self, _: web.Request) -> web.Response:
         found = await self._service.read(self._plane.policies.history)
-        return web.json_response({"revisions": [one.model_dump(exclude={"files", "gained", "lost"}) for one in found]})
+        return web.json_response(
+            {"revisions": [one.model_dump(exclude={"files", "gained", "lost"}) for one in found]}
+        )
 
     async def apply(self, request: web.Request) -> web.Response:
         asked, actor, plane = await body(request, PolicyApply), request[ACTOR], self._plane
@@ -157,12 +182,18 @@ class _Admin:
     async def explain(self, request: web.Request) -> web.Response:
         src, dst, proto = text(request, "src"), text(request, "dst"), request.query.get("proto", "tcp")
         port, plane = number(request, "port"), self._plane
-        return reply(await self._service.read(lambda: plane.policies.explain(src, dst, proto, port, plane.now)))
+        return reply(
+            await self._service.read(lambda: plane.policies.explain(src, dst, proto, port, plane.now))
+        )
 
     # ---- audit
 
     async def audit(self, request: web.Request) -> web.Response:
-        after, limit, subject = number(request, "after") or 0, number(request, "limit"), request.query.get("subject")
+        after, limit, subject = (
+            number(request, "after") or 0,
+            number(request, "limit"),
+            request.query.get("subject"),
+        )
         limit = 1000 if limit is None else limit
         if not 1 <= limit <= MAX_AUDIT:
             raise BadInput("api.query", f"limit is 1 to {MAX_AUDIT}")

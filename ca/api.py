@@ -47,7 +47,9 @@ class Limits:
     burst: float = ENROLL_BURST
 
 
-def make_app(service: Service, server_leaf: Callable[[], bytes], limits: Limits | None = None) -> web.Application:
+def make_app(
+    service: Service, server_leaf: Callable[[], bytes], limits: Limits | None = None
+) -> web.Application:
     """`server_leaf` gives the DER certificate the server shows now: enrolment proofs are bound to it."""
     chosen = limits or Limits()
     api = _Api(service, server_leaf, Buckets(chosen.rate, chosen.burst))
@@ -112,12 +114,22 @@ class _Api:
     async def _caller(self, request: web.Request) -> tuple[EndpointRow, int]:
         chain = peer_chain(request)
         if not chain:
-            raise Refused("caller.anonymous", "this needs the endpoint's certificate", hint="enrol first: retinue enroll")
-        try:
-            return await self._service.read(lambda: self._plane.caller(chain))
-        except RetinueError as e:
-            log.warning("a caller was refused", code=e.code, path=request.path, remote=request.remote)
-            raise
+            raise Refused(
+                "caller.anonymous",
+                "this needs the endpoint's certificate",
+                hint="enrol first: retinue enroll",
+            )
+        where, remote = request.path, request.remote or ""
+
+        def check() -> tuple[EndpointRow, int]:
+            try:
+                return self._plane.caller(chain)
+            except RetinueError as e:
+                log.warning("a caller was refused", code=e.code, path=where, remote=remote)
+                self._plane.refused("call", where, e, actor=f"address:{remote}")
+                raise
+
+        return await self._service.read(check)
 
     async def renew(self, request: web.Request, caller: EndpointRow) -> web.Response:
         asked = await body(request, RenewRequest)
@@ -152,7 +164,9 @@ class _Api:
         timeline, revision = request.query.get("timeline"), number(request, "revision")
         await self._service.open_stream(stream, timeline, revision)
         try:
-            response = web.StreamResponse(headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"})
+            response = web.StreamResponse(
+                headers={"Content-Type": "application/x-ndjson", "Cache-Control": "no-store"}
+            )
             await response.prepare(request)
             log.info("feed opened", endpoint=caller.name, remote=request.remote)
             await _pump(response, stream)

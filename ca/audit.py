@@ -51,7 +51,9 @@ def append(
     tx: Connection, now: int, actor: str, action: str, subject: str, *, outcome: str = "ok", **detail: Any
 ) -> None:
     """Append one entry inside the caller's transaction."""
-    last = tx.execute(select(store.audit.c.seq, store.audit.c.hash).order_by(store.audit.c.seq.desc()).limit(1)).first()
+    last = tx.execute(
+        select(store.audit.c.seq, store.audit.c.hash).order_by(store.audit.c.seq.desc()).limit(1)
+    ).first()
     seq, prev = (last.seq + 1, last.hash) if last else (1, GENESIS)
     row: dict[str, Any] = {
         "seq": seq, "at": now, "actor": actor[:255], "action": action, "subject": subject[:320], "outcome": outcome,
@@ -77,13 +79,25 @@ def verify(tx: Connection, noted: str | None = None) -> Verified:
     seq, prev, seen = 0, GENESIS, noted in {None, GENESIS}
     for row in tx.execute(select(store.audit).order_by(store.audit.c.seq)).mappings().yield_per(1000):
         if row["seq"] != seq + 1 or row["prev"] != prev or _hash(dict(row)) != row["hash"]:
-            raise BadState("audit.broken", f"the audit trail does not hold at row {seq + 1}", hint="compare with a backup; from here on the rows prove nothing")
+            raise BadState(
+                "audit.broken",
+                f"the audit trail does not hold at row {seq + 1}",
+                hint="compare with a backup; from here on the rows prove nothing",
+            )
         seq, prev = row["seq"], row["hash"]
         seen = seen or prev == noted
     if (Store.get(tx, HEAD) or GENESIS) != prev:
-        raise BadState("audit.cut", f"the audit trail ends at row {seq}, before its recorded head", hint="rows were removed; compare with a backup")
+        raise BadState(
+            "audit.cut",
+            f"the audit trail ends at row {seq}, before its recorded head",
+            hint="rows were removed; compare with a backup",
+        )
     if not seen:
-        raise BadState("audit.cut", "the head noted earlier is not part of this audit trail", hint="rows were removed or replaced, or the head is of another CA")
+        raise BadState(
+            "audit.cut",
+            "the head noted earlier is not part of this audit trail",
+            hint="rows were removed or replaced, or the head is of another CA",
+        )
     return Verified(seq, prev)
 
 

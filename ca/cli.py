@@ -70,8 +70,14 @@ def init(
     try:
         authority = Plane.create(directory, TrustDomain(trust_domain), time.time())
     except OSError as e:
-        raise BadState("ca.dir", f"cannot write {directory}: {e.strerror}", hint="choose another --dir, or run as root") from None
-    data = {"dir": str(directory), "trust_domain": trust_domain, "root_fingerprint": authority.root_fingerprint}
+        raise BadState(
+            "ca.dir", f"cannot write {directory}: {e.strerror}", hint="choose another --dir, or run as root"
+        ) from None
+    data = {
+        "dir": str(directory),
+        "trust_domain": trust_domain,
+        "root_fingerprint": authority.root_fingerprint,
+    }
 
     def human() -> None:
         print(f"Control plane of {trust_domain} made in {directory}")
@@ -118,13 +124,17 @@ def info(directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: J
     from identity.wire.admin import Info
 
     found = _client(directory).get("/v1/info", Info)
-    cliout.emit(found, _format(output, as_json), columns=("what", "value"), rows=list(found.model_dump().items()))
+    cliout.emit(
+        found, _format(output, as_json), columns=("what", "value"), rows=list(found.model_dump().items())
+    )
 
 
 # ---- tokens
 
 
-@token_app.command("create", epilog="Example: retinue-ca token create --host web-1 --ttl 600 --out web-1.token")
+@token_app.command(
+    "create", epilog="Example: retinue-ca token create --host web-1 --ttl 600 --out web-1.token"
+)
 def token_create(
     host: Annotated[str | None, typer.Option("--host", help="For the host of this name.")] = None,
     workload: Annotated[str | None, typer.Option("--workload", "--sidecar", help="For a sidecar of this workload.")] = None,
@@ -144,7 +154,9 @@ def token_create(
         try:
             write_secret(out, made.token.encode() + b"\n")
         except OSError as e:
-            raise BadInput("token.file", f"cannot write {out}: {e.strerror}", hint="the token is lost; make another") from None
+            raise BadInput(
+                "token.file", f"cannot write {out}: {e.strerror}", hint="the token is lost; make another"
+            ) from None
         data["token"] = None
         data["file"] = str(out)
 
@@ -167,7 +179,15 @@ def host_list(directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_js
 
     found = _client(directory).get("/v1/hosts", HostList).hosts
     rows = [
-        (h.name, h.kind, h.state, "yes" if h.connected else "no", h.revision, ", ".join(h.underlay), _when(h.svid_expires))
+        (
+            h.name,
+            h.kind,
+            h.state,
+            "yes" if h.connected else "no",
+            h.revision,
+            ", ".join(h.underlay),
+            _when(h.svid_expires),
+        )
         for h in found
     ]
     cliout.emit(found, _format(output, as_json),
@@ -175,7 +195,9 @@ def host_list(directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_js
 
 
 @host_app.command("revoke", epilog="Example: retinue-ca host revoke web-1")
-def host_revoke(name: Name, directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False) -> None:
+def host_revoke(
+    name: Name, directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False
+) -> None:
     """Revoke a host with its sidecars: certificates, tunnel keys, placements. Its workloads become unplaced."""
     from identity.wire.admin import Host, HostRef
 
@@ -186,7 +208,9 @@ def host_revoke(name: Name, directory: Dir = DEFAULT_DIR, output: Format = Outpu
 # ---- workloads
 
 
-@workload_app.command("add", epilog="Example: retinue-ca workload add shop/api --host web-1 --label role=api --label env=prod")
+@workload_app.command(
+    "add", epilog="Example: retinue-ca workload add shop/api --host web-1 --label role=api --label env=prod"
+)
 def workload_add(
     name: Name,
     host: Annotated[str | None, typer.Option("--host", help="Place it there; without, a sidecar or a move places it.")] = None,
@@ -199,7 +223,9 @@ def workload_add(
     from identity.labels import parse_labels
     from identity.wire.admin import Workload, WorkloadAdd
 
-    request = WorkloadAdd(name=name, host=host, labels=parse_labels(label or ()), fence=_fence(fence), replica=replica)
+    request = WorkloadAdd(
+        name=name, host=host, labels=parse_labels(label or ()), fence=_fence(fence), replica=replica
+    )
     _show_workload(_client(directory).post("/v1/workloads", request, Workload), _format(output, as_json))
 
 
@@ -254,7 +280,11 @@ def workload_move(
             print(f"{what} is possible; would be told: {', '.join(done.waiting_for) or 'nobody connected'}")
             return
         print(f"{what}, epoch {done.workload.epoch}")
-        for step, ms in (("prepared", done.prepared_ms), ("committed", done.committed_ms), ("released", done.released_ms)):
+        for step, ms in (
+            ("prepared", done.prepared_ms),
+            ("committed", done.committed_ms),
+            ("released", done.released_ms),
+        ):
             print(f"  {step:9}  {'not waited out' if ms is None else f'{ms:.1f} ms'}")
         if done.waiting_for:
             print(f"  not yet reported by: {', '.join(map(cliout.clean, done.waiting_for))}")
@@ -264,12 +294,18 @@ def workload_move(
 
 @workload_app.command("revoke", epilog="Example: retinue-ca workload revoke shop/api --instance 1")
 def workload_revoke(
-    name: Name, instance: Instance = 0, directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False
+    name: Name,
+    instance: Instance = 0,
+    directory: Dir = DEFAULT_DIR,
+    output: Format = Output.TABLE,
+    as_json: Json = False,
 ) -> None:
     """Revoke one instance for ever; open connections of it are cut everywhere."""
     from identity.wire.admin import Workload, WorkloadRef
 
-    done = _client(directory).post("/v1/workloads/revoke", WorkloadRef(name=name, instance=instance), Workload)
+    done = _client(directory).post(
+        "/v1/workloads/revoke", WorkloadRef(name=name, instance=instance), Workload
+    )
     _show_workload(done, _format(output, as_json))
 
 
@@ -298,7 +334,9 @@ def policy_apply(
                 print(f"{sign} {pair['src']} -> {pair['dst']}  {pair['ports']}")
         if not done.gained and not done.lost:
             print("no pair gains or loses anything")
-        print(f"{'would be' if not done.applied else 'in force:'} revision {done.revision}, digest {done.digest[:16]}")
+        print(
+            f"{'would be' if not done.applied else 'in force:'} revision {done.revision}, digest {done.digest[:16]}"
+        )
 
     cliout.emit(done, _format(output, as_json), human=human)
 
@@ -336,11 +374,15 @@ def policy_show(
 
 
 def _policy_head(found: PolicyReply) -> None:
-    print(f"# revision {found.revision}, {_when(found.issued)}, by {cliout.clean(found.author)}, digest {found.digest}")
+    print(
+        f"# revision {found.revision}, {_when(found.issued)}, by {cliout.clean(found.author)}, digest {found.digest}"
+    )
 
 
 @policy_app.command("history", epilog="Example: retinue-ca policy history")
-def policy_history(directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False) -> None:
+def policy_history(
+    directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False
+) -> None:
     """Every revision, newest first."""
     found = _client(directory).raw("GET", "/v1/policy/history")["revisions"]
     cliout.emit(found, _format(output, as_json), columns=("revision", "issued", "author", "digest"),
@@ -358,7 +400,9 @@ def explain(
     """Why one workload may or may not reach another, and what would change it."""
     from identity.wire.admin import ExplainReply
 
-    found = _client(directory).get("/v1/explain", ExplainReply, {"src": src, "dst": dst, "proto": proto, "port": port})
+    found = _client(directory).get(
+        "/v1/explain", ExplainReply, {"src": src, "dst": dst, "proto": proto, "port": port}
+    )
 
     def human() -> None:
         print(f"{found.verdict.upper()}  {cliout.clean(found.reason)}")
@@ -394,7 +438,11 @@ def audit_verify(
 ) -> None:  # fmt: skip
     """Check that no entry was changed or removed. Note the head it prints, and give it next time."""
     found = _client(directory, 300.0).raw("GET", "/v1/audit/verify", query={"head": head})
-    cliout.emit(found, _format(output, as_json), human=lambda: print(f"{found['rows']} entries hold, head {found['head']}"))
+    cliout.emit(
+        found,
+        _format(output, as_json),
+        human=lambda: print(f"{found['rows']} entries hold, head {found['head']}"),
+    )
 
 
 def _when(seconds: int) -> str:

@@ -36,7 +36,9 @@ def socket_path(directory: Path) -> Path:
     """Where the server of a directory listens. Raises BadInput when the kernel could not take the path."""
     path = directory / SOCKET
     if len(os.fsencode(path)) > MAX_PATH:
-        raise BadInput("ca.path", f"{path} is too long for a unix socket ({MAX_PATH} bytes)", hint="use a shorter --dir")
+        raise BadInput(
+            "ca.path", f"{path} is too long for a unix socket ({MAX_PATH} bytes)", hint="use a shorter --dir"
+        )
     return path
 
 
@@ -71,13 +73,25 @@ class AdminClient:
             response = connection.getresponse()
             status, data = response.status, response.read()
         except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
-            raise Unreachable("ca.down", f"no CA is running on {self.directory}", hint=f"start it: retinue-ca serve --dir {self.directory}") from None
+            raise Unreachable(
+                "ca.down",
+                f"no CA is running on {self.directory}",
+                hint=f"start it: retinue-ca serve --dir {self.directory}",
+            ) from None
         except PermissionError:
-            raise NoPrivilege("admin.user", f"{self.directory / SOCKET} may be used by root and the CA's own user only", hint="run it as root") from None
+            raise NoPrivilege(
+                "admin.user",
+                f"{self.directory / SOCKET} may be used by root and the CA's own user only",
+                hint="run it as root",
+            ) from None
         except TimeoutError:
-            raise TimedOut("ca.slow", f"the CA did not answer within {timeout or self._timeout:g} s") from None
+            raise TimedOut(
+                "ca.slow", f"the CA did not answer within {timeout or self._timeout:g} s"
+            ) from None
         except (OSError, http.client.HTTPException) as e:
-            raise Unreachable("ca.lost", f"the CA ended the connection ({type(e).__name__})", hint="see its log") from None
+            raise Unreachable(
+                "ca.lost", f"the CA ended the connection ({type(e).__name__})", hint="see its log"
+            ) from None
         finally:
             connection.close()
         return _answer(status, data)
@@ -99,5 +113,3 @@ def _answer(status: int, data: bytes) -> Any:
     if parsed is None:
         raise Unreachable("ca.answer", "the CA's answer cannot be read")
     return parsed
-
-

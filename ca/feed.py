@@ -62,7 +62,9 @@ class Feed:
         """Endpoints with an open stream."""
         return {name for name, seat in self._seats.items() if seat.connected}
 
-    def connect(self, endpoint: str, timeline: str | None, revision: int | None, now: int) -> tuple[bytes, int]:
+    def connect(
+        self, endpoint: str, timeline: str | None, revision: int | None, now: int
+    ) -> tuple[bytes, int]:
         """Take the seat and get the first frame: a delta from a position the journal still covers, else a snapshot.
 
         The number returned names this connection to `leave`.
@@ -76,10 +78,20 @@ class Feed:
             elif seat.behind:
                 self._renew(seat)
         except Exception as e:
-            log.critical("the scope of an endpoint cannot be computed", endpoint=endpoint, why=f"{type(e).__name__}: {e}")
-            raise Unreachable("feed.scope", "what this endpoint may see cannot be computed now", hint="keep what you have; try again") from e
+            log.critical(
+                "the scope of an endpoint cannot be computed",
+                endpoint=endpoint,
+                why=f"{type(e).__name__}: {e}",
+            )
+            raise Unreachable(
+                "feed.scope",
+                "what this endpoint may see cannot be computed now",
+                hint="keep what you have; try again",
+            ) from e
         self._seats[endpoint] = seat
-        frame = self._delta(seat, revision, now) if timeline == self.timeline and revision is not None else None
+        frame = (
+            self._delta(seat, revision, now) if timeline == self.timeline and revision is not None else None
+        )
         if frame is None:
             frame = self._snapshot(seat, now)
         self._turn += 1
@@ -111,7 +123,11 @@ class Feed:
                     frames[name], seat.sent = frame, revision
             except Exception as e:
                 seat.behind = True
-                log.critical("the scope of an endpoint cannot be computed; it keeps what it has", endpoint=name, why=f"{type(e).__name__}: {e}")
+                log.critical(
+                    "the scope of an endpoint cannot be computed; it keeps what it has",
+                    endpoint=name,
+                    why=f"{type(e).__name__}: {e}",
+                )
         return frames
 
     def audience(self, key: str) -> set[str]:

@@ -32,7 +32,9 @@ class TooMany(Unreachable):
     http: ClassVar[int] = 429
 
     def __init__(self, retry_after: float) -> None:
-        super().__init__("api.rate", "too many requests from this address", hint="wait a little, then try again")
+        super().__init__(
+            "api.rate", "too many requests from this address", hint="wait a little, then try again"
+        )
         self.retry_after = max(1, round(retry_after + 0.5))
 
 
@@ -54,7 +56,9 @@ async def errors(request: web.Request, handler: Handler) -> web.StreamResponse:
     except web.HTTPNotFound:
         return answer(NotFound("api.path", "there is no such resource"))
     except web.HTTPMethodNotAllowed as e:
-        response = answer(BadInput("api.method", f"that resource takes {', '.join(sorted(e.allowed_methods))}"))
+        response = answer(
+            BadInput("api.method", f"that resource takes {', '.join(sorted(e.allowed_methods))}")
+        )
         response.set_status(405)
         return response
     except web.HTTPRequestEntityTooLarge:

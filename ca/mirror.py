@@ -45,7 +45,9 @@ class Mirror:
             things: list[Thing] = [(BUNDLE, BUNDLE)]
             things += [("endpoint", name) for name in tx.execute(select(store.endpoints.c.name)).scalars()]
             columns = store.instances.c
-            things += [("instance", f"{n}/{i}") for n, i in tx.execute(select(columns.name, columns.instance))]
+            things += [
+                ("instance", f"{n}/{i}") for n, i in tx.execute(select(columns.name, columns.instance))
+            ]
             # The policy last: what a grant ends with must be known.
             self._apply(tx, [*things, ("policy", "policy")], now)
 
@@ -64,7 +66,11 @@ class Mirror:
         out = Touched()
         if self._ends_with(things) is not None and ("policy", "policy") not in things:
             things = [*things, ("policy", "policy")]
-        steps = [(thing, step) for thing in dict.fromkeys(things) if (step := self._read(tx, thing, now)) is not None]
+        steps = [
+            (thing, step)
+            for thing in dict.fromkeys(things)
+            if (step := self._read(tx, thing, now)) is not None
+        ]
         for thing, step in steps:
             try:
                 out.merge(step())
@@ -78,7 +84,14 @@ class Mirror:
         if self.in_force is None:
             return None
         ends = {g.ends_with for g in self.in_force.policy.grants if g.ends_with is not None}
-        return next((key.rpartition("/")[0] for kind, key in things if kind == "instance" and key.rpartition("/")[0] in ends), None)
+        return next(
+            (
+                key.rpartition("/")[0]
+                for kind, key in things
+                if kind == "instance" and key.rpartition("/")[0] in ends
+            ),
+            None,
+        )
 
     def _set_policy(self, row: PolicyRow, now: int) -> Touched:
         # Loading a policy is the dear part: only a new revision is loaded.
@@ -104,21 +117,33 @@ class Mirror:
                 row = newest_raw(tx)
                 return None if row is None else lambda: self._set_policy(parse_row(row), now)
             case "endpoint":
-                raw = tx.execute(select(store.endpoints).where(store.endpoints.c.name == key)).mappings().one()
+                raw = (
+                    tx.execute(select(store.endpoints).where(store.endpoints.c.name == key)).mappings().one()
+                )
                 return lambda: world.set_endpoint(endpoint_fact(EndpointRow.of(raw)))
             case "instance":
                 name, _, number = key.rpartition("/")
                 c = store.instances.c
-                found = tx.execute(select(store.instances).where(c.name == name, c.instance == int(number))).mappings().one()
+                found = (
+                    tx.execute(select(store.instances).where(c.name == name, c.instance == int(number)))
+                    .mappings()
+                    .one()
+                )
                 h = store.holdings.c
-                former = tx.execute(select(h.endpoint).where(h.name == name, h.instance == int(number))).scalars().all()
+                former = (
+                    tx.execute(select(h.endpoint).where(h.name == name, h.instance == int(number)))
+                    .scalars()
+                    .all()
+                )
                 return lambda: world.set_instance(instance_fact(InstanceRow.of(found), frozenset(former)))
         raise Bug("change.kind", f"a change of unknown kind {kind!a}")
 
     def _report(self, thing: Thing, e: Exception) -> None:
         why = f"{type(e).__name__}: {e}"
         if self.broken.get(thing) != why:
-            log.error("a row cannot be used; what was known of it stays", kind=thing[0], key=thing[1], why=why)
+            log.error(
+                "a row cannot be used; what was known of it stays", kind=thing[0], key=thing[1], why=why
+            )
         self.broken[thing] = why
 
 
@@ -134,5 +159,3 @@ def instance_fact(row: InstanceRow, held: frozenset[str]) -> InstanceFact:
         row.key, Subject(row.name, dict(row.labels), row.spiffe_id), row.state == "revoked", row.endpoint, row.target,
         held - here, row.placement, row.prepare,
     )  # fmt: skip
-
-

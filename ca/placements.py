@@ -88,12 +88,22 @@ class Placements:
             return row
 
     @staticmethod
-    def _replica_labels(request: WorkloadAdd, siblings: list[InstanceRow], labels: dict[str, str]) -> dict[str, str]:
+    def _replica_labels(
+        request: WorkloadAdd, siblings: list[InstanceRow], labels: dict[str, str]
+    ) -> dict[str, str]:
         first = siblings[0]
         if not request.replica:
-            raise Conflict("workload.exists", f"there is a workload named {request.name}", hint="add another instance of it with --replica")
+            raise Conflict(
+                "workload.exists",
+                f"there is a workload named {request.name}",
+                hint="add another instance of it with --replica",
+            )
         if labels and labels != dict(first.labels):
-            raise Conflict("workload.labels", f"the instances of {request.name} share their labels, and these differ", hint="leave --label out")
+            raise Conflict(
+                "workload.labels",
+                f"the instances of {request.name} share their labels, and these differ",
+                hint="leave --label out",
+            )
         return dict(first.labels)
 
     # ---- placing inside a transaction of the caller
@@ -118,7 +128,11 @@ class Placements:
         if row.endpoint is not None:
             epoch = row.epoch_top + 1
             holder = rows.endpoint(tx, row.endpoint)
-            values |= {"epoch": epoch, "epoch_top": epoch, "placement": self._record(row, holder, epoch, "revoked", now)}
+            values |= {
+                "epoch": epoch,
+                "epoch_top": epoch,
+                "placement": self._record(row, holder, epoch, "revoked", now),
+            }
         self._swap(tx, row, **values)
         self._log(tx, row, now)
         return rows.instance(tx, row.name, row.instance)
@@ -165,7 +179,17 @@ class Placements:
             )  # fmt: skip
             self._hold(tx, row, target.name)
             revision = self._log(tx, row, now)
-            audit.append(tx, now, actor, "workload.move", row.key, holder=move.holder, to=target.name, epoch=epoch, **detail)
+            audit.append(
+                tx,
+                now,
+                actor,
+                "workload.move",
+                row.key,
+                holder=move.holder,
+                to=target.name,
+                epoch=epoch,
+                **detail,
+            )
             return rows.instance(tx, row.name, row.instance), revision
 
     def abort(self, move: Prepared, now: int, actor: str, why: str) -> InstanceRow:
@@ -215,7 +239,9 @@ class Placements:
         row = rows.instance(tx, name, instance)
         target = rows.living_endpoint(tx, to)
         if row.state == "moving":
-            raise Conflict("move.running", f"{row.key} is being moved to {row.target}", hint="wait for it to end")
+            raise Conflict(
+                "move.running", f"{row.key} is being moved to {row.target}", hint="wait for it to end"
+            )
         if row.endpoint == to:
             raise Conflict("move.same", f"{row.key} is on {to} already")
         self._suits(row, target)
@@ -227,18 +253,33 @@ class Placements:
         if (row.state, row.epoch, row.endpoint, row.target, row.target_epoch) != (
             "moving", before.epoch, move.holder, move.target, before.target_epoch,
         ):  # fmt: skip
-            raise Conflict("move.lost", f"{row.key} was changed while it was being moved", hint="see: retinue-ca workload list")
+            raise Conflict(
+                "move.lost",
+                f"{row.key} was changed while it was being moved",
+                hint="see: retinue-ca workload list",
+            )
         return row
 
     @staticmethod
     def _suits(row: InstanceRow, target: EndpointRow) -> None:
         if row.state == "revoked":
-            raise Refused("workload.revoked", f"{row.key} was revoked, which is final", hint="add a new instance with --replica")
+            raise Refused(
+                "workload.revoked",
+                f"{row.key} was revoked, which is final",
+                hint="add a new instance with --replica",
+            )
         if target.kind == "sidecar" and target.workload != row.name:
-            raise Conflict("workload.sidecar", f"{target.name} is the sidecar of {target.workload}, not of {row.name}")
+            raise Conflict(
+                "workload.sidecar", f"{target.name} is the sidecar of {target.workload}, not of {row.name}"
+            )
 
     def _record(
-        self, row: InstanceRow, holder: EndpointRow, epoch: int, state: Literal["prepare", "active", "revoked"], now: int
+        self,
+        row: InstanceRow,
+        holder: EndpointRow,
+        epoch: int,
+        state: Literal["prepare", "active", "revoked"],
+        now: int,
     ) -> str:
         return self._desk.sign(
             PlacementRecord(

@@ -84,11 +84,19 @@ class Plane:
     def create(cls, directory: Path, trust_domain: TrustDomain, now: float) -> Authority:
         """Make a new control plane in an empty or missing directory. Raises Conflict, BadState."""
         if (directory / DATABASE).exists():
-            raise Conflict("ca.exists", f"{directory} already holds a control plane", hint="choose another --dir")
+            raise Conflict(
+                "ca.exists", f"{directory} already holds a control plane", hint="choose another --dir"
+            )
         if (directory / "authority.json").exists():
-            raise BadState("ca.partial", f"{directory} holds an authority but no {DATABASE}", hint="restore the database from a backup, or choose another --dir")
+            raise BadState(
+                "ca.partial",
+                f"{directory} holds an authority but no {DATABASE}",
+                hint="restore the database from a backup, or choose another --dir",
+            )
         if directory.is_dir() and any(directory.iterdir()):
-            raise Conflict("ca.dir_used", f"{directory} is not empty", hint="choose an empty or a new directory")
+            raise Conflict(
+                "ca.dir_used", f"{directory} is not empty", hint="choose an empty or a new directory"
+            )
         authority = Authority.create(directory, trust_domain, now)
         temporary = directory / f".{DATABASE}.{os.urandom(4).hex()}"
         store = Store.create(temporary, str(trust_domain))
@@ -102,13 +110,20 @@ class Plane:
     def open(cls, directory: Path, clock: Callable[[], float]) -> Plane:
         """Open and check one. Raises BadState ``store.*``, ``ca.*``, ``state.*``."""
         if not directory.is_dir():
-            raise BadState("ca.missing", f"there is no directory {directory}", hint="make a control plane with: retinue-ca init --dir DIR --trust-domain NAME")
+            raise BadState(
+                "ca.missing",
+                f"there is no directory {directory}",
+                hint="make a control plane with: retinue-ca init --dir DIR --trust-domain NAME",
+            )
         store = Store.open(directory / DATABASE)
         try:
             self = cls(directory, store, clock)
             self.authority = Authority.load(directory, clock(), record_serial=self._record_serial)
             if self.authority.trust_domain != self.trust_domain:
-                raise BadState("ca.foreign", f"the database is of {self.trust_domain}, the authority of {self.authority.trust_domain}")
+                raise BadState(
+                    "ca.foreign",
+                    f"the database is of {self.trust_domain}, the authority of {self.authority.trust_domain}",
+                )
             self._refresh_bundle()
             self.placements.abort_all(self.now)
             self.mirror.load(self.now)
@@ -129,7 +144,9 @@ class Plane:
 
     def _sign_beat(self, revision: int, now: int) -> str:
         return self._sign(
-            Heartbeat(trust_domain=str(self.trust_domain), timeline=self.store.timeline, revision=revision, time=now)
+            Heartbeat(
+                trust_domain=str(self.trust_domain), timeline=self.store.timeline, revision=revision, time=now
+            )
         )
 
     def _record_serial(self, about: Issuing) -> None:
@@ -172,7 +189,9 @@ class Plane:
         with self.store.read() as tx:
             found = self.store.get(tx, BUNDLE)
         if found is None:
-            raise BadState("store.damaged", "the database holds no trust bundle", hint="restore it from a backup")
+            raise BadState(
+                "store.damaged", "the database holds no trust bundle", hint="restore it from a backup"
+            )
         return found
 
     # ---- upkeep
@@ -182,7 +201,10 @@ class Plane:
         try:
             touched = self.mirror.catch_up(self.now)
         except Exception as e:
-            log.critical("the change log cannot be read; nobody is told anything until it can", why=f"{type(e).__name__}: {e}")
+            log.critical(
+                "the change log cannot be read; nobody is told anything until it can",
+                why=f"{type(e).__name__}: {e}",
+            )
             return Published({}, frozenset())
         world = self.mirror.world
         gone = frozenset(n for n in touched.endpoints if world.endpoints[n].record is None)
@@ -209,14 +231,22 @@ class Plane:
     def token(self, request: TokenCreate, actor: str) -> Token:
         """Make a join token. Raises BadInput unless exactly one of host and workload is named."""
         if (request.host is None) == (request.workload is None):
-            raise BadInput("token.subject", "a token is for one host or for the sidecar of one workload", hint="give --host NAME or --sidecar WORKLOAD")
+            raise BadInput(
+                "token.subject",
+                "a token is for one host or for the sidecar of one workload",
+                hint="give --host NAME or --sidecar WORKLOAD",
+            )
         with self.store.write() as tx:
             if request.host is not None:
-                grant = self.registry.grant_host(tx, host_name(request.host), replace=request.replace, now=self.now, ttl=request.ttl)
+                grant = self.registry.grant_host(
+                    tx, host_name(request.host), replace=request.replace, now=self.now, ttl=request.ttl
+                )
             else:
                 assert request.workload is not None
                 workload_path(request.workload)
-                grant = self.registry.grant_sidecar(tx, request.workload, asked_by=None, now=self.now, ttl=request.ttl)
+                grant = self.registry.grant_sidecar(
+                    tx, request.workload, asked_by=None, now=self.now, ttl=request.ttl
+                )
             made = JoinToken(b64(os.urandom(9)), os.urandom(SECRET_LEN), self.authority.root_fingerprint)
             self.registry.add_token(made.id, b64(made.public_key), grant, tx, self.now, actor)
         return Token(token=made.format(), endpoint=grant.endpoint, kind=grant.kind, expires=grant.expires)
@@ -227,7 +257,9 @@ class Plane:
         if caller.kind != "host":
             raise Refused("sidecar.caller", "only a host agent asks for sidecar tokens")
         with self.store.write() as tx:
-            grant: Grant = self.registry.grant_sidecar(tx, workload, asked_by=caller.name, now=self.now, ttl=SIDECAR_TOKEN_S)
+            grant: Grant = self.registry.grant_sidecar(
+                tx, workload, asked_by=caller.name, now=self.now, ttl=SIDECAR_TOKEN_S
+            )
             made = JoinToken(b64(os.urandom(9)), os.urandom(SECRET_LEN), self.authority.root_fingerprint)
             self.registry.add_token(made.id, b64(made.public_key), grant, tx, self.now, caller.name)
         return SidecarTokenReply(token=made.format(), endpoint=grant.endpoint, expires_in=SIDECAR_TOKEN_S)
@@ -271,16 +303,24 @@ class Plane:
 
     def _claim(self, admitted: Admitted) -> EndpointRow:
         assert admitted.token_id is not None
-        applicant = Applicant(b64(admitted.tunnel_key), b64(admitted.enroll_key), admitted.underlay, admitted.ciphers)
+        applicant = Applicant(
+            b64(admitted.tunnel_key), b64(admitted.enroll_key), admitted.underlay, admitted.ciphers
+        )
         return self.registry.claim(admitted.token_id, applicant, self.now)
 
     # ---- members
 
     def caller(self, chain: list[bytes]) -> tuple[EndpointRow, int]:
         """Who presented this chain (DER, leaf first), and when its certificate ends. Raises NotVerified, Refused."""
-        svid = certs.verify_chain(certs.parse_der_chain(chain), self.authority.roots, self.trust_domain, self.clock())
+        svid = certs.verify_chain(
+            certs.parse_der_chain(chain), self.authority.roots, self.trust_domain, self.clock()
+        )
         if svid.spiffe_id.kind not in {"host", "sidecar"}:
-            raise Refused("caller.kind", f"{svid.spiffe_id} is not an endpoint", hint="use the endpoint's own certificate")
+            raise Refused(
+                "caller.kind",
+                f"{svid.spiffe_id} is not an endpoint",
+                hint="use the endpoint's own certificate",
+            )
         return self.registry.caller(svid.spiffe_id, svid.serial), svid.not_after
 
     def renew(self, caller: EndpointRow, request: RenewRequest) -> RenewReply:
@@ -301,19 +341,27 @@ class Plane:
             raise Refused("svid.not_here", f"{row.key} is not placed on {caller.name}")
         addresses = self.trust_domain.overlay(row.overlay)
         with self._issuing(caller.name):
-            chain = self.authority.issue_workload(request.csr, SpiffeId.parse(row.spiffe_id), addresses, self.clock())
+            chain = self.authority.issue_workload(
+                request.csr, SpiffeId.parse(row.spiffe_id), addresses, self.clock()
+            )
         return SvidReply(spiffe_id=row.spiffe_id, chain=chain, bundle=self.bundle)
 
-    def explain_for(self, caller: EndpointRow, src: str, dst: str, proto: str, port: int | None) -> ExplainReply:
+    def explain_for(
+        self, caller: EndpointRow, src: str, dst: str, proto: str, port: int | None
+    ) -> ExplainReply:
         """Explain a pair to a member that holds one of the two. Raises Refused otherwise."""
         mine = {r.name for r in self.placements.all() if caller.name in {r.endpoint, r.target}}
         if not mine & {src, dst}:
-            raise Refused("explain.not_here", f"neither workload is placed on {caller.name}", hint="ask on the machine of one of them, or on the CA: retinue-ca explain")
+            raise Refused(
+                "explain.not_here",
+                f"neither workload is placed on {caller.name}",
+                hint="ask on the machine of one of them, or on the CA: retinue-ca explain",
+            )
         return self.policies.explain(src, dst, proto, port, self.now)
 
     # ---- audit of refusals
 
-    def refused(self, action: str, subject: str, error: RetinueError) -> None:
+    def refused(self, action: str, subject: str, error: RetinueError, *, actor: str = "endpoint") -> None:
         """Note a refusal, so many a minute; a store that cannot write must not hide the refusal itself."""
         minute, count = self.now // 60, self._noted[1] + 1
         self._noted = (minute, count if minute == self._noted[0] else 1)
@@ -322,6 +370,6 @@ class Plane:
             return
         try:
             with self.store.write() as tx:
-                audit.append(tx, self.now, "endpoint", action, subject, outcome=error.code)
+                audit.append(tx, self.now, actor, action, subject, outcome=error.code)
         except RetinueError as e:
             log.critical("a refusal could not be audited", code=e.code)

@@ -50,7 +50,11 @@ def newest(tx: Connection) -> PolicyRow | None:
 
 def newest_raw(tx: Connection) -> dict[str, Any] | None:
     """The same, not parsed yet."""
-    row = tx.execute(select(store.policies).order_by(store.policies.c.revision.desc()).limit(1)).mappings().first()
+    row = (
+        tx.execute(select(store.policies).order_by(store.policies.c.revision.desc()).limit(1))
+        .mappings()
+        .first()
+    )
     return None if row is None else dict(row)
 
 
@@ -135,12 +139,24 @@ class Policies:
         with self._desk.store.read() as tx:
             current = newest(tx)
             if current is None:
-                raise NotFound("policy.none", "no policy was ever applied: nothing is permitted", hint="retinue-ca policy apply FILE...")
+                raise NotFound(
+                    "policy.none",
+                    "no policy was ever applied: nothing is permitted",
+                    hint="retinue-ca policy apply FILE...",
+                )
             if revision is None or revision == current.revision:
                 return _reply(current)
-            row = tx.execute(select(store.policies).where(store.policies.c.revision == revision)).mappings().first()
+            row = (
+                tx.execute(select(store.policies).where(store.policies.c.revision == revision))
+                .mappings()
+                .first()
+            )
             if row is None:
-                raise NotFound("policy.revision", f"there is no policy revision {revision}", hint=f"the newest is {current.revision}")
+                raise NotFound(
+                    "policy.revision",
+                    f"there is no policy revision {revision}",
+                    hint=f"the newest is {current.revision}",
+                )
             return _reply(parse_row(dict(row)))
 
     def history(self) -> list[PolicyReply]:
@@ -197,5 +213,9 @@ def _reply(row: PolicyRow) -> PolicyReply:
 
 def _known(known: dict[str, Subject], name: str) -> Subject:
     if name not in known:
-        raise NotFound("workload.unknown", f"no workload named {ascii(name)[:80]}", hint=any_of(sorted(known), name) or "see: retinue-ca workload list")
+        raise NotFound(
+            "workload.unknown",
+            f"no workload named {ascii(name)[:80]}",
+            hint=any_of(sorted(known), name) or "see: retinue-ca workload list",
+        )
     return known[name]

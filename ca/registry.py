@@ -75,12 +75,18 @@ class Registry:
         host_name(name)
         present = rows.endpoint_or_none(tx, name)
         if present is not None and present.state == "enrolled" and not replace:
-            raise Conflict("host.exists", f"a host named {name} is enrolled", hint="give --replace to let it enrol again with new keys")
+            raise Conflict(
+                "host.exists",
+                f"a host named {name} is enrolled",
+                hint="give --replace to let it enrol again with new keys",
+            )
         if present is not None and present.kind != "host":
             raise Conflict("host.kind", f"{name} is the name of a sidecar", hint="choose another name")
         return Grant(name, "host", None, None, replace, now + ttl)
 
-    def grant_sidecar(self, tx: Connection, workload: str, *, asked_by: str | None, now: int, ttl: int) -> Grant:
+    def grant_sidecar(
+        self, tx: Connection, workload: str, *, asked_by: str | None, now: int, ttl: int
+    ) -> Grant:
         """A token for a sidecar of `workload`. A host may ask only for what is placed on it (or on its own sidecars).
 
         Raises NotFound, Refused ``sidecar.not_here``, Conflict ``sidecar.no_instance``.
@@ -93,7 +99,9 @@ class Registry:
         host_name(name)
         return Grant(name, "sidecar", workload, asked_by, False, now + ttl)
 
-    def add_token(self, token_id: str, public_key: str, grant: Grant, tx: Connection, now: int, actor: str) -> None:
+    def add_token(
+        self, token_id: str, public_key: str, grant: Grant, tx: Connection, now: int, actor: str
+    ) -> None:
         """Store a token: its public key only."""
         tx.execute(delete(store.tokens).where(store.tokens.c.expires < now - KEEP_TOKENS_S))
         tx.execute(
@@ -102,7 +110,16 @@ class Registry:
                 asked_by=grant.asked_by, replace=grant.replace, created=now, expires=grant.expires,
             )
         )  # fmt: skip
-        audit.append(tx, now, actor, "token.create", grant.endpoint, kind=grant.kind, token=token_id, expires=grant.expires)
+        audit.append(
+            tx,
+            now,
+            actor,
+            "token.create",
+            grant.endpoint,
+            kind=grant.kind,
+            token=token_id,
+            expires=grant.expires,
+        )
 
     def token(self, token_id: str) -> TokenRow | None:
         """A token by its public part; None when there is none."""
@@ -140,26 +157,53 @@ class Registry:
             if won != 1:
                 return self._again(tx, token, applicant, now)
             self._admit(tx, token, applicant, underlay, now)
-            audit.append(tx, now, f"token:{token_id}", "enroll.claim", token.endpoint, kind=token.kind, replace=token.replace)
+            audit.append(
+                tx,
+                now,
+                f"token:{token_id}",
+                "enroll.claim",
+                token.endpoint,
+                kind=token.kind,
+                replace=token.replace,
+            )
             row = rows.endpoint_or_none(tx, token.endpoint)
             assert row is not None
             return row
 
     def _again(self, tx: Connection, token: TokenRow, applicant: Applicant, now: int) -> EndpointRow:
         if token.used_at is None:
-            raise Refused("token.expired", f"the join token for {token.endpoint} has expired", hint="make a new token with: retinue-ca token create")
+            raise Refused(
+                "token.expired",
+                f"the join token for {token.endpoint} has expired",
+                hint="make a new token with: retinue-ca token create",
+            )
         row = rows.endpoint_or_none(tx, token.endpoint)
         same = row is not None and row.state != "revoked" and (row.enroll_key, row.tunnel_key) == (
             applicant.enroll_key, applicant.tunnel_key,
         )  # fmt: skip
-        if row is None or not same or token.enroll_key != applicant.enroll_key or now > token.used_at + RECOVERY_SECONDS:
-            raise Conflict("token.used", f"the join token for {token.endpoint} was already used", hint="if that was not you, revoke the host; make a new token with: retinue-ca token create")
+        if (
+            row is None
+            or not same
+            or token.enroll_key != applicant.enroll_key
+            or now > token.used_at + RECOVERY_SECONDS
+        ):
+            raise Conflict(
+                "token.used",
+                f"the join token for {token.endpoint} was already used",
+                hint="if that was not you, revoke the host; make a new token with: retinue-ca token create",
+            )
         return row
 
-    def _admit(self, tx: Connection, token: TokenRow, applicant: Applicant, underlay: list[str], now: int) -> None:
+    def _admit(
+        self, tx: Connection, token: TokenRow, applicant: Applicant, underlay: list[str], now: int
+    ) -> None:
         present = rows.endpoint_or_none(tx, token.endpoint)
         if present is not None and present.state == "enrolled" and not token.replace:
-            raise Conflict("enroll.exists", f"a host named {token.endpoint} is enrolled", hint="use a token made with --replace")
+            raise Conflict(
+                "enroll.exists",
+                f"a host named {token.endpoint} is enrolled",
+                hint="use a token made with --replace",
+            )
         if token.kind == "sidecar":
             assert token.workload is not None
             self._sidecar_instance(tx, token.workload, token.asked_by)
@@ -171,16 +215,26 @@ class Registry:
         }  # fmt: skip
         try:
             if present is None:
-                tx.execute(insert(store.endpoints).values(name=token.endpoint, generation=0, state="pending", **values))
+                tx.execute(
+                    insert(store.endpoints).values(
+                        name=token.endpoint, generation=0, state="pending", **values
+                    )
+                )
                 return
             self._revoke_serials(tx, token.endpoint, now)
             # An enrolled host stays so while its keys are replaced: its placements keep their record until the new one.
             state = "enrolled" if present.state == "enrolled" else "pending"
             tx.execute(
-                update(store.endpoints).where(store.endpoints.c.name == token.endpoint).values(state=state, **values)
+                update(store.endpoints)
+                .where(store.endpoints.c.name == token.endpoint)
+                .values(state=state, **values)
             )
         except IntegrityError:
-            raise Conflict("enroll.tunnel_key", "that tunnel key belongs to another endpoint", hint="let the host make a new key: retinue enroll --replace") from None
+            raise Conflict(
+                "enroll.tunnel_key",
+                "that tunnel key belongs to another endpoint",
+                hint="let the host make a new key: retinue enroll --replace",
+            ) from None
 
     def finish(self, name: str, svid_expires: int, now: int, actor: str) -> EndpointRow:
         """Store and publish the signed record of an endpoint whose certificate was issued; place a new sidecar.
@@ -205,17 +259,33 @@ class Registry:
         found = rows.instances(tx, name=workload)
         if not found:
             known = tx.execute(select(store.instances.c.name).distinct()).scalars().all()
-            raise NotFound("workload.unknown", f"no workload named {ascii(workload)[:80]}", hint=any_of(known, workload) or "see: retinue-ca workload list")
+            raise NotFound(
+                "workload.unknown",
+                f"no workload named {ascii(workload)[:80]}",
+                hint=any_of(known, workload) or "see: retinue-ca workload list",
+            )
         if asked_by is not None:
             for row in found:
-                holder = rows.endpoint_or_none(tx, row.endpoint) if row.endpoint and row.state == "active" else None
+                holder = (
+                    rows.endpoint_or_none(tx, row.endpoint)
+                    if row.endpoint and row.state == "active"
+                    else None
+                )
                 if holder is not None and asked_by in {holder.name, holder.parent}:
                     return row
-            raise Refused("sidecar.not_here", f"{workload} is not placed on {asked_by}", hint=f"place it there: retinue-ca workload add {workload} --host {asked_by}")
+            raise Refused(
+                "sidecar.not_here",
+                f"{workload} is not placed on {asked_by}",
+                hint=f"place it there: retinue-ca workload add {workload} --host {asked_by}",
+            )
         for row in found:
             if row.state == "unplaced":
                 return row
-        raise Conflict("sidecar.no_instance", f"every instance of {workload} has a place", hint=f"add one for the sidecar: retinue-ca workload add {workload} --replica")
+        raise Conflict(
+            "sidecar.no_instance",
+            f"every instance of {workload} has a place",
+            hint=f"add one for the sidecar: retinue-ca workload add {workload} --replica",
+        )
 
     # ---- living endpoints
 
@@ -226,13 +296,30 @@ class Registry:
             if row is None or row.spiffe_id != str(spiffe_id) or row.state == "pending":
                 raise Refused("caller.unknown", f"{spiffe_id} is not an endpoint of this trust domain")
             if row.state == "revoked":
-                raise Refused("caller.revoked", f"{row.name} was revoked", hint="enrol it anew with a new token")
-            kept = tx.execute(select(store.serials).where(store.serials.c.serial == f"{serial:x}")).mappings().first()
-            if kept is None or kept["endpoint"] != row.name or kept["profile"] != "endpoint" or kept["revoked_at"] is not None:
-                raise Refused("caller.certificate", f"this certificate of {row.name} is not in force", hint="enrol it anew with a new token")
+                raise Refused(
+                    "caller.revoked", f"{row.name} was revoked", hint="enrol it anew with a new token"
+                )
+            kept = (
+                tx.execute(select(store.serials).where(store.serials.c.serial == f"{serial:x}"))
+                .mappings()
+                .first()
+            )
+            if (
+                kept is None
+                or kept["endpoint"] != row.name
+                or kept["profile"] != "endpoint"
+                or kept["revoked_at"] is not None
+            ):
+                raise Refused(
+                    "caller.certificate",
+                    f"this certificate of {row.name} is not in force",
+                    hint="enrol it anew with a new token",
+                )
             return row
 
-    def renew(self, name: str, svid_expires: int, underlay: Sequence[str], ciphers: Sequence[str], now: int) -> EndpointRow:
+    def renew(
+        self, name: str, svid_expires: int, underlay: Sequence[str], ciphers: Sequence[str], now: int
+    ) -> EndpointRow:
         """Publish the endpoint's record anew after its certificate was renewed. Raises NotFound, Refused, BadInput."""
         with self._desk.store.write() as tx:
             row = self._sign(
@@ -256,7 +343,9 @@ class Registry:
                 return Revoked([], [])
             columns = store.endpoints.c
             children = tx.execute(
-                select(columns.name).where(columns.parent == name, columns.state != "revoked").order_by(columns.name)
+                select(columns.name)
+                .where(columns.parent == name, columns.state != "revoked")
+                .order_by(columns.name)
             )
             gone = [name, *children.scalars()]
             instances: list[str] = []
@@ -271,7 +360,11 @@ class Registry:
     def all(self) -> list[EndpointRow]:
         """Endpoints that are or were enrolled, by name."""
         with self._desk.store.read() as tx:
-            query = select(store.endpoints).where(store.endpoints.c.state != "pending").order_by(store.endpoints.c.name)
+            query = (
+                select(store.endpoints)
+                .where(store.endpoints.c.state != "pending")
+                .order_by(store.endpoints.c.name)
+            )
             return [EndpointRow.of(row) for row in tx.execute(query).mappings()]
 
     def get(self, name: str) -> EndpointRow:
@@ -292,14 +385,25 @@ class Registry:
                         endpoint=endpoint, issued=issued, not_after=not_after,
                     )
                 )  # fmt: skip
-                audit.append(tx, issued, endpoint or "ca", "issue", spiffe_id, profile=profile, serial=f"{serial:x}", not_after=not_after)
+                audit.append(
+                    tx,
+                    issued,
+                    endpoint or "ca",
+                    "issue",
+                    spiffe_id,
+                    profile=profile,
+                    serial=f"{serial:x}",
+                    not_after=not_after,
+                )
         except IntegrityError:
             raise Conflict("serial.twice", "a certificate serial was drawn twice", hint="try again") from None
 
     @staticmethod
     def _revoke_serials(tx: Connection, endpoint: str, now: int) -> None:
         c = store.serials.c
-        tx.execute(update(store.serials).where(c.endpoint == endpoint, c.revoked_at.is_(None)).values(revoked_at=now))
+        tx.execute(
+            update(store.serials).where(c.endpoint == endpoint, c.revoked_at.is_(None)).values(revoked_at=now)
+        )
 
     def _sign(self, tx: Connection, row: EndpointRow, now: int, **changed: Any) -> EndpointRow:
         """Write the changed columns with a newly signed record of the next generation."""
@@ -335,6 +439,15 @@ def _hint(text: str) -> str:
         number = int(port) if port.isascii() and port.isdigit() else 0
     except ValueError:
         number = 0
-    if not 1 <= number <= 65535 or (address.version == 6) != bracketed or address.is_multicast or address.is_unspecified:
-        raise BadInput("underlay.form", f"not an underlay address: {ascii(text)[:80]}", hint="write 192.0.2.7:51820 or [2001:db8::7]:51820")
+    if (
+        not 1 <= number <= 65535
+        or (address.version == 6) != bracketed
+        or address.is_multicast
+        or address.is_unspecified
+    ):
+        raise BadInput(
+            "underlay.form",
+            f"not an underlay address: {ascii(text)[:80]}",
+            hint="write 192.0.2.7:51820 or [2001:db8::7]:51820",
+        )
     return f"[{address}]:{number}" if bracketed else f"{address}:{number}"

@@ -103,8 +103,16 @@ def endpoint(tx: Connection, name: str) -> EndpointRow:
     """An endpoint that has enrolled (perhaps revoked since). Raises NotFound naming close ones."""
     row = endpoint_or_none(tx, name)
     if row is None or row.state == "pending":
-        known = tx.execute(select(store.endpoints.c.name).where(store.endpoints.c.state == "enrolled")).scalars().all()
-        raise NotFound("host.unknown", f"no host named {ascii(name)[:80]} has enrolled", hint=any_of(known, name) or "enrol it first: retinue-ca token create --host NAME")
+        known = (
+            tx.execute(select(store.endpoints.c.name).where(store.endpoints.c.state == "enrolled"))
+            .scalars()
+            .all()
+        )
+        raise NotFound(
+            "host.unknown",
+            f"no host named {ascii(name)[:80]} has enrolled",
+            hint=any_of(known, name) or "enrol it first: retinue-ca token create --host NAME",
+        )
     return row
 
 
@@ -112,20 +120,32 @@ def living_endpoint(tx: Connection, name: str) -> EndpointRow:
     """An endpoint that is enrolled now. Raises NotFound, or Refused when it was revoked."""
     row = endpoint(tx, name)
     if row.state == "revoked":
-        raise Refused("host.revoked", f"{name} was revoked", hint=f"enrol it anew: retinue-ca token create --host {name}")
+        raise Refused(
+            "host.revoked",
+            f"{name} was revoked",
+            hint=f"enrol it anew: retinue-ca token create --host {name}",
+        )
     return row
 
 
 def instance(tx: Connection, name: str, number: int) -> InstanceRow:
     """One instance. Raises NotFound naming what is known."""
     columns = store.instances.c
-    row = tx.execute(select(store.instances).where(columns.name == name, columns.instance == number)).mappings().first()
+    row = (
+        tx.execute(select(store.instances).where(columns.name == name, columns.instance == number))
+        .mappings()
+        .first()
+    )
     if row is not None:
         return InstanceRow.of(row)
     known = tx.execute(select(columns.name, columns.instance)).all()
     numbers = sorted(i for n, i in known if n == name)
     if numbers:
-        raise NotFound("workload.instance", f"{name} has no instance {number}", hint=f"it has: {', '.join(map(str, numbers[:20]))}")
+        raise NotFound(
+            "workload.instance",
+            f"{name} has no instance {number}",
+            hint=f"it has: {', '.join(map(str, numbers[:20]))}",
+        )
     raise NotFound("workload.unknown", f"no workload named {ascii(name)[:80]}",
                    hint=any_of(sorted({n for n, _ in known}), name) or "see: retinue-ca workload list")  # fmt: skip
 

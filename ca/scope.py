@@ -99,7 +99,9 @@ class Touched:
 
     all: bool = False
     views: set[str] = field(default_factory=set)  # endpoints whose own instances changed
-    instances: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))  # instance -> who may see it
+    instances: dict[str, set[str]] = field(
+        default_factory=lambda: defaultdict(set)
+    )  # instance -> who may see it
     endpoints: set[str] = field(default_factory=set)
     keys: set[str] = field(default_factory=set)  # bundle, policy
 
@@ -123,8 +125,12 @@ class World:
         self.program: Program | None = None
         self._classes = Near(None)
         self._members: dict[int, set[str]] = defaultdict(set)  # class -> instances
-        self._hosts: dict[int, Counter[str]] = defaultdict(Counter)  # class -> endpoints with an instance of it
-        self._own: dict[str, set[str]] = defaultdict(set)  # endpoint -> instances it holds, held, is about to hold
+        self._hosts: dict[int, Counter[str]] = defaultdict(
+            Counter
+        )  # class -> endpoints with an instance of it
+        self._own: dict[str, set[str]] = defaultdict(
+            set
+        )  # endpoint -> instances it holds, held, is about to hold
         self._class_of: dict[str, int] = {}
         self._lines: dict[str, tuple[str, bytes]] = {}  # object key -> its newest envelope and line
 
@@ -260,7 +266,9 @@ class World:
         fact = self.instances[key]
         own = view.endpoint in fact.here
         # A former holder learns that it is no longer the one, and nothing else.
-        permitted_here = visible and (own or view.endpoint not in fact.former or self._near(view.endpoint, key))
+        permitted_here = visible and (
+            own or view.endpoint not in fact.former or self._near(view.endpoint, key)
+        )
         changed = self._put(view, f"placement/{key}", fact.placement if visible else None)
         changed |= self._put(view, f"prepare/{key}", fact.prepare if permitted_here else None)
         before, after = view.shown.get(key, frozenset()), fact.here if permitted_here else frozenset()

@@ -56,8 +56,17 @@ def parse_listen(text: str) -> tuple[str, int]:
     """Host and port. Raises BadInput."""
     host, _, port = text.rpartition(":")
     host = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    if not host or not (port.isascii() and port.isdigit()) or int(port) > 65535 or (":" in host and "[" not in text):
-        raise BadInput("serve.listen", f"not an address to listen on: {ascii(text)[:80]}", hint="write 0.0.0.0:8443 or [::]:8443")
+    if (
+        not host
+        or not (port.isascii() and port.isdigit())
+        or int(port) > 65535
+        or (":" in host and "[" not in text)
+    ):
+        raise BadInput(
+            "serve.listen",
+            f"not an address to listen on: {ascii(text)[:80]}",
+            hint="write 0.0.0.0:8443 or [::]:8443",
+        )
     return host, int(port)
 
 
@@ -67,7 +76,9 @@ def listener(host: str, port: int) -> socket.socket:
     Raises Conflict ``serve.port`` for a taken port, NoPrivilege, BadInput for an address that is not ours.
     """
     try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, _, _, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
     except OSError:
         raise BadInput("serve.listen", f"not an address of this machine: {clean(host)}") from None
     try:
@@ -85,7 +96,11 @@ def listener(host: str, port: int) -> socket.socket:
     except OSError as e:
         sock.close()
         if isinstance(e, PermissionError):
-            raise NoPrivilege("serve.privilege", f"may not listen on port {port}", hint="use a port above 1023, or run as root") from None
+            raise NoPrivilege(
+                "serve.privilege",
+                f"may not listen on port {port}",
+                hint="use a port above 1023, or run as root",
+            ) from None
         if host == "::" and e.errno != errno.EADDRINUSE:
             return listener("0.0.0.0", port)
         taken = e.errno == errno.EADDRINUSE
@@ -93,7 +108,9 @@ def listener(host: str, port: int) -> socket.socket:
         raise kind(
             "serve.port" if taken else "serve.listen",
             f"port {port} on {host} is in use" if taken else f"cannot listen on {host}: {e.strerror}",
-            hint="choose another with --listen, or stop what uses it" if taken else "choose an address of this machine",
+            hint="choose another with --listen, or stop what uses it"
+            if taken
+            else "choose an address of this machine",
         ) from None
     sock.setblocking(False)
     return sock
@@ -114,16 +131,24 @@ def sole(directory: Path) -> Iterator[None]:
     try:
         fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except FileNotFoundError:
-        raise BadState("ca.missing", f"there is no directory {directory}", hint="make a control plane with: retinue-ca init --dir DIR --trust-domain NAME") from None
+        raise BadState(
+            "ca.missing",
+            f"there is no directory {directory}",
+            hint="make a control plane with: retinue-ca init --dir DIR --trust-domain NAME",
+        ) from None
     except PermissionError:
-        raise NoPrivilege("ca.dir", f"may not write {directory}", hint="run it as root or as the CA's own user") from None
+        raise NoPrivilege(
+            "ca.dir", f"may not write {directory}", hint="run it as root or as the CA's own user"
+        ) from None
     except OSError as e:
         raise BadState("ca.dir", f"cannot use {directory}: {e.strerror}") from None
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(fd)
-        raise Conflict("serve.running", f"a server is running on {directory}", hint="see: retinue-ca info") from None
+        raise Conflict(
+            "serve.running", f"a server is running on {directory}", hint="see: retinue-ca info"
+        ) from None
     try:
         yield
     finally:
@@ -149,9 +174,13 @@ def set_up_logs() -> None:
     # Never the values of variables: a trace may pass through a secret.
     terminal = sys.stderr.isatty()
     render: Any = structlog.processors.JSONRenderer()
-    traces: Any = structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False))
+    traces: Any = structlog.processors.ExceptionRenderer(
+        structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+    )
     if terminal:
-        render = structlog.dev.ConsoleRenderer(colors=cliout.colour(sys.stderr), exception_formatter=structlog.dev.plain_traceback)
+        render = structlog.dev.ConsoleRenderer(
+            colors=cliout.colour(sys.stderr), exception_formatter=structlog.dev.plain_traceback
+        )
         traces = _as_is
     structlog.configure(
         processors=[
@@ -178,7 +207,10 @@ def notify(text: str) -> None:
     path = os.environ.get("NOTIFY_SOCKET")
     if not path:
         return
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as s:
+    with (
+        contextlib.suppress(OSError),
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as s,
+    ):
         s.sendto(text.encode(), "\0" + path[1:] if path.startswith("@") else path)
 
 
@@ -237,7 +269,12 @@ async def _listen_tls(
     late.push_async_callback(runner.cleanup)
     assert runner.server is not None
     server = await asyncio.get_running_loop().create_server(
-        runner.server, sock=sock, ssl=tls.context, ssl_handshake_timeout=HANDSHAKE_S, ssl_shutdown_timeout=1.0, backlog=1024
+        runner.server,
+        sock=sock,
+        ssl=tls.context,
+        ssl_handshake_timeout=HANDSHAKE_S,
+        ssl_shutdown_timeout=1.0,
+        backlog=1024,
     )
     late.callback(server.close)
     return tls
@@ -245,7 +282,10 @@ async def _listen_tls(
 
 async def _listen_admin(late: contextlib.AsyncExitStack, service: Service, path: Path, listen: str) -> None:
     runner = web.AppRunner(
-        admin_api.make_app(service, lambda: listen), access_log=None, keepalive_timeout=IDLE_S, shutdown_timeout=STOP_S
+        admin_api.make_app(service, lambda: listen),
+        access_log=None,
+        keepalive_timeout=IDLE_S,
+        shutdown_timeout=STOP_S,
     )
     await runner.setup()
     late.push_async_callback(runner.cleanup)

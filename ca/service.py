@@ -145,7 +145,9 @@ class Service:
     def report(self, endpoint: str, report: Report) -> None:
         """Note what an endpoint has applied. Raises Conflict for another timeline."""
         if report.timeline != self.plane.store.timeline:
-            raise Conflict("report.timeline", "that report is of another timeline", hint="ask the feed for a snapshot")
+            raise Conflict(
+                "report.timeline", "that report is of another timeline", hint="ask the feed for a snapshot"
+            )
         self.reports[endpoint] = report
         self._tell()
 
@@ -195,14 +197,18 @@ class Service:
             prepared_ms = _since(began) if ready else None
             forced = {"forced": True} if request.force and not ready else {}
             (row, revision), told = await asyncio.shield(
-                asyncio.ensure_future(self.change(lambda: plane.placements.commit(prepared, plane.now, actor, **forced)))
+                asyncio.ensure_future(
+                    self.change(lambda: plane.placements.commit(prepared, plane.now, actor, **forced))
+                )
             )
         except BaseException as e:
             if not isinstance(e, Conflict) or e.code not in {"move.lost", "placement.changed"}:
                 await asyncio.shield(asyncio.ensure_future(self._abort(prepared, actor, e)))
             raise
         committed_ms = _since(began)
-        released = await self._until(lambda: not self._lagging(told & self.streams.keys(), revision), request.wait)
+        released = await self._until(
+            lambda: not self._lagging(told & self.streams.keys(), revision), request.wait
+        )
         late = self._lagging(told, revision)
         return MoveReply(
             workload=self.workload(row), from_host=prepared.holder, prepared_ms=prepared_ms, committed_ms=committed_ms,
@@ -230,7 +236,9 @@ class Service:
             log.info("a move was not taken back", instance=prepared.instance.key, code=e.code)
 
     def _ready(self, prepared: Prepared, told: set[str]) -> bool:
-        return not self._missing(prepared) and not self._lagging(told & self.streams.keys(), prepared.revision)
+        return not self._missing(prepared) and not self._lagging(
+            told & self.streams.keys(), prepared.revision
+        )
 
     def _missing(self, prepared: Prepared) -> str:
         """What keeps the new holder from being ready; empty when nothing does."""
@@ -292,5 +300,3 @@ class Service:
 def _since(began: float) -> float:
     """Milliseconds."""
     return round((time.monotonic() - began) * 1000, 3)
-
-

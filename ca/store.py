@@ -205,7 +205,12 @@ class Store:
             metadata.create_all(tx)
             for statement in _APPEND_ONLY:
                 tx.exec_driver_sql(statement)
-            rows = {"schema_version": SCHEMA_VERSION, "timeline": timeline, "trust_domain": trust_domain, "overlay_next": 1}
+            rows = {
+                "schema_version": SCHEMA_VERSION,
+                "timeline": timeline,
+                "trust_domain": trust_domain,
+                "overlay_next": 1,
+            }
             tx.execute(insert(meta), [{"key": k, "value": str(v)} for k, v in rows.items()])
         return cls(engine, timeline, trust_domain)
 
@@ -215,9 +220,15 @@ class Store:
         try:
             info = os.lstat(path)
         except OSError:
-            raise BadState("store.missing", f"no database at {path}", hint="make one with: retinue-ca init --dir DIR --trust-domain NAME") from None
+            raise BadState(
+                "store.missing",
+                f"no database at {path}",
+                hint="make one with: retinue-ca init --dir DIR --trust-domain NAME",
+            ) from None
         if not stat.S_ISREG(info.st_mode):
-            raise BadState("store.file", f"{path} is not a regular file", hint="put the database itself there")
+            raise BadState(
+                "store.file", f"{path} is not a regular file", hint="put the database itself there"
+            )
         if stat.S_IMODE(info.st_mode) & 0o077:
             raise BadState("store.mode", f"{path} can be read by others", hint=f"chmod 600 {path}")
         if info.st_size == 0:
@@ -239,11 +250,15 @@ class Store:
                 )
                 dangling = tx.exec_driver_sql("PRAGMA foreign_key_check").first()
             if verdict != "ok" or missing or dangling is not None:
-                raise BadState("store.damaged", f"{path} does not pass its check", hint="restore it from a backup")
+                raise BadState(
+                    "store.damaged", f"{path} does not pass its check", hint="restore it from a backup"
+                )
             return cls(engine, found["timeline"], found["trust_domain"])
         except (DBAPIError, KeyError, ValueError, UnicodeDecodeError):
             engine.dispose()
-            raise BadState("store.damaged", f"{path} is not a readable Retinue database", hint="restore it from a backup") from None
+            raise BadState(
+                "store.damaged", f"{path} is not a readable Retinue database", hint="restore it from a backup"
+            ) from None
         except RetinueError:
             engine.dispose()
             raise
@@ -252,7 +267,11 @@ class Store:
     def write(self) -> Iterator[Connection]:
         """One write transaction (BEGIN IMMEDIATE). Commits at the end, rolls back on any exception."""
         if self._failed:
-            raise BadState("store.failed", "the database failed to write earlier; nothing more is accepted", hint="check the disk, then start retinue-ca again")
+            raise BadState(
+                "store.failed",
+                "the database failed to write earlier; nothing more is accepted",
+                hint="check the disk, then start retinue-ca again",
+            )
         try:
             with _translated(), self.engine.begin() as tx:
                 yield tx
@@ -349,12 +368,22 @@ def _translated() -> Iterator[None]:
         if "locked" in text or "busy" in text:
             raise Unreachable("store.busy", "the database is busy", hint="try again") from None
         if "full" in text:
-            raise Unreachable("store.full", "the disk of the database is full: nothing was changed", hint="free space and try again") from None
-        raise BadState("store.failed", f"the database cannot be used: {text}", hint="check the disk, then start retinue-ca again") from None
+            raise Unreachable(
+                "store.full",
+                "the disk of the database is full: nothing was changed",
+                hint="free space and try again",
+            ) from None
+        raise BadState(
+            "store.failed",
+            f"the database cannot be used: {text}",
+            hint="check the disk, then start retinue-ca again",
+        ) from None
     except DatabaseError as e:
         if isinstance(e.orig, sqlite3.IntegrityError):
             raise
-        raise BadState("store.damaged", f"the database is damaged: {e.orig}", hint="restore it from a backup") from None
+        raise BadState(
+            "store.damaged", f"the database is damaged: {e.orig}", hint="restore it from a backup"
+        ) from None
 
 
 def any_of(values: Sequence[str], wanted: str, *, limit: int = 3) -> str:

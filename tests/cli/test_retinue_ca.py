@@ -25,7 +25,12 @@ segments:
 
 
 def command(*args: str) -> list[str]:
-    return [sys.executable, "-c", "import sys; sys.argv[0] = 'retinue-ca'; from ca.cli import main; main()", *args]
+    return [
+        sys.executable,
+        "-c",
+        "import sys; sys.argv[0] = 'retinue-ca'; from ca.cli import main; main()",
+        *args,
+    ]
 
 
 class CA:
@@ -33,11 +38,17 @@ class CA:
 
     def __init__(self, directory: Path, repository: Path) -> None:
         self.directory = directory
-        self.env = {"PATH": os.environ["PATH"], "RETINUE_CA_DIR": str(directory), "PYTHONPATH": str(repository)}
+        self.env = {
+            "PATH": os.environ["PATH"],
+            "RETINUE_CA_DIR": str(directory),
+            "PYTHONPATH": str(repository),
+        }
         self.server: subprocess.Popen[str] | None = None
 
     def run(self, *args: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(command(*args), env=self.env, capture_output=True, text=True, timeout=WAIT, input=stdin)
+        done = subprocess.run(
+            command(*args), env=self.env, capture_output=True, text=True, timeout=WAIT, input=stdin
+        )
         assert "Traceback" not in done.stderr
         return done
 
@@ -105,7 +116,11 @@ def shared(tmp_path_factory: pytest.TempPathFactory, repository: Path) -> Iterat
 def test_from_nothing_to_a_policy_and_back_down(ca: CA, tmp_path: Path) -> None:
     made = ca.json("init", "--trust-domain", "cli.test")
     ready = ca.start()
-    assert (ready["event"], ready["trust_domain"], ready["root_fingerprint"]) == ("ready", "cli.test", made["root_fingerprint"])
+    assert (ready["event"], ready["trust_domain"], ready["root_fingerprint"]) == (
+        "ready",
+        "cli.test",
+        made["root_fingerprint"],
+    )
     assert ca.json("info")["listen"] == ready["listen"]
     token = ca.json("token", "create", "--host", "a")
     assert token["token"].startswith("rt1.")
@@ -114,7 +129,10 @@ def test_from_nothing_to_a_policy_and_back_down(ca: CA, tmp_path: Path) -> None:
     assert ca.json("workload", "add", "shop/api", "-l", "role=api", "--fence", "strict")["fence"] == "strict"
     (tmp_path / "p.yaml").write_text(POLICY)
     dry = ca.json("policy", "apply", str(tmp_path / "p.yaml"), "--dry-run")
-    assert (dry["applied"], dry["gained"]) == (False, [{"src": "shop/web", "dst": "shop/api", "ports": "tcp/8080"}])
+    assert (dry["applied"], dry["gained"]) == (
+        False,
+        [{"src": "shop/web", "dst": "shop/api", "ports": "tcp/8080"}],
+    )
     assert ca.json("policy", "apply", str(tmp_path / "p.yaml"), "--author", "ann")["revision"] == 1
     assert ca.json("policy", "show")["files"] == [{"name": "p.yaml", "text": POLICY}]
     assert [r["author"] for r in ca.json("policy", "history")] == ["ann"]
@@ -140,7 +158,14 @@ def test_what_people_see(up: CA, tmp_path: Path) -> None:
     listed = up.run("workload", "list").stdout.splitlines()
     assert listed[0].split()[:3] == ["NAME", "INSTANCE", "STATE"]
     assert len(listed) == 3
-    for args in (["host", "list"], ["info"], ["policy", "show"], ["policy", "history"], ["audit", "list"], ["audit", "verify"]):
+    for args in (
+        ["host", "list"],
+        ["info"],
+        ["policy", "show"],
+        ["policy", "history"],
+        ["audit", "list"],
+        ["audit", "verify"],
+    ):
         done = up.run(*args)
         assert (done.returncode, bool(done.stdout)) == (0, True)
     assert len(up.run("workload", "list", "-o", "jsonl").stdout.splitlines()) == 2
@@ -324,5 +349,7 @@ def test_every_help_has_an_example() -> None:
 
 def test_help_needs_nothing_heavy(ca: CA) -> None:
     program = "import sys; from ca import cli; print([m for m in ('aiohttp', 'sqlalchemy', 'pydantic', 'cryptography', 'yaml', 'rich') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", program], env=ca.env, capture_output=True, text=True, timeout=WAIT)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=ca.env, capture_output=True, text=True, timeout=WAIT
+    )
     assert done.stdout.strip() == "[]"

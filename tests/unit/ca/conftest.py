@@ -32,7 +32,9 @@ T0 = 1_800_000_000
 
 def new_applicant() -> Applicant:
     tunnel = b64(x25519_public(X25519PrivateKey.generate()))
-    return Applicant(tunnel, b64(ed25519_public(Ed25519PrivateKey.generate())), ["192.0.2.1:51820"], ["chacha20poly1305"])
+    return Applicant(
+        tunnel, b64(ed25519_public(Ed25519PrivateKey.generate())), ["192.0.2.1:51820"], ["chacha20poly1305"]
+    )
 
 
 @dataclass
@@ -60,7 +62,9 @@ class Bench:
             if host is not None:
                 grant = self.registry.grant_host(tx, host, replace=replace, now=self.now, ttl=ttl)
             else:
-                grant = self.registry.grant_sidecar(tx, workload or "", asked_by=asked_by, now=self.now, ttl=ttl)
+                grant = self.registry.grant_sidecar(
+                    tx, workload or "", asked_by=asked_by, now=self.now, ttl=ttl
+                )
             self.registry.add_token(token_id, b64(ed25519_public(self.key)), grant, tx, self.now, "test")
         return token_id
 
@@ -73,7 +77,9 @@ class Bench:
         return self.registry.finish(row.name, self.now + 86400, self.now, "test")
 
     def add(self, name: str, host: str | None = None, **more: object) -> object:
-        return self.placements.add(WorkloadAdd.model_validate({"name": name, "host": host, **more}), self.now, "test")
+        return self.placements.add(
+            WorkloadAdd.model_validate({"name": name, "host": host, **more}), self.now, "test"
+        )
 
     def placement(self, envelope: str | None) -> PlacementRecord:
         assert envelope is not None
@@ -203,4 +209,6 @@ def join() -> Callable[..., Attempt]:
 
 @pytest.fixture
 def enrol() -> Callable[..., Joined]:
-    return lambda plane, host, token=None: Joined(plane.enroll(make_attempt(plane, host, token=token).request(plane)))
+    return lambda plane, host, token=None: Joined(
+        plane.enroll(make_attempt(plane, host, token=token).request(plane))
+    )

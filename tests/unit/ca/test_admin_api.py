@@ -72,11 +72,21 @@ class Agent:
                 if isinstance(frame, Snapshot):
                     self.objects = dict(frame.objects)
                 elif isinstance(frame, Delta):
-                    self.objects = {k: v for k, v in self.objects.items() if k not in frame.removes} | frame.upserts
+                    self.objects = {
+                        k: v for k, v in self.objects.items() if k not in frame.removes
+                    } | frame.upserts
                 else:
                     continue
                 if self.reports:
-                    await client.send("/v1/report", Report(timeline=frame.timeline, revision=frame.revision, hash=frame.hash, attached=self.attached))
+                    await client.send(
+                        "/v1/report",
+                        Report(
+                            timeline=frame.timeline,
+                            revision=frame.revision,
+                            hash=frame.hash,
+                            attached=self.attached,
+                        ),
+                    )
                 self.seen.set()
 
 
@@ -103,7 +113,11 @@ class Rig:
 
     async def join(self, host: str) -> Agent:
         token = await self.post("/v1/tokens", TokenCreate(host=host), Token)
-        return Agent(await enroll(f"https://{self.server.listen}", token.token, self.path / host, [], ["chacha20poly1305"]))
+        return Agent(
+            await enroll(
+                f"https://{self.server.listen}", token.token, self.path / host, [], ["chacha20poly1305"]
+            )
+        )
 
     async def start(self, tasks: asyncio.TaskGroup, *hosts: str) -> list[Agent]:
         agents = [await self.join(host) for host in hosts]
@@ -132,7 +146,10 @@ class Rig:
 async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     Plane.create(tmp_path / "ca", TD, time.time())
     async with AsyncExitStack() as stack:
-        yield Rig(await stack.enter_async_context(running(Options(tmp_path / "ca", "127.0.0.1:0", heartbeat=0.2))), tmp_path)
+        yield Rig(
+            await stack.enter_async_context(running(Options(tmp_path / "ca", "127.0.0.1:0", heartbeat=0.2))),
+            tmp_path,
+        )
 
 
 # ---- the plain commands
@@ -197,12 +214,29 @@ async def test_everything_is_audited(rig: Rig) -> None:
     await rig.add("web", "a")
     listed = (await rig.call(rig.admin.raw, "GET", "/v1/audit"))["entries"]
     actions = [e["action"] for e in listed]
-    for action in ("init", "bundle.publish", "token.create", "enroll.claim", "issue", "enroll.finish", "workload.add"):
+    for action in (
+        "init",
+        "bundle.publish",
+        "token.create",
+        "enroll.claim",
+        "issue",
+        "enroll.finish",
+        "workload.add",
+    ):
         assert action in actions
     assert {e["actor"] for e in listed if e["action"] == "workload.add"} == {admin_api._user_of(os.geteuid())}
+    assert await rig.refused("/v1/hosts/revoke", HostRef(name="b"), NotFound)
+    listed = (await rig.call(rig.admin.raw, "GET", "/v1/audit"))["entries"]
+    assert (listed[-1]["action"], listed[-1]["subject"], listed[-1]["outcome"]) == (
+        "admin",
+        "/v1/hosts/revoke",
+        "host.unknown",
+    )
     done = await rig.call(rig.admin.raw, "GET", "/v1/audit/verify")
     assert done["rows"] == len(listed)
-    assert (await rig.call(rig.admin.raw, "GET", "/v1/audit/verify", query={"head": done["head"]}))["rows"] == len(listed)
+    assert (await rig.call(rig.admin.raw, "GET", "/v1/audit/verify", query={"head": done["head"]}))[
+        "rows"
+    ] == len(listed)
     with pytest.raises(BadState) as e:
         await rig.call(rig.admin.raw, "GET", "/v1/audit/verify", query={"head": "f" * 64})
     assert e.value.code == "audit.cut"
@@ -246,7 +280,12 @@ async def test_a_move_to_who_is_not_ready_changes_nothing(rig: Rig) -> None:
             await rig.move("web", "b", wait=0.3)
         assert "has not applied" in e.value.message
         forced = await rig.move("web", "b", wait=0.2, force=True)
-        assert (forced.workload.host, forced.prepared_ms, forced.released_ms, forced.waiting_for) == ("b", None, None, ["b"])
+        assert (forced.workload.host, forced.prepared_ms, forced.released_ms, forced.waiting_for) == (
+            "b",
+            None,
+            None,
+            ["b"],
+        )
         assert forced.workload.epoch == 4
         a.reports = False
         rig.stop_agents()
@@ -338,7 +377,9 @@ async def test_the_socket_is_private(rig: Rig) -> None:
     assert stat.S_IMODE(info.st_mode) == 0o600
 
 
-async def test_another_user_is_refused_even_with_the_socket_open(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_another_user_is_refused_even_with_the_socket_open(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(admin_api, "peer_uid", lambda _: 12345)
     with pytest.raises(NoPrivilege) as e:
         await rig.get("/v1/info", Info)
@@ -440,7 +481,9 @@ def test_a_missing_directory(tmp_path: Path) -> None:
     assert e.value.code == "ca.missing"
 
 
-@pytest.mark.parametrize("text", ["", "8443", ":8443", "host", "host:x", "127.0.0.1:70000", "::1:8443", "[::1]"])
+@pytest.mark.parametrize(
+    "text", ["", "8443", ":8443", "host", "host:x", "127.0.0.1:70000", "::1:8443", "[::1]"]
+)
 def test_bad_listen_addresses(text: str) -> None:
     with pytest.raises(BadInput) as e:
         parse_listen(text)

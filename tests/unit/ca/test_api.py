@@ -13,7 +13,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from ca import api
+from ca import api, audit
 from ca import http as ca_http
 from ca.plane import Plane
 from ca.serve import Options, Running, running
@@ -56,7 +56,9 @@ class Rig:
     async def join(self, host: str | None = None, *, token: str | None = None) -> Enrollment:
         self._machines += 1
         text = token or await self.token(host)
-        return await enroll(self.url, text, self.path / f"m{self._machines}", ["127.0.0.1:51820"], ["chacha20poly1305"])
+        return await enroll(
+            self.url, text, self.path / f"m{self._machines}", ["127.0.0.1:51820"], ["chacha20poly1305"]
+        )
 
     async def add(self, name: str, host: str | None = None) -> None:
         request = WorkloadAdd(name=name, host=host)
@@ -112,7 +114,10 @@ async def test_a_machine_enrols_and_renews(rig: Rig) -> None:
     assert (renewed.record.underlay, renewed.record.generation) == (["127.0.0.1:7"], 2)
     async with rig.client(renewed) as client:
         await client.send("/v1/underlay", UnderlayUpdate(underlay=[]))
-        assert await refused(client.send("/v1/underlay", UnderlayUpdate(underlay=["x"])), BadInput) == "underlay.form"
+        assert (
+            await refused(client.send("/v1/underlay", UnderlayUpdate(underlay=["x"])), BadInput)
+            == "underlay.form"
+        )
 
 
 async def test_one_token_and_fifty_machines_at_once(rig: Rig, join, csr) -> None:
@@ -121,9 +126,13 @@ async def test_one_token_and_fifty_machines_at_once(rig: Rig, join, csr) -> None
 
     async def attempt(one) -> str:
         async with rig.anonymous() as client:
-            challenge = await client.post("/v1/enroll/challenge", ChallengeRequest(token_id=one.token.id), Challenge)
+            challenge = await client.post(
+                "/v1/enroll/challenge", ChallengeRequest(token_id=one.token.id), Challenge
+            )
             try:
-                reply = await client.post("/v1/enroll", one.answer(challenge, client.server_leaf), EnrollReply)
+                reply = await client.post(
+                    "/v1/enroll", one.answer(challenge, client.server_leaf), EnrollReply
+                )
             except RetinueError as e:
                 return e.code
         return reply.endpoint
@@ -137,7 +146,9 @@ async def test_one_token_and_fifty_machines_at_once(rig: Rig, join, csr) -> None
 async def test_a_challenge_says_nothing_about_the_token(rig: Rig) -> None:
     token = await rig.token("a")
     async with rig.anonymous() as client:
-        known = await client.post("/v1/enroll/challenge", ChallengeRequest(token_id=token.split(".")[1]), Challenge)
+        known = await client.post(
+            "/v1/enroll/challenge", ChallengeRequest(token_id=token.split(".")[1]), Challenge
+        )
         unknown = await client.post("/v1/enroll/challenge", ChallengeRequest(token_id="nobody"), Challenge)
     assert known.expires_in == unknown.expires_in
     assert len(known.nonce) == len(unknown.nonce)
@@ -146,8 +157,13 @@ async def test_a_challenge_says_nothing_about_the_token(rig: Rig) -> None:
 async def test_a_proof_for_another_server_is_worth_nothing(rig: Rig, join) -> None:
     one = join(rig.plane, None, token=await rig.token("a"))
     async with rig.anonymous() as client:
-        challenge = await client.post("/v1/enroll/challenge", ChallengeRequest(token_id=one.token.id), Challenge)
-        assert await refused(client.post("/v1/enroll", one.answer(challenge, b"another leaf"), EnrollReply)) == "token.refused"
+        challenge = await client.post(
+            "/v1/enroll/challenge", ChallengeRequest(token_id=one.token.id), Challenge
+        )
+        assert (
+            await refused(client.post("/v1/enroll", one.answer(challenge, b"another leaf"), EnrollReply))
+            == "token.refused"
+        )
 
 
 async def test_an_address_that_asks_too_often_is_told_when_to_come_back(tmp_path: Path) -> None:
@@ -174,7 +190,12 @@ ROUTES = [("POST", p) for p in ("/v1/renew", "/v1/svid", "/v1/sidecar-token", "/
 @pytest.mark.parametrize(("method", "path"), ROUTES)
 async def test_without_a_certificate_nothing(rig: Rig, method: str, path: str) -> None:
     async with rig.anonymous() as client:
-        assert await refused(client._exchange(method, path, WAIT, data=b"{}" if method == "POST" else None), Refused) == "caller.anonymous"
+        assert (
+            await refused(
+                client._exchange(method, path, WAIT, data=b"{}" if method == "POST" else None), Refused
+            )
+            == "caller.anonymous"
+        )
 
 
 @pytest.mark.parametrize(("method", "path"), ROUTES)
@@ -183,14 +204,24 @@ async def test_a_revoked_host_nothing(rig: Rig, method: str, path: str) -> None:
     async with rig.client(machine) as client:
         await client.send("/v1/underlay", UnderlayUpdate(underlay=[]))  # the connection is open and good
         await rig.revoke("a")
-        assert await refused(client._exchange(method, path, WAIT, data=b"{}" if method == "POST" else None), Refused) == "caller.revoked"
+        assert (
+            await refused(
+                client._exchange(method, path, WAIT, data=b"{}" if method == "POST" else None), Refused
+            )
+            == "caller.revoked"
+        )
+    with rig.plane.store.read() as tx:
+        last = audit.entries(tx)[-1]
+    assert (last.action, last.subject, last.outcome) == ("call", path, "caller.revoked")
 
 
 async def test_a_certificate_of_another_authority_is_no_certificate(rig: Rig, tmp_path: Path) -> None:
     async with rig_at(tmp_path / "other") as other:
         stranger = await other.join("a")
         await rig.join("a")
-        async with ControlClient(rig.url, rig.plane.authority.trust_bundle(0, rig.plane.now), stranger.files) as client:
+        async with ControlClient(
+            rig.url, rig.plane.authority.trust_bundle(0, rig.plane.now), stranger.files
+        ) as client:
             with pytest.raises((Unreachable, NotVerified, Refused)):
                 await client.send("/v1/underlay", UnderlayUpdate(underlay=[]))
 
@@ -202,7 +233,9 @@ async def test_workload_certificates_go_to_the_holder(rig: Rig, csr) -> None:
     async with rig.client(a) as client:
         reply = await client.post("/v1/svid", ask, SvidReply)
         a.bundle.verify_svid(reply.chain, rig.plane.clock())
-        assert await refused(client.post("/v1/svid", ask.model_copy(update={"csr": "x"}), SvidReply), BadInput)
+        assert await refused(
+            client.post("/v1/svid", ask.model_copy(update={"csr": "x"}), SvidReply), BadInput
+        )
     async with rig.client(b) as client:
         assert await refused(client.post("/v1/svid", ask, SvidReply), Refused) == "svid.not_here"
 
@@ -211,7 +244,12 @@ async def test_a_host_gets_a_token_for_its_sidecar(rig: Rig) -> None:
     a, b = await rig.join("a"), await rig.join("b")
     await rig.add("web", "a")
     async with rig.client(b) as client:
-        assert await refused(client.post("/v1/sidecar-token", SidecarTokenRequest(workload="web"), SidecarTokenReply)) == "sidecar.not_here"
+        assert (
+            await refused(
+                client.post("/v1/sidecar-token", SidecarTokenRequest(workload="web"), SidecarTokenReply)
+            )
+            == "sidecar.not_here"
+        )
     async with rig.client(a) as client:
         made = await client.post("/v1/sidecar-token", SidecarTokenRequest(workload="web"), SidecarTokenReply)
     side = await rig.join(token=made.token)
@@ -226,10 +264,18 @@ async def test_a_member_asks_about_its_own_pairs(rig: Rig) -> None:
     question = {"src": "web", "dst": "api", "proto": "tcp", "port": "80"}
     async with rig.client(a) as client:
         assert (await client.get("/v1/explain", ExplainReply, params=question)).verdict == "deny"
-        for bad in ({"src": "web"}, {**question, "port": "-1"}, {**question, "port": "80000"}, {**question, "dst": "x" * 600}):
+        for bad in (
+            {"src": "web"},
+            {**question, "port": "-1"},
+            {**question, "port": "80000"},
+            {**question, "dst": "x" * 600},
+        ):
             assert await refused(client.get("/v1/explain", ExplainReply, params=bad), BadInput)
     async with rig.client(b) as client:
-        assert await refused(client.get("/v1/explain", ExplainReply, params=question), Refused) == "explain.not_here"
+        assert (
+            await refused(client.get("/v1/explain", ExplainReply, params=question), Refused)
+            == "explain.not_here"
+        )
 
 
 # ---- feed
@@ -244,9 +290,14 @@ async def test_the_feed_follows_what_happens(rig: Rig) -> None:
         delta = await frames(lines, Delta)
         assert set(delta.upserts) == {"placement/web/0"}
         assert await frames(lines, Beat)
-        await client.send("/v1/report", Report(timeline=delta.timeline, revision=delta.revision, hash=delta.hash))
+        await client.send(
+            "/v1/report", Report(timeline=delta.timeline, revision=delta.revision, hash=delta.hash)
+        )
         assert rig.service.reports["a"].revision == delta.revision
-        assert await refused(client.send("/v1/report", Report(timeline="x", revision=1, hash="")), Conflict) == "report.timeline"
+        assert (
+            await refused(client.send("/v1/report", Report(timeline="x", revision=1, hash="")), Conflict)
+            == "report.timeline"
+        )
     async with rig.client(machine) as client:
         where = {"timeline": delta.timeline, "revision": str(delta.revision)}
         async with client.stream("/v1/feed", params=where) as lines:
@@ -350,7 +401,13 @@ async def raw(rig: Rig, method: str, path: str, **more: object) -> tuple[int, di
         ("POST", "/v1/enroll/challenge", {"data": b'{"token_id": "x", "more": 1}'}, 400, "wire.schema"),
         ("POST", "/v1/enroll", {"data": b"x" * (api.MAX_BODY + 1)}, 413, "api.large"),
         ("POST", "/v1/enroll", {"data": b"x", "headers": {"Content-Encoding": "gzip"}}, 400, "api.encoding"),
-        ("POST", "/v1/enroll/challenge", {"data": b'{"token_id": "' + b"x" * 100 + b'"}'}, 400, "wire.schema"),
+        (
+            "POST",
+            "/v1/enroll/challenge",
+            {"data": b'{"token_id": "' + b"x" * 100 + b'"}'},
+            400,
+            "wire.schema",
+        ),
     ],
 )
 async def test_bad_requests(rig: Rig, method: str, path: str, more: dict, status: int, code: str) -> None:
@@ -393,11 +450,15 @@ async def test_a_renewed_server_certificate_is_shown_to_the_next(rig: Rig) -> No
     async with rig.anonymous() as client:
         await client.post("/v1/enroll/challenge", ChallengeRequest(token_id="x"), Challenge)
         leaf = client.server_leaf
-    assert leaf == (await rig.service.read(lambda: rig.plane.authority.server_chain(rig.plane.clock()))).leaf_der
+    assert (
+        leaf == (await rig.service.read(lambda: rig.plane.authority.server_chain(rig.plane.clock()))).leaf_der
+    )
 
 
 async def test_renew_reply_shape(rig: Rig, csr) -> None:
     machine = await rig.join("a")
     async with rig.client(machine) as client:
-        reply = await client._exchange("POST", "/v1/renew", WAIT, data=json.dumps({"csr": csr(), "underlay": [], "ciphers": []}).encode())
+        reply = await client._exchange(
+            "POST", "/v1/renew", WAIT, data=json.dumps({"csr": csr(), "underlay": [], "ciphers": []}).encode()
+        )
     assert RenewReply.model_validate_json(reply).record

@@ -18,7 +18,9 @@ NAMES = ["a", "b", "c"]
 
 
 def instance(name: str, holder: str | None, version: int, *former: str) -> InstanceFact:
-    return InstanceFact(f"{name}/0", Subject(name), False, holder, None, frozenset(former), f"{name} v{version}", None)
+    return InstanceFact(
+        f"{name}/0", Subject(name), False, holder, None, frozenset(former), f"{name} v{version}", None
+    )
 
 
 class Rig:
@@ -51,7 +53,11 @@ class Rig:
     def change(self, *facts) -> dict:
         touched = Touched()
         for fact in facts:
-            touched.merge(self.world.set_instance(fact) if isinstance(fact, InstanceFact) else self.world.set_endpoint(fact))
+            touched.merge(
+                self.world.set_instance(fact)
+                if isinstance(fact, InstanceFact)
+                else self.world.set_endpoint(fact)
+            )
         frames = self.feed.advance(self.feed.revision + 1, touched, self.now)
         return {name: self.follow(name, line) for name, line in frames.items()}
 
@@ -183,7 +189,9 @@ def test_a_dropped_endpoint_gets_nothing(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("half_way", [False, True])
-def test_one_scope_that_fails_stops_nobody_and_empties_nothing(rig: Rig, monkeypatch: pytest.MonkeyPatch, half_way: bool) -> None:
+def test_one_scope_that_fails_stops_nobody_and_empties_nothing(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, half_way: bool
+) -> None:
     rig.change(instance("web", "a", 1), instance("api", "b", 1))
     for name in NAMES:
         rig.connect(name)
@@ -209,7 +217,9 @@ def test_one_scope_that_fails_stops_nobody_and_empties_nothing(rig: Rig, monkeyp
     assert rig.feed.beat(rig.now)[1] == {"a", "b", "c"}
 
 
-def test_a_scope_that_fails_at_connect_is_unavailable_not_empty(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scope_that_fails_at_connect_is_unavailable_not_empty(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def failing(self: World, endpoint: str):
         raise RuntimeError("a bad row")
 
@@ -236,8 +246,21 @@ def test_a_return_to_a_failed_scope_makes_it_anew(rig: Rig, monkeypatch: pytest.
 
 STEPS = st.lists(
     st.one_of(
-        st.tuples(st.just("change"), st.lists(st.builds(instance, st.sampled_from(["w", "x", "y"]), st.none() | st.sampled_from(NAMES), st.integers(0, 9)), max_size=3)),
-        st.tuples(st.just("endpoint"), st.builds(EndpointFact, st.sampled_from(NAMES), st.integers(0, 9).map(str))),
+        st.tuples(
+            st.just("change"),
+            st.lists(
+                st.builds(
+                    instance,
+                    st.sampled_from(["w", "x", "y"]),
+                    st.none() | st.sampled_from(NAMES),
+                    st.integers(0, 9),
+                ),
+                max_size=3,
+            ),
+        ),
+        st.tuples(
+            st.just("endpoint"), st.builds(EndpointFact, st.sampled_from(NAMES), st.integers(0, 9).map(str))
+        ),
         st.tuples(st.just("connect"), st.sampled_from(NAMES)),
         st.tuples(st.just("resume"), st.sampled_from(NAMES)),
         st.tuples(st.just("leave"), st.sampled_from(NAMES)),

@@ -12,9 +12,12 @@ from identity.errors import BadState, Unreachable
 from policy import language
 
 HEAD = "meshpolicy: 1\nlabels: {keys: [role]}\n"
-GRANT = HEAD + """grants:
+GRANT = (
+    HEAD
+    + """grants:
   - {id: job, from: {role: web}, to: {role: api}, on: tcp/22, not_after: 2031-02-11T18:00Z}
 """
+)
 
 
 @pytest.fixture
@@ -50,7 +53,10 @@ def policy(bench, body: str) -> None:
 
 
 def test_it_follows_every_kind_of_change(shop) -> None:
-    policy(shop, HEAD + "segments:\n  - {name: s, allow: [{id: r, from: {role: web}, to: {role: api}, on: tcp/1}]}\n")
+    policy(
+        shop,
+        HEAD + "segments:\n  - {name: s, allow: [{id: r, from: {role: web}, to: {role: api}, on: tcp/1}]}\n",
+    )
     prepared = shop.placements.prepare("web", 0, "b", shop.now, "t")
     for step in (
         lambda: shop.add("db", "a"),
@@ -95,7 +101,11 @@ def test_a_policy_that_cannot_be_compiled_leaves_the_one_before(shop) -> None:
     shop.mirror.catch_up(shop.now)
     good = shop.mirror.world.policy
     with shop.store.write() as tx:
-        tx.execute(text("""insert into policies select revision + 1, 'x', '[{"name": "p", "text": "{"}]', author, issued, 'bad' from policies"""))
+        tx.execute(
+            text(
+                """insert into policies select revision + 1, 'x', '[{"name": "p", "text": "{"}]', author, issued, 'bad' from policies"""
+            )
+        )
         shop.store.log(tx, shop.now, "policy", "policy")
     shop.mirror.catch_up(shop.now)
     assert shop.mirror.world.policy == good

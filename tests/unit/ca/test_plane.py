@@ -140,13 +140,19 @@ def test_a_lost_reply_is_given_again(plane: Plane, join) -> None:
     assert ("enroll", ascii(attempt.token.id), "token.used") in audited(plane)
 
 
-def test_a_crash_between_claim_and_record_burns_nothing(plane: Plane, join, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_between_claim_and_record_burns_nothing(
+    plane: Plane, join, monkeypatch: pytest.MonkeyPatch
+) -> None:
     attempt = join(plane, "a")
 
     def crash(*_: object, **__: object) -> None:
         raise Unreachable("store.busy", "injected")
 
-    for where in ((plane.authority, "issue_endpoint"), (plane.registry, "finish"), (plane.registry, "record_serial")):
+    for where in (
+        (plane.authority, "issue_endpoint"),
+        (plane.registry, "finish"),
+        (plane.registry, "record_serial"),
+    ):
         with monkeypatch.context() as patch:
             patch.setattr(*where, crash)
             with pytest.raises(Unreachable):
@@ -155,7 +161,9 @@ def test_a_crash_between_claim_and_record_burns_nothing(plane: Plane, join, monk
     assert plane.enroll(attempt.request(plane)).endpoint == "a"
 
 
-def test_nothing_is_signed_before_its_serial_is_stored(plane: Plane, join, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_signed_before_its_serial_is_stored(
+    plane: Plane, join, monkeypatch: pytest.MonkeyPatch
+) -> None:
     attempt = join(plane, "a")
     stored: list[str] = []
     real = plane.registry.record_serial
@@ -189,7 +197,9 @@ def test_refusals_are_audited_so_many_a_minute(plane: Plane, join, clock) -> Non
         for _ in range(times):
             with pytest.raises(NotVerified):
                 plane.enroll(stranger.request(plane))
-        return sum(1 for action, _, outcome in audited(plane) if action == "enroll" and outcome == "token.refused")
+        return sum(
+            1 for action, _, outcome in audited(plane) if action == "enroll" and outcome == "token.refused"
+        )
 
     assert refuse(MAX_REFUSALS + 20) == MAX_REFUSALS
     clock.now += 61
@@ -254,7 +264,9 @@ def test_an_expired_or_foreign_certificate_is_no_caller(plane: Plane, enrol, clo
 
 def test_renewal_keeps_the_older_certificate_good(plane: Plane, enrol, csr) -> None:
     a = enrol(plane, "a")
-    done = plane.renew(plane.caller(a.der)[0], RenewRequest(csr=csr(), underlay=[], ciphers=["chacha20poly1305"]))
+    done = plane.renew(
+        plane.caller(a.der)[0], RenewRequest(csr=csr(), underlay=[], ciphers=["chacha20poly1305"])
+    )
     assert plane.caller(a.der_of(done.chain))[0].generation == 2
     assert plane.caller(a.der)[0].name == "a"
     plane.registry.revoke("a", plane.now, "t")
@@ -297,7 +309,9 @@ def test_a_revoked_endpoint_is_closed(plane: Plane, enrol) -> None:
     assert plane.feed.connected == set()
 
 
-def test_an_error_while_publishing_tells_nobody_anything(plane: Plane, enrol, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_while_publishing_tells_nobody_anything(
+    plane: Plane, enrol, monkeypatch: pytest.MonkeyPatch
+) -> None:
     enrol(plane, "a")
     plane.publish()
     plane.feed.connect("a", None, None, plane.now)
@@ -321,7 +335,11 @@ def test_heartbeats_are_signed_for_the_position(plane: Plane, enrol) -> None:
     import json
 
     beat = plane.authority.trust_bundle(0, plane.clock()).verify(Heartbeat, json.loads(line)["heartbeat"])
-    assert (beat.timeline, beat.revision, beat.time) == (plane.store.timeline, plane.mirror.revision, plane.now)
+    assert (beat.timeline, beat.revision, beat.time) == (
+        plane.store.timeline,
+        plane.mirror.revision,
+        plane.now,
+    )
 
 
 def test_a_window_of_time_moves_the_position_once(plane: Plane, enrol, clock) -> None:

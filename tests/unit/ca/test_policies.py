@@ -8,11 +8,14 @@ from identity.errors import BadInput, BadPolicy, NotFound
 from identity.records import PolicyRecord
 
 HEAD = "meshpolicy: 1\nlabels: {keys: [role]}\n"
-WEB_TO_API = HEAD + """segments:
+WEB_TO_API = (
+    HEAD
+    + """segments:
   - name: shop
     allow:
       - {id: web-api, from: {role: web}, to: {role: api}, on: tcp/8080}
 """
+)
 NOTHING = HEAD
 
 
@@ -75,9 +78,18 @@ def test_a_dry_run_changes_nothing(shop) -> None:
     ("text", "code", "line"),
     [
         ("meshpolicy: 1\nsegmnets: []\n", "policy.unknown_key", 2),
-        (HEAD + "segments:\n  - name: s\n    allow:\n      - {id: x, from: {rôle: web}, to: {role: api}, on: tcp/1}\n", "label.key", 6),
+        (
+            HEAD
+            + "segments:\n  - name: s\n    allow:\n      - {id: x, from: {rôle: web}, to: {role: api}, on: tcp/1}\n",
+            "label.key",
+            6,
+        ),
         ("{", "policy", 2),
-        (WEB_TO_API + "tests:\n  - {from: {role: web}, to: {role: api}, on: tcp/8080, expect: deny}\n", "policy.tests", 8),
+        (
+            WEB_TO_API + "tests:\n  - {from: {role: web}, to: {role: api}, on: tcp/8080, expect: deny}\n",
+            "policy.tests",
+            8,
+        ),
     ],
 )
 def test_a_bad_policy_leaves_the_one_in_force(shop, text: str, code: str, line: int) -> None:

@@ -240,7 +240,12 @@ def test_revoking_a_host_takes_its_sidecars_and_placements(bench) -> None:
     for name in ("web", "api"):
         row = bench.placements.get(name, 0)
         record = bench.placement(row.placement)
-        assert (row.state, row.endpoint, record.state, record.epoch) == ("unplaced", None, "revoked", row.epoch)
+        assert (row.state, row.endpoint, record.state, record.epoch) == (
+            "unplaced",
+            None,
+            "revoked",
+            row.epoch,
+        )
         assert row.epoch == row.epoch_top
     with pytest.raises(Conflict):
         bench.placements.commit(prepared, bench.now, "test")
@@ -263,11 +268,15 @@ def test_a_revoked_or_strange_caller_is_refused(bench) -> None:
     with pytest.raises(Refused) as e:
         bench.registry.caller(name, 1)
     assert code(e) == "caller.certificate"
-    bench.registry.record_serial(serial=1, issuer="i", profile="workload", spiffe_id="x", spki="k", endpoint="a", issued=1, not_after=2)
+    bench.registry.record_serial(
+        serial=1, issuer="i", profile="workload", spiffe_id="x", spki="k", endpoint="a", issued=1, not_after=2
+    )
     with pytest.raises(Refused) as e:
         bench.registry.caller(name, 1)
     assert code(e) == "caller.certificate"
-    bench.registry.record_serial(serial=2, issuer="i", profile="endpoint", spiffe_id="x", spki="k", endpoint="a", issued=1, not_after=2)
+    bench.registry.record_serial(
+        serial=2, issuer="i", profile="endpoint", spiffe_id="x", spki="k", endpoint="a", issued=1, not_after=2
+    )
     bench.registry.caller(name, 2)
     bench.registry.revoke("a", bench.now, "test")
     with pytest.raises(Refused) as e:
@@ -280,7 +289,16 @@ def test_a_revoked_or_strange_caller_is_refused(bench) -> None:
 
 
 def test_a_serial_is_stored_once(bench) -> None:
-    about = {"serial": 5, "issuer": "i", "profile": "server", "spiffe_id": "x", "spki": "k", "endpoint": None, "issued": 1, "not_after": 2}
+    about = {
+        "serial": 5,
+        "issuer": "i",
+        "profile": "server",
+        "spiffe_id": "x",
+        "spki": "k",
+        "endpoint": None,
+        "issued": 1,
+        "not_after": 2,
+    }
     bench.registry.record_serial(**about)
     with pytest.raises(Conflict):
         bench.registry.record_serial(**about)
@@ -288,7 +306,9 @@ def test_a_serial_is_stored_once(bench) -> None:
 
 def test_renewal_and_underlay_publish_newer_records(bench) -> None:
     bench.enrol("a")
-    row = bench.registry.renew("a", bench.now + 9, ["[2001:db8::0001]:7"], ["aes-256-gcm", "chacha20poly1305"], bench.now)
+    row = bench.registry.renew(
+        "a", bench.now + 9, ["[2001:db8::0001]:7"], ["aes-256-gcm", "chacha20poly1305"], bench.now
+    )
     record = bench.endpoint(row.record)
     assert (record.generation, record.underlay) == (2, ["[2001:db8::1]:7"])
     assert set(record.ciphers) == {"aes-256-gcm", "chacha20poly1305"}
@@ -322,7 +342,15 @@ def test_too_many_underlay_hints() -> None:
         check_underlay([f"192.0.2.1:{n}" for n in range(1, 18)])
 
 
-@given(st.lists(st.tuples(st.ip_addresses().filter(lambda a: not (a.is_multicast or a.is_unspecified)), st.integers(1, 65535)), max_size=16))
+@given(
+    st.lists(
+        st.tuples(
+            st.ip_addresses().filter(lambda a: not (a.is_multicast or a.is_unspecified)),
+            st.integers(1, 65535),
+        ),
+        max_size=16,
+    )
+)
 def test_underlay_is_canonical(hints) -> None:
     texts = [f"[{a.exploded}]:{p}" if a.version == 6 else f"{a}:{p}" for a, p in hints]
     once = check_underlay(texts)

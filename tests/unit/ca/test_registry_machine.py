@@ -32,7 +32,9 @@ class Machine(RuleBasedStateMachine):
         self.spent: set[str] = set()
         self.seats: dict[tuple[str, int], dict] = {}
         self.overlays: dict[int, tuple[str, int]] = {}
-        self.signed: dict[tuple[str, int, int, str], str] = {}  # (.., epoch, kind) -> the one record that may have it
+        self.signed: dict[
+            tuple[str, int, int, str], str
+        ] = {}  # (.., epoch, kind) -> the one record that may have it
 
     def teardown(self) -> None:
         self.bench.store.close()
@@ -103,7 +105,13 @@ class Machine(RuleBasedStateMachine):
         assert (row.name, row.instance) == key
         assert row.overlay not in self.overlays
         self.overlays[row.overlay] = key
-        self.seats[key] = {"state": "active" if host else "unplaced", "holder": host, "epoch": placed, "top": placed, "target": None}
+        self.seats[key] = {
+            "state": "active" if host else "unplaced",
+            "holder": host,
+            "epoch": placed,
+            "top": placed,
+            "target": None,
+        }
 
     @rule(name=NAMES, instance=st.integers(0, 3))
     def revoke(self, name, instance):
@@ -127,7 +135,12 @@ class Machine(RuleBasedStateMachine):
         def call():
             return self.bench.placements.prepare(name, instance, to, self.bench.now, "t")
 
-        if seat is None or to not in self.hosts or seat["state"] in {"moving", "revoked"} or seat["holder"] == to:
+        if (
+            seat is None
+            or to not in self.hosts
+            or seat["state"] in {"moving", "revoked"}
+            or seat["holder"] == to
+        ):
             self.fails(call, NotFound, Refused, Conflict)
             return None
         move = call()
@@ -173,8 +186,19 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def the_store_says_the_same(self):
         rows = {(r.name, r.instance): r for r in self.bench.placements.all()}
-        assert {k: {"state": r.state, "holder": r.endpoint, "epoch": r.epoch, "top": r.epoch_top, "target": r.target} for k, r in rows.items()} == self.seats
-        assert {h.name: h.tunnel_key for h in self.bench.registry.all() if h.state == "enrolled"} == self.hosts
+        assert {
+            k: {
+                "state": r.state,
+                "holder": r.endpoint,
+                "epoch": r.epoch,
+                "top": r.epoch_top,
+                "target": r.target,
+            }
+            for k, r in rows.items()
+        } == self.seats
+        assert {
+            h.name: h.tunnel_key for h in self.bench.registry.all() if h.state == "enrolled"
+        } == self.hosts
 
     @invariant()
     def records_say_what_the_rows_say(self):

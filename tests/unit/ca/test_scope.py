@@ -28,12 +28,20 @@ SELECTORS = st.one_of(
     st.sampled_from(ROLES).map(lambda r: Not(role(r))),
     st.sampled_from(ROLES).map(lambda r: AllOf((Not(Named(frozenset({"web"}))), role(r)))),
 )
-RULES = st.tuples(st.sampled_from([Action.ALLOW, Action.ALLOW, Action.DENY]), SELECTORS, SELECTORS, st.sampled_from(["tcp/80", "udp", "any"]))
+RULES = st.tuples(
+    st.sampled_from([Action.ALLOW, Action.ALLOW, Action.DENY]),
+    SELECTORS,
+    SELECTORS,
+    st.sampled_from(["tcp/80", "udp", "any"]),
+)
 
 
 @st.composite
 def programs(draw) -> Program:
-    rules = tuple(Rule(f"r{n}", a, s, d, parse_ports(p)) for n, (a, s, d, p) in enumerate(draw(st.lists(RULES, max_size=4))))
+    rules = tuple(
+        Rule(f"r{n}", a, s, d, parse_ports(p))
+        for n, (a, s, d, p) in enumerate(draw(st.lists(RULES, max_size=4)))
+    )
     return Program((Tier("t", rules),), digest=str(draw(st.integers(0, 9))))
 
 
@@ -59,7 +67,10 @@ def facts(draw) -> InstanceFact:
 EVENTS = st.lists(
     st.one_of(
         facts().map(lambda f: ("instance", f)),
-        st.tuples(st.just("endpoint"), st.builds(EndpointFact, st.sampled_from(ENDPOINTS), st.none() | st.integers(0, 9).map(str))),
+        st.tuples(
+            st.just("endpoint"),
+            st.builds(EndpointFact, st.sampled_from(ENDPOINTS), st.none() | st.integers(0, 9).map(str)),
+        ),
         programs().map(lambda p: ("policy", p)),
         st.integers(0, 9).map(lambda n: ("bundle", str(n))),
     ),
@@ -102,7 +113,9 @@ def oracle(world: World, endpoint: str) -> dict[str, str]:
     mine = [f for f in world.instances.values() if endpoint in f.here and not f.revoked]
 
     def talk(one: Subject, other: Subject) -> bool:
-        return world.program is not None and bool(permitted(world.program, one, other) or permitted(world.program, other, one))
+        return world.program is not None and bool(
+            permitted(world.program, one, other) or permitted(world.program, other, one)
+        )
 
     names = {endpoint}
     for fact in world.instances.values():
@@ -131,7 +144,9 @@ def test_step_by_step_equals_the_definition(events) -> None:
             before = dict(view.objects)
             changed = world.update(view, touched)
             assert view.objects == oracle(world, endpoint)
-            assert changed == {k for k in before.keys() | view.objects.keys() if before.get(k) != view.objects.get(k)}
+            assert changed == {
+                k for k in before.keys() | view.objects.keys() if before.get(k) != view.objects.get(k)
+            }
             assert view.hash() == state_hash(view.objects)
             assert world.view(endpoint).objects == view.objects
 
@@ -156,10 +171,16 @@ def test_changed_labels_sort_everything_anew() -> None:
     world = World()
     world.set_policy("p", Program((Tier("t", (Rule("r", Action.ALLOW, role("x"), role("y")),)),)))
     for name, label, holder in (("web", "x", "a"), ("api", "z", "b")):
-        world.set_instance(InstanceFact(f"{name}/0", subject(name, {"role": label}), False, holder, None, frozenset(), name, None))
+        world.set_instance(
+            InstanceFact(
+                f"{name}/0", subject(name, {"role": label}), False, holder, None, frozenset(), name, None
+            )
+        )
     view = world.view("a")
     assert "placement/api/0" not in view.objects
-    touched = world.set_instance(InstanceFact("api/0", subject("api", {"role": "y"}), False, "b", None, frozenset(), "api", None))
+    touched = world.set_instance(
+        InstanceFact("api/0", subject("api", {"role": "y"}), False, "b", None, frozenset(), "api", None)
+    )
     assert touched.all
     world.update(view, touched)
     assert view.objects == oracle(world, "a")
@@ -183,7 +204,9 @@ def test_one_change_touches_only_who_can_see_it() -> None:
         world.set_endpoint(EndpointFact(f"h{n}", f"record {n}"))
         world.set_instance(InstanceFact(f"w{n}/0", subject(f"w{n}", {"role": "x" if n < 3 else "y" if n < 5 else "z"}), False,
                                         f"h{n}", None, frozenset(), f"p{n}", None))  # fmt: skip
-    touched = world.set_instance(InstanceFact("w0/0", subject("w0", {"role": "x"}), False, "h7", None, frozenset({"h0"}), "new", None))
+    touched = world.set_instance(
+        InstanceFact("w0/0", subject("w0", {"role": "x"}), False, "h7", None, frozenset({"h0"}), "new", None)
+    )
     assert touched.instances["w0/0"] == {"h0", "h7", "h3", "h4"}
     assert touched.views == {"h0", "h7"}
     assert not touched.all
@@ -193,7 +216,9 @@ def test_a_policy_that_cannot_be_classed_leaves_the_old_one(monkeypatch: pytest.
     world = World()
     good = Program((Tier("t", (Rule("r", Action.ALLOW, role("x"), role("y")),)),))
     world.set_policy("good", good)
-    world.set_instance(InstanceFact("web/0", subject("web", {"role": "x"}), False, "a", None, frozenset(), "w", None))
+    world.set_instance(
+        InstanceFact("web/0", subject("web", {"role": "x"}), False, "a", None, frozenset(), "w", None)
+    )
     before = world.view("a").objects
 
     def broken(self, subject):
@@ -204,6 +229,8 @@ def test_a_policy_that_cannot_be_classed_leaves_the_old_one(monkeypatch: pytest.
         with pytest.raises(RuntimeError):
             world.set_policy("bad", Program(()))
         with pytest.raises(RuntimeError):
-            world.set_instance(InstanceFact("api/0", subject("api", {}), False, "a", None, frozenset(), "x", None))
+            world.set_instance(
+                InstanceFact("api/0", subject("api", {}), False, "a", None, frozenset(), "x", None)
+            )
     assert (world.policy, world.program) == ("good", good)
     assert world.view("a").objects == before

@@ -46,7 +46,10 @@ def test_create_refuses_an_existing_file(path: Path) -> None:
 def test_the_engine_runs_as_promised(path: Path) -> None:
     store = Store.open(path)
     with store.read() as tx:
-        pragmas = {p: tx.exec_driver_sql(f"PRAGMA {p}").scalar_one() for p in ("journal_mode", "synchronous", "foreign_keys")}
+        pragmas = {
+            p: tx.exec_driver_sql(f"PRAGMA {p}").scalar_one()
+            for p in ("journal_mode", "synchronous", "foreign_keys")
+        }
     assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
     store.close()
 
@@ -152,12 +155,24 @@ def test_a_reader_sees_one_moment(path: Path) -> None:
     store.close()
 
 
-@pytest.mark.parametrize("statement", ["delete from audit", "update audit set actor = 'x'", "delete from changes", "update changes set key = 'x'"])
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "delete from audit",
+        "update audit set actor = 'x'",
+        "delete from changes",
+        "update changes set key = 'x'",
+    ],
+)
 def test_the_past_cannot_be_rewritten(path: Path, statement: str) -> None:
     store = Store.open(path)
     with store.write() as tx:
         store.log(tx, 1, "endpoint", "a")
-        tx.execute(insert(tables.audit).values(seq=1, at=1, actor="a", action="b", subject="c", outcome="ok", detail="{}", prev="0", hash="1"))
+        tx.execute(
+            insert(tables.audit).values(
+                seq=1, at=1, actor="a", action="b", subject="c", outcome="ok", detail="{}", prev="0", hash="1"
+            )
+        )
     with pytest.raises(Exception, match="append-only"), store.write() as tx:
         tx.execute(text(statement))
     with store.read() as tx:
@@ -195,7 +210,9 @@ def test_a_full_disk_changes_nothing_and_ends(path: Path) -> None:
 
     def fill() -> None:
         with store.write() as tx:
-            tx.exec_driver_sql(f"PRAGMA max_page_count={tx.exec_driver_sql('PRAGMA page_count').scalar_one()}")
+            tx.exec_driver_sql(
+                f"PRAGMA max_page_count={tx.exec_driver_sql('PRAGMA page_count').scalar_one()}"
+            )
             for n in range(500):
                 store.log(tx, 1, "endpoint", f"{n}" * 60)
 
