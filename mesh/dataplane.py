@@ -113,6 +113,7 @@ class DataPlane:
     async def start(self) -> None:
         """Deny everything that is not already allowed, then the device. Raises RetinueError."""
         self.config.run_dir.mkdir(parents=True, exist_ok=True)
+        self.firewall.close_v6 = self.host.closes_v6()
         await self.firewall.start()
         await self.host.start()
         await self._choose_device()

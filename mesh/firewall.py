@@ -178,18 +178,22 @@ def statements(table: str, verb: str, sets: Mapping[str, set[str]]) -> str:
     return "\n".join(lines) + "\n" if lines else ""
 
 
-def replacement(interface: str, sets: Mapping[str, set[str]]) -> str:
+def replacement(interface: str, sets: Mapping[str, set[str]], *, close_v6: bool = False) -> str:
     """A transaction that puts the whole table in place of whatever stands under its name."""
     name = table_name(interface)
     return (
         f"add table inet {name}\ndelete table inet {name}\n"
-        + skeleton(interface)
+        + skeleton(interface, close_v6=close_v6)
         + statements(name, "add", {key: lines for key, lines in sets.items() if lines})
     )
 
 
-def skeleton(interface: str) -> str:
-    """The table without elements: sets, counters, chains. Everything that is not in a set is denied."""
+def skeleton(interface: str, *, close_v6: bool = False) -> str:
+    """The table without elements: sets, counters, chains. Everything that is not in a set is denied.
+
+    close_v6: IPv6 forwarding of the whole host was switched on for our links' sake, so it is closed for all others.
+    """
+    closed = "meta nfproto ipv6 drop" if close_v6 else ""
     mark = f"0x{accepted_mark(interface):08x}"
     clear = f"0x{0xFFFF_FFFF ^ accepted_mark(interface):08x}"
     parts = [f"table inet {table_name(interface)} {{"]
@@ -264,6 +268,7 @@ chain forward {{
     iifname @links drop
     oifname "{interface}" drop
     oifname @links drop
+    {closed}
 }}
 chain output {{
     type route hook output priority mangle; policy accept;
@@ -424,6 +429,7 @@ class Firewall:
     def __init__(self, interface: str) -> None:
         self.interface = interface
         self.table = table_name(interface)
+        self.close_v6 = False  # see `skeleton`; takes effect with the next whole table
         self.plan: Plan | None = None
         self._half: tuple[Plan, Delta] | None = None  # narrowed towards this plan, not yet widened
         self._print: tuple[frozenset[str], Sets] | None = None  # the table as our last commit left it
@@ -435,7 +441,7 @@ class Firewall:
         async with self._lock:
             if await nft.list_table(self.table) is not None:
                 return True
-            await self._commit(replacement(self.interface, {}))
+            await self._commit(self._whole({}))
             return False
 
     async def narrow(self, plan: Plan) -> None:
@@ -473,8 +479,11 @@ class Firewall:
         await self.narrow(plan)
         await self.widen(plan)
 
+    def _whole(self, sets: Mapping[str, set[str]]) -> str:
+        return replacement(self.interface, sets, close_v6=self.close_v6)
+
     async def _replace(self, plan: Plan) -> None:
-        await self._commit(replacement(self.interface, all_sets(plan)))
+        await self._commit(self._whole(all_sets(plan)))
         self.plan, self._half = plan, None
 
     async def _try(self, text: str) -> bool:
@@ -509,7 +518,7 @@ class Firewall:
             if found is not None and found == self._print:
                 self._generation = now
                 return False
-            await self._commit(replacement(self.interface, all_sets(self.plan)))
+            await self._commit(self._whole(all_sets(self.plan)))
             return True
 
     async def remove(self) -> None:

@@ -223,9 +223,16 @@ class HostNet:
         if netns.sysctl(f"ipv6/conf/{name}/force_forwarding", "1") is None:
             self._forward_all_v6()
 
+    def closes_v6(self) -> bool:
+        """Is (or will be) IPv6 forwarding switched on for the whole host only for us? Then the firewall has to keep
+        the other links as closed as they were.
+        """
+        name = "ipv6/conf/all/forwarding"
+        return netns.sysctl("ipv6/conf/all/force_forwarding") is None and (name in self._undo() or netns.sysctl(name) == "0")
+
     def _forward_all_v6(self) -> None:
-        """Older kernels forward IPv6 everywhere or nowhere. Other links keep their own settings (and so their router
-        advertisements), as far as settings go.
+        """Kernels before 6.17 forward IPv6 everywhere or nowhere. Other links keep their own settings (a link that
+        forwards ignores router advertisements).
         """
         if netns.sysctl("ipv6/conf/all/forwarding") != "0":
             return

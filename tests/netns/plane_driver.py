@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from identity.errors import RetinueError
+from mesh import netns
 from mesh.dataplane import DataPlane, PlaneConfig
 
 
@@ -25,7 +26,11 @@ async def main() -> None:
     parser.add_argument("--run-dir", type=Path, required=True)
     parser.add_argument("--engine", type=Path, required=True)
     parser.add_argument("--device", default="userspace")
+    parser.add_argument("--old-kernel", action="store_true", help="hide the setting that kernels before 6.17 do not have")
     args = parser.parse_args()
+    if args.old_kernel:
+        real = netns.sysctl
+        netns.sysctl = lambda name, value=None: None if "force_forwarding" in name else real(name, value)
     events: list[str] = []
     plane = DataPlane(PlaneConfig(
         interface=args.interface, listen_port=args.port, private_key=args.key.read_bytes, run_dir=args.run_dir,

@@ -98,13 +98,13 @@ class Host:
             underlay=[f"{address}:51820"], ciphers=offers, generation=1, issued=1, expires=1 << 40,
         )  # fmt: skip
 
-    def launch(self) -> None:
+    def launch(self, *extra: str) -> None:
         key_file = self.dir / "key"
         key_file.write_bytes(self.key.private_bytes_raw())
         self.process = subprocess.Popen(
             ["ip", "netns", "exec", self.ns, sys.executable, str(Path(__file__).with_name("plane_driver.py")),
              "--interface", self.interface, "--port", "51820", "--key", str(key_file), "--run-dir", str(self.dir / "run"),
-             "--engine", str(self.engine)],
+             "--engine", str(self.engine), *extra],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY,
             env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         )  # fmt: skip

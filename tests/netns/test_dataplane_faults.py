@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.netns.plane_rig import Host, Rig, echo, ip, ports, until
+from tests.netns.plane_rig import Host, Rig, echo, inside, ip, ports, until
 
 pytestmark = pytest.mark.netns
 
@@ -288,11 +288,47 @@ def test_an_address_of_ours_that_arrives_elsewhere_is_dropped_and_neighbours_are
         sock.bind((a.underlay[0], 0))
         return sock
 
-    from tests.netns.plane_rig import inside
-
     nft(a.ns, "flush", "ruleset")
     with inside(a.ns, bare) as sock:
         for _ in range(3):
             sock.sendto(b"bypass", (rig.address("api"), 9000))
     assert until(lambda: b.ask("counters")["verdicts"]["outside"] >= 1)
     assert list(tap.packets()) == []
+
+
+def test_on_an_older_kernel_nothing_else_starts_to_forward(rig: Rig) -> None:
+    host = rig.hosts["b"]
+    host.finish()
+
+    def setting(name: str) -> str:
+        return inside(host.ns, lambda: Path(f"/proc/sys/net/ipv6/conf/{name}").read_text().strip())
+
+    host.launch("--old-kernel")
+    host.ask("start")
+    rig.apply(("web", "api", ports("tcp/8080")))
+    with rig.server("api", 8080, 6), rig.connect("web", "api", 8080, 6) as sock:
+        assert echo(sock) == b"ping"
+    assert (setting("all/forwarding"), setting("eth0/forwarding")) == ("1", "0")
+    # A second network behind the host, which did not route before.
+    other = rig.namespace("other")
+    ip("link", "add", "eth1", "netns", host.ns, "type", "veth", "peer", "name", "eth0", "netns", other)
+    for ns, device, address in ((host.ns, "eth1", "fd88::1/64"), (other, "eth0", "fd88::2/64")):
+        ip("addr", "add", address, "dev", device, "nodad", ns=ns)
+        ip("link", "set", device, "up", ns=ns)
+    ip("-6", "route", "add", "default", "via", "fd88::1", ns=other)
+    ip("-6", "route", "add", "fd88::/64", "via", host.underlay[1], ns=rig.hosts["a"].ns)
+
+    def reaches(target: str) -> bool:
+        argv = ["ip", "netns", "exec", other, "ping", "-c1", "-W1", target]
+        return subprocess.run(argv, check=False, capture_output=True).returncode == 0
+
+    assert until(lambda: reaches("fd88::1"))
+    assert not reaches(rig.hosts["a"].underlay[1])
+    host.kill()
+    nft(host.ns, "flush", "ruleset")
+    assert reaches(rig.hosts["a"].underlay[1])  # positive control: it is our rule that held it back
+    host.launch("--old-kernel")
+    host.ask("start")
+    assert not reaches(rig.hosts["a"].underlay[1])
+    host.ask("clean")
+    assert setting("all/forwarding") == "0"

@@ -113,6 +113,8 @@ def test_the_table_denies_what_is_in_no_set_and_every_jump_has_its_chain() -> No
         assert set(re.findall(r"@(\w+)", text)) <= set(re.findall(r"set (\w+)", text))
         assert "established accept" not in text
         assert f"0x{accepted_mark(interface):08x}" in text
+    assert "meta nfproto ipv6 drop" in skeleton("rtn0", close_v6=True)
+    assert "meta nfproto ipv6 drop" not in skeleton("rtn0")
     assert replacement("rtn0", {}).startswith("add table inet retinue\ndelete table inet retinue\n")
 
 
