@@ -1,7 +1,9 @@
 """Tests in the policy file: flows that must be allowed or denied, and places that must stay out of reach. Pure.
 
 A test speaks about the subjects of the inventory. Where none matches, a made-up subject that carries exactly what the
-selector asks for stands in, so that a test holds before the first workload exists; the result says so.
+selector asks for stands in, so that a test can be run before the first workload exists; the result says so. What must be
+allowed then holds when some workload that fits the selectors would be allowed; what must be denied is denied to the
+stand-in itself.
 """
 
 from __future__ import annotations
@@ -16,10 +18,9 @@ from policy.compile import compile_policy
 from policy.evaluate import Decision, evaluate, matches, permitted, show_flow
 from policy.model import FlowTest, Policy, ReachTest
 from policy.ports import PORTED, TCP, UDP, PortMap, ranges
-from policy.program import AllOf, Program, Selector, Subject, Where
+from policy.program import Action, AllOf, Program, Selector, Subject, Where
 
 _STAND_INS = 8  # made-up subjects for each end of a rule
-_PAIRS = 100_000  # pairs of classes one test looks at
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,36 +41,71 @@ def run_tests(
 ) -> list[TestResult]:
     """Every test of the policy, in file order. `program` is the policy compiled for now; tests with `at` compile anew."""
     names = None if running is None else frozenset(running)
-    programs: dict[int | None, Program] = {None: program}
+    programs: dict[int | None, Classes] = {None: Classes(program, subjects)}
     out = []
     for test in policy.tests:
         if isinstance(test, ReachTest):
             out.append(_reach(test, program, subjects))
             continue
         if test.at not in programs:
-            programs[test.at] = compile_policy(policy, test.at, names)
+            programs[test.at] = Classes(compile_policy(policy, test.at, names), subjects)
         out.append(_flow(test, programs[test.at], subjects))
     return out
 
 
-def _flow(test: FlowTest, program: Program, subjects: Sequence[Subject]) -> TestResult:
+def _flow(test: FlowTest, classes: Classes, subjects: Sequence[Subject]) -> TestResult:
     sources, made_source = _who(test.src, subjects, "source")
     targets, made_target = _who(test.dst, subjects, "destination")
     title = f"{test.words[0]} -> {test.words[1]} on {test.words[2]}: {test.expect}"
     stand_in = made_source or made_target
-    covers = 0
-    for src, dst in itertools.islice(itertools.product(sources, targets), _PAIRS):
-        if src.name == dst.name:
-            continue
-        covers += 1
-        wrong = _wrong(test, program, src, dst)
-        if wrong:
-            return TestResult(test.where, False, f"{title}: {wrong}", covers, stand_in)
+    covers = len(sources) * len(targets) - len({s.name for s in sources} & {s.name for s in targets})
     if not covers:
         return TestResult(
             test.where, False, f"{title}: the test covers nothing (no such pair of subjects)", 0, stand_in
         )
+    ones = _alike(classes, sources, made=made_source)
+    others = _alike(classes, targets, made=made_target)
+    for src, dst in itertools.product(ones, others):
+        if src.name == dst.name:
+            continue
+        wrong = _wrong(test, classes.program, src, dst)
+        if wrong and not (
+            stand_in
+            and test.expect == "allow"
+            and _could(test, classes.program, src, dst, made_source, made_target)
+        ):
+            return TestResult(test.where, False, f"{title}: {wrong}", covers, stand_in)
     return TestResult(test.where, True, title, covers, stand_in)
+
+
+def _alike(classes: Classes, found: Sequence[Subject], *, made: bool) -> list[Subject]:
+    """Two subjects of each class stand for all of them (two, since nobody is paired with itself)."""
+    if made:
+        return list(found)
+    by_class: dict[int, list[Subject]] = {}
+    for one in found:
+        kept = by_class.setdefault(classes.class_of(one.name), [])
+        if len(kept) < 2:
+            kept.append(one)
+    return [one for kept in by_class.values() for one in kept]
+
+
+def _could(
+    test: FlowTest, program: Program, src: Subject, dst: Subject, made_source: bool, made_target: bool
+) -> bool:
+    """Would some workload that the selectors allow for pass the test, where the made-up one, which carries less, does not?"""
+    for tier in program.tiers:
+        for rule in tier.rules:
+            if rule.action is not Action.ALLOW or not (rule.ports & test.ports):
+                continue
+            about = [()] if rule.concerns is None else [(rule.concerns,), ()]
+            for extra in about:
+                one = witness(AllOf((test.src, rule.src, *extra)), src.name) if made_source else src
+                for more in about:
+                    other = witness(AllOf((test.dst, rule.dst, *more)), dst.name) if made_target else dst
+                    if one is not None and other is not None and _wrong(test, program, one, other) is None:
+                        return True
+    return False
 
 
 def _wrong(test: FlowTest, program: Program, src: Subject, dst: Subject) -> str | None:

@@ -83,7 +83,13 @@ def test_stand_ins_take_the_place_of_workloads_to_come():
     assert (result.passed, result.stand_in, result.covers) == (True, True, 1)
     assert _run("{from: {workload: a/b, env: prod}, to: {under: x, env: '*'}, on: tcp/1, expect: deny}", ()).passed
     assert _run("{from: {any: [{role: db}, {role: api}], env: dev}, to: {not: {role: db}}, on: tcp/1, expect: deny}", ()).passed
-    assert not _run('{from: web, to: "api:tcp/80", expect: allow}', ()).passed  # web alone is no member of the segment
+    assert _run('{from: web, to: "api:tcp/80", expect: allow, by: web-api}', ()).passed  # a web that is a member would be
+    assert _run('{from: {env: prod}, to: "api:tcp/80", expect: allow}', ()).passed  # and so would a web among the env: prod
+    assert _run('{from: web, to: "api:tcp/80", expect: allow}', (API,)).passed
+    assert _run('{from: web, to: "api:tcp/80", expect: allow}', (WEB,)).passed
+    assert not _run('{from: web, to: "db:tcp/80", expect: allow}', ()).passed
+    assert not _run('{from: {role: web, env: dev}, to: {role: api, env: prod}, on: tcp/80, expect: allow}', ()).passed
+    assert not _run('{from: db, to: "api:tcp/80", expect: allow}', ()).passed
     assert not _run("{reach: {role: web, env: prod}, never: {role: db, env: prod}}", ()).passed
     assert _run("{reach: {role: db, env: prod}, never: {role: web, env: prod}}", ()).passed
     taken = Subject("a/b", {"role": "x"})
