@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 import time
@@ -51,6 +52,13 @@ class AgentLink:
             LOG.warning("%s; what is known stays in force", self.error)
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311  jitter is no secret
             pause = min(pause * 2, LAST_PAUSE)
+
+    async def attach(self, callers: Sequence[Caller]) -> None:
+        """Serve these callers from now on; new ones are attached at once."""
+        self.callers = callers
+        with contextlib.suppress(RetinueError):
+            async with LocalClient(self._path) as agent:
+                await self._attach(agent)
 
     async def explain(self, src: str, dst: str, proto: str, port: int) -> Mapping[str, Any] | None:
         """The agent's explanation of a verdict; None when it has none to give."""

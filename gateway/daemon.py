@@ -218,8 +218,8 @@ class Gateway:
             except RetinueError as e:
                 LOG.warning("configuration not reloaded, the one before stays: [%s] %s", e.code, e.message)
                 continue
-            link.callers = config.caller
             ingress.reconfigure(config)
+            await link.attach(config.caller)
             LOG.info("configuration reloaded")
 
     async def _apply(self, config: Config, ingress: Ingress, server: web.Server) -> None:

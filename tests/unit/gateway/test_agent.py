@@ -95,3 +95,11 @@ async def test_no_agent(tmp_path: Any, world: Any) -> None:
     assert "agent.unreachable" in str(link.error)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_a_new_caller_is_attached_at_once(following: Following, agent: Any) -> None:
+    await following.next()
+    agent.push()
+    await following.next()
+    await following.link.attach([CALLER, Caller(workload="partner/new", token_sha256=["b" * 64])])
+    assert [a["name"] for a in agent.attached] == ["partner/acme", "partner/new"]
