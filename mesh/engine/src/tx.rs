@@ -131,7 +131,21 @@ impl Tx {
     }
 
     fn seal(&mut self, core: &Core, io: &mut impl Transmit, buf: &mut [u8], len: usize, is_super: bool) {
-        let Some(session) = self.session.clone() else { return };
+        // Taken out rather than cloned: no reference counting per packet.
+        let Some(session) = self.session.take() else { return };
+        self.seal_with(core, io, &session, buf, len, is_super);
+        self.session = Some(session);
+    }
+
+    fn seal_with(
+        &mut self,
+        core: &Core,
+        io: &mut impl Transmit,
+        session: &Arc<Session>,
+        buf: &mut [u8],
+        len: usize,
+        is_super: bool,
+    ) {
         let count = if is_super { self.segmenter.count } else { 1 };
         let Some(first) = session.nonces(count as u64) else {
             core.want_handshake(&session.peer, self.now);
@@ -140,7 +154,7 @@ impl Tx {
         for i in 0..count {
             let (start, len) =
                 if is_super { (self.segmenter.prepare(i, buf), self.segmenter.len(i)) } else { (0, len) };
-            self.append(core, io, &session, first + i as u64, buf, start, len);
+            self.append(core, io, session, first + i as u64, buf, start, len);
         }
     }
 
@@ -166,7 +180,7 @@ impl Tx {
                 || self.count == MAX_SEGMENTS
                 || self.len + need > MAX_SEND)
         {
-            self.flush(core, io);
+            self.send(core, io, session);
         }
         // Padding may lie over the next segment's payload: put that back afterwards.
         let mut saved = [0u8; 16];
@@ -194,21 +208,27 @@ impl Tx {
     }
 
     fn flush(&mut self, core: &Core, io: &mut impl Transmit) {
+        if let Some(session) = self.session.take() {
+            self.send(core, io, &session);
+            self.session = Some(session);
+        }
+    }
+
+    /// Hands the buffer to the kernel and accounts for it.
+    fn send(&mut self, core: &Core, io: &mut impl Transmit, session: &Arc<Session>) {
         if self.count == 0 {
             return;
         }
-        if let Some(session) = &self.session {
-            let peer = &session.peer;
-            let data = &self.out[..self.len];
-            if let Some(to) = peer.endpoint.load_full() {
-                if io.transmit(&to, data, self.segment) == Sent::SourceGone {
-                    peer.clear_source();
-                    io.transmit(&Endpoint { addr: to.addr, src: None }, data, self.segment);
-                }
+        let peer = &session.peer;
+        let data = &self.out[..self.len];
+        if let Some(to) = peer.endpoint.load_full() {
+            if io.transmit(&to, data, self.segment) == Sent::SourceGone {
+                peer.clear_source();
+                io.transmit(&Endpoint { addr: to.addr, src: None }, data, self.segment);
             }
-            peer.tx_bytes.fetch_add(self.len as u64, Relaxed);
-            core.touch_sent(session, self.now, self.data);
         }
+        peer.tx_bytes.fetch_add(self.len as u64, Relaxed);
+        core.touch_sent(session, self.now, self.data);
         self.len = 0;
         self.count = 0;
         self.closed = false;
