@@ -205,3 +205,20 @@ def test_a_stale_row_cannot_be_written(hosts) -> None:
         hosts.placements.place(tx, row, hosts.registry.get("c"), hosts.now)
     assert e.value.code == "placement.changed"
     assert hosts.placements.get("web", 0).endpoint == "b"
+
+
+def test_every_signing_takes_an_epoch_above_all_before(hosts) -> None:
+    """After an aborted prepare, the next record of any kind is above the epoch that was burnt."""
+
+    def burn() -> int:
+        prepared = hosts.placements.prepare("web", 0, "b", hosts.now, "test")
+        return hosts.placements.abort(prepared, hosts.now, "test", "why").epoch_top
+
+    hosts.add("web", "a")
+    top = burn()
+    hosts.enrol("a", replace=True)
+    assert hosts.placements.get("web", 0).epoch == top + 1
+    top = burn()
+    hosts.registry.revoke("a", hosts.now, "test")
+    row = hosts.placements.get("web", 0)
+    assert (row.epoch, hosts.placement(row.placement).epoch) == (top + 1, top + 1)
