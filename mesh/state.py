@@ -26,8 +26,9 @@ from identity.errors import BadInput, BadState, Conflict
 from identity.keys import write_secret
 from identity.wire import parse
 from identity.wire.local import Attach
+from mesh.acceptance import Mark
 from mesh.snapshot import InstanceKey
-from mesh.sync import Mark, Position, SyncMachine
+from mesh.sync import Position, SyncMachine
 
 STATE_VERSION: Final = 1
 MAX_FILE: Final = 128 * 1024 * 1024

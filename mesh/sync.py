@@ -14,29 +14,26 @@ What it promises, whatever arrives:
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from identity.bundle import TrustBundle
 from identity.errors import BadInput, BadState, NotVerified, RetinueError
-from identity.names import OVERLAY_V4, SpiffeId
 from identity.records import (
     BundleRecord,
     EndpointRecord,
     Heartbeat,
-    Payload,
     PlacementRecord,
     PolicyRecord,
     state_hash,
 )
 from identity.wire import feed
-from mesh.snapshot import InstanceKey, Snapshot, addresses, instance_key
+from mesh.acceptance import TAKEN, Held, Mark, Rules, overtaken, settle_addresses
+from mesh.snapshot import InstanceKey, Snapshot, instance_key
 
 LEASE: Final = 30.0  # seconds without a newer heartbeat until `fence: strict` instances are gone
 STALE_MAX: Final = 12 * 3600.0  # the same for `fence: available`
-TAKEN: Final = "placement.address_taken"
 MAX_FUTURE: Final = 600.0  # a heartbeat further ahead of our wall clock is refused
 
 
@@ -46,22 +43,6 @@ class Position:
 
     timeline: str
     revision: int
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """The highest number accepted for one thing, and the SHA-256 (hex) of the body that had it."""
-
-    number: int
-    body: str
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """One object in force: the exact envelope and what it says."""
-
-    envelope: str
-    payload: Payload
 
 
 # ---- events
@@ -149,21 +130,29 @@ class SyncMachine:
     ) -> None:
         self.trust = trust
         self.endpoint = endpoint
-        self.marks: dict[InstanceKey, Mark] = dict(marks or {})
-        self.policy_mark = policy_mark
+        self.rules = Rules(trust.trust_domain, dict(marks or {}), policy_mark, check_policy)
         self.position: Position | None = None
         self.heartbeat: Held | None = None  # the newest
         self.proof: Held | None = None  # the one that came with the position
         self.heard: float = 0.0  # mono at which the newest heartbeat was received
         self.refused: dict[str, RetinueError] = {}
         self.lease, self.stale_max = lease, stale_max
-        self._check_policy = check_policy
         self._held: dict[str, Held] = {}
         self._received: dict[str, str] = {}
         self._resync = True
         self._domain = trust.trust_domain
 
     # ---- what the shell asks
+
+    @property
+    def marks(self) -> dict[InstanceKey, Mark]:
+        """Highest epoch ever accepted of each instance."""
+        return self.rules.marks
+
+    @property
+    def policy_mark(self) -> Mark | None:
+        """Highest policy revision ever accepted."""
+        return self.rules.policy_mark
 
     @property
     def resume(self) -> Position | None:
@@ -441,7 +430,10 @@ class SyncMachine:
         if envelope is None or (old is not None and old.envelope == envelope):
             return _NextTrust(self.trust, old, None)
         try:
-            if restoring and (saved := self.trust.verify(BundleRecord, envelope)).sequence < self.trust.sequence:
+            if (
+                restoring
+                and (saved := self.trust.verify(BundleRecord, envelope)).sequence < self.trust.sequence
+            ):
                 return _NextTrust(self.trust, Held(envelope, saved), None)
         except NotVerified:
             pass  # signed by a key that only it names itself
@@ -476,80 +468,24 @@ class SyncMachine:
                 refused[key] = known
             else:
                 try:
-                    held[key] = self._record(trust, key, envelope)
+                    held[key] = self.rules.record(trust, key, envelope, old)
                     continue
                 except RetinueError as e:
                     refused[key] = e
             if old is not None and (not retrusted or self._holds(trust, key, old.envelope)):
                 held[key] = old
-        for key, error in list(_address_clashes(held, base)):
-            refused[key] = error
-            del held[key]
-        for key in [k for k in held if k.startswith("prepare/") and self._overtaken(held, k)]:
+        refused |= settle_addresses(held, base)
+        for key in [k for k in held if k.startswith("prepare/") and overtaken(held, k)]:
             del held[key]  # its move was committed or given up: not an error, just over
         return held, refused
 
     def _holds(self, trust: TrustBundle, key: str, envelope: str) -> bool:
         """May a record in force stay under a new bundle? Not when its signer is trusted no more."""
         try:
-            self._record(trust, key, envelope)
+            self.rules.record(trust, key, envelope, None)
         except RetinueError:
             return False
         return True
-
-    def _record(self, trust: TrustBundle, key: str, envelope: str) -> Held:
-        """Verify one object against its key, its signer and the marks. Raises RetinueError."""
-        kind, _, rest = key.partition("/")
-        match kind:
-            case "policy" if not rest:
-                policy = trust.verify(PolicyRecord, envelope)
-                _not_behind(self.policy_mark, policy.revision, policy.digest, "policy", "revision")
-                if self._check_policy:
-                    self._check_policy(policy)
-                return Held(envelope, policy)
-            case "endpoint":
-                endpoint = trust.verify(EndpointRecord, envelope)
-                _same_key(rest, endpoint.endpoint)
-                return Held(envelope, endpoint)
-            case "placement" | "prepare":
-                placement = trust.verify(PlacementRecord, envelope)
-                instance = instance_key(placement.name, placement.instance)
-                _same_key(rest, instance)
-                self._check_placement(placement, kind, self.marks.get(instance))
-                return Held(envelope, placement)
-        raise NotVerified("record.key", f"an object key of no known kind: {ascii(key)[:80]}")
-
-    def _check_placement(self, placement: PlacementRecord, kind: str, mark: Mark | None) -> None:
-        if str(SpiffeId.workload(self._domain, placement.name)) != placement.spiffe_id:
-            raise NotVerified("placement.name", "a placement's name and SPIFFE ID differ")
-        try:
-            v4, v6 = addresses(placement)
-        except ValueError:
-            raise NotVerified(
-                "placement.address", "a placement's addresses are not one IPv4 and one IPv6"
-            ) from None
-        if v4 not in OVERLAY_V4 or v6 not in self._domain.overlay_v6():
-            raise NotVerified("placement.address", "a placement's address lies outside the overlay")
-        if (kind == "prepare") != (placement.state == "prepare"):
-            raise NotVerified("placement.state", f"a {placement.state} record under the key of a {kind}")
-        if kind == "prepare":
-            if mark and placement.epoch <= mark.number:
-                raise NotVerified(
-                    "placement.epoch", f"a prepared epoch {placement.epoch} is not above {mark.number}"
-                )
-        else:
-            _not_behind(mark, placement.epoch, placement_body(placement), "placement", "epoch")
-
-    @staticmethod
-    def _overtaken(held: Mapping[str, Held], key: str) -> bool:
-        prepare = held[key].payload
-        now = held.get(f"placement/{key.removeprefix('prepare/')}")
-        return (
-            now is not None
-            and isinstance(prepare, PlacementRecord)
-            and isinstance(now.payload, PlacementRecord)
-            and prepare.epoch <= now.payload.epoch
-        )
 
     def _changes(self, held: Mapping[str, Held]) -> frozenset[str]:
         keys = held.keys() | self._held.keys()
@@ -562,50 +498,7 @@ class SyncMachine:
     def _commit(self, held: dict[str, Held], trust: TrustBundle) -> None:
         self._held = held
         self.trust = trust
-        for key, one in held.items():
-            match one.payload:
-                case PlacementRecord() as p if key.startswith("placement/"):
-                    self.marks[instance_key(p.name, p.instance)] = Mark(p.epoch, placement_body(p))
-                case PolicyRecord() as p:
-                    self.policy_mark = Mark(p.revision, p.digest)
-
-
-def placement_body(record: PlacementRecord) -> str:
-    """SHA-256 (hex) of what a placement says, without when it was signed: equal for a mere re-signing."""
-    return hashlib.sha256(record.model_dump_json(exclude={"issued"}).encode()).hexdigest()
-
-
-def _address_clashes(
-    held: Mapping[str, Held], base: Mapping[str, Held]
-) -> Iterable[tuple[str, RetinueError]]:
-    """Placements that claim an address another instance already has; who was in force first keeps it."""
-    owner: dict[str, str] = {}
-    order = sorted((k for k in held if k.startswith("placement/")), key=lambda k: (k not in base, k))
-    for key in order:
-        payload = held[key].payload
-        if not isinstance(payload, PlacementRecord) or payload.state != "active":
-            continue
-        taken = next((owner[a] for a in payload.addresses if owner.get(a, key) != key), None)
-        if taken is not None:
-            yield key, NotVerified(TAKEN, f"an address of {key} belongs to {taken}")
-            continue
-        owner.update(dict.fromkeys(payload.addresses, key))
-
-
-def _not_behind(mark: Mark | None, number: int, body: str, what: str, unit: str) -> None:
-    if mark is None or number > mark.number:
-        return
-    if number < mark.number:
-        raise NotVerified(
-            f"{what}.{unit}", f"{unit} {number} is behind {unit} {mark.number}, which was seen before"
-        )
-    if body != mark.body:
-        raise NotVerified(f"{what}.equivocation", f"two different records were signed for {unit} {number}")
-
-
-def _same_key(rest: str, name: str) -> None:
-    if rest != name:
-        raise NotVerified("record.key", "a record stands under another object's key")
+        self.rules.note(held)
 
 
 def _beat_of(held: Held) -> Heartbeat:

@@ -532,3 +532,42 @@ def test_several_changes_within_one_second_survive_a_restart(ca, machine):
     ca.time -= 1
     feed(machine, ca.delta({"placement/web/0": ca.placement("web", "host-b", 2)}))
     assert in_force(restored(ca, machine)) == in_force(machine)
+
+
+def test_an_older_endpoint_record_is_refused(ca, machine):
+    assert codes(feed(machine, ca.delta({"endpoint/host-b": ca.endpoint("host-b", generation=4)}))) == []
+    assert codes(feed(machine, ca.delta({"endpoint/host-b": ca.endpoint("host-b", b"\x09" * 32, generation=3)}))) == [
+        "endpoint.generation"
+    ]
+    assert machine.view(0.0).snapshot.endpoints["host-b"].generation == 4
+
+
+def test_who_claims_a_taken_address_keeps_what_it_had(ca, machine):
+    taken = ca.placement("shop/api", "host-b", 2, index=1)  # the address of web
+    assert codes(feed(machine, ca.delta({"placement/shop/api/0": taken}))) == ["placement.address_taken"]
+    assert in_force(machine) == BOTH
+    # Both of a chain are new: web takes api's address and api takes one that web had.
+    swapped = {
+        "placement/web/0": ca.placement("web", "host-a", 2, index=2),
+        "placement/shop/api/0": ca.placement("shop/api", "host-b", 3, index=3),
+        "placement/other/0": ca.placement("other", "host-b", 1, index=1),
+    }
+    events = feed(machine, ca.delta(swapped))
+    assert codes(events) == []
+    assert in_force(machine) == {"web/0": ("host-a", 2), "shop/api/0": ("host-b", 3), "other/0": ("host-b", 1)}
+
+
+def test_a_claim_that_cannot_even_keep_what_it_had_is_out(ca, machine):
+    events = feed(
+        machine,
+        ca.delta(
+            {
+                "placement/web/0": ca.placement("web", "host-a", 2, index=2),  # wants api's, which api keeps
+                "placement/other/0": ca.placement("other", "host-b", 1, index=1),  # wants what web has
+            }
+        ),
+    )
+    assert set(codes(events)) == {"placement.address_taken"}
+    addresses = [a for p in machine.view(0.0).snapshot.placements.values() for a in p.addresses]
+    assert len(addresses) == len(set(addresses))
+    assert in_force(machine)["shop/api/0"] == ("host-b", 1)
