@@ -1,6 +1,7 @@
 """The demo's five acts: what is done and measured. Each says what it saw as events; mesh/story.py tells them to people.
 
 Nothing here knows a result beforehand: an event's `ok` is the outcome of a comparison with what was seen on the wire.
+Administration goes through the CA's admin socket, as `retinue-ca` does, where a command's start would only cost time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from identity.errors import TimedOut
-from identity.wire.admin import WorkloadRef
+from identity.wire.admin import PolicyApply, PolicyFileIn, TokenCreate, WorkloadAdd, WorkloadRef
 from identity.wire.local import Status
 from mesh.capture import Capture, Seen, send_clear
 from mesh.lab import Lab
@@ -83,7 +84,7 @@ class Acts:
         begin = time.monotonic()
         lab = self.lab
         await asyncio.to_thread(lab.start_ca)
-        info = await lab.aca("info")
+        info = await lab.admin("GET", "/v1/info")
         await self.emit("ca", trust_domain=info["trust_domain"], root_fingerprint=info["root_fingerprint"], ms=_since(begin))
         await asyncio.gather(*(self._host(name) for name in HOSTS))
         await asyncio.gather(*(self._workload(name) for name in HOMES))
@@ -92,7 +93,8 @@ class Acts:
 
     async def _host(self, name: str) -> None:
         begin = time.monotonic()
-        done = await asyncio.to_thread(self.lab.enroll, name)
+        token = await self.lab.admin("POST", "/v1/tokens", TokenCreate(host=name))
+        done = await asyncio.to_thread(self.lab.use_token, name, token["token"])
         await asyncio.to_thread(self.lab.start_agent, name)
         device = (await self.lab.until(name, lambda s: s.control == "connected")).device
         await self.emit(
@@ -102,7 +104,7 @@ class Acts:
 
     async def _workload(self, name: str) -> None:
         home = HOMES[name]
-        made = await self.lab.aca("workload", "add", name, "--host", home, "--label", f"role={name}")
+        made = await self.lab.admin("POST", "/v1/workloads", WorkloadAdd(name=name, host=home, labels={"role": name}))
         self.addresses[name], self.spiffe[name] = made["addresses"], made["spiffe_id"]
         await self._place(name, home)
         await self.emit("identity", workload=name, spiffe_id=made["spiffe_id"], host=home, addresses=made["addresses"],
@@ -121,9 +123,8 @@ class Acts:
 
     async def _apply(self, text: str, author: str) -> dict[str, Any]:
         """Publish a policy and wait until every agent enforces it."""
-        path = Path(self.lab.dir) / "shop.yaml"
-        path.write_text(text)
-        done: dict[str, Any] = await self.lab.aca("policy", "apply", str(path), "--author", author)
+        request = PolicyApply(files=[PolicyFileIn(name="shop.yaml", text=text)], author=author)
+        done: dict[str, Any] = await self.lab.admin("POST", "/v1/policy", request)
         self.digest = done["digest"]
         await asyncio.gather(*(self.lab.until(h, lambda s: s.policy_digest == self.digest) for h in HOSTS))
         await self.emit("policy", revision=done["revision"], digest=done["digest"], rules=_rules(text))
@@ -227,7 +228,7 @@ class Acts:
 
     async def move(self) -> None:
         lab = self.lab
-        before = await lab.aca("policy", "show")
+        before = await lab.admin("GET", "/v1/policy")
         await self._place("api", "host-c", wait=0)
         await self.emit("prepared_place", host="host-c", netns=lab.netns("api-host-c"))
         web = self.addresses["web"][0]
@@ -259,7 +260,7 @@ class Acts:
             attempts = old.attempts - attempts_at_fence
             heard = len(news.of("host-c").seqs)
             await fresh.stop()
-        after = await lab.aca("policy", "show")
+        after = await lab.admin("GET", "/v1/policy")
         kept = moved["workload"]["addresses"] == self.addresses["api"]
         self.figures["move"] = {"sent": result["sent"], "lost": result["lost"], "gap_ms": result["gap_ms"]}
         await self.emit(
