@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from identity.names import TrustDomain
 from identity.records import EndpointRecord, PlacementRecord
 from mesh import netns
 from mesh.compile import LocalAttachment, LocalFacts, compile_plan
+from mesh.devices.userspace import start_time
 from mesh.plan import Plan
 from mesh.snapshot import InstanceKey, Snapshot
 from policy.ports import PortMap, parse_ports, union
@@ -146,6 +148,11 @@ class Host:
                 self.process.stdin.close()
             self.process.wait(10)
             self._close()
+        for pid_file in (self.dir / "run").glob("engine-*.json"):  # the agent was killed; its engine lives on
+            saved = json.loads(pid_file.read_text())
+            if start_time(saved["pid"]) == saved["started"]:
+                os.kill(saved["pid"], signal.SIGTERM)
+                until(lambda pid=saved["pid"], at=saved["started"]: start_time(pid) != at)
 
 
 class Rig:
@@ -168,11 +175,21 @@ class Rig:
         self.offers = ["chacha20poly1305"]
         self.closing = contextlib.ExitStack()
         self.program = program()
+        self._made: list[str] = []
 
     def __enter__(self) -> Rig:
+        try:
+            self._build()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _build(self) -> None:
         for host in self.hosts.values():
             (host.dir / "run").mkdir(parents=True)
-        for ns in (*(h.ns for h in self.hosts.values()), *self.workloads.values()):
+        self._made = [*(h.ns for h in self.hosts.values()), *self.workloads.values()]
+        for ns in self._made:
             ip("netns", "add", ns)
             ip("link", "set", "lo", "up", ns=ns)
         ip("netns", "add", self.switch)
@@ -188,13 +205,12 @@ class Rig:
             host.ask("start")
         for name in self.workloads:
             self.attach(name, self.where[name])
-        return self
 
     def __exit__(self, *exc: object) -> None:
         self.closing.close()
         for host in self.hosts.values():
             host.finish()
-        for ns in (*(h.ns for h in self.hosts.values()), *self.workloads.values(), self.switch):
+        for ns in (*self._made, self.switch):
             with contextlib.suppress(subprocess.CalledProcessError):
                 ip("netns", "del", ns)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -212,3 +213,32 @@ def test_a_member_whose_own_host_knows_less_is_answered_by_the_other_end(rig: Ri
         assert (server.accepted, server.received) == (1, 4)
     denied = {tuple(d[:4]) for d in rig.hosts["b"].ask("counters")["denied"]}
     assert (rig.address("web", family), rig.address("api", family), "tcp", 8080) in denied
+
+
+@pytest.mark.parametrize("family", [4, 6])
+@pytest.mark.parametrize("foreign", ["a", "b"])
+def test_the_far_end_may_run_another_implementation(tmp_path: Path, foreign: str, family: int) -> None:
+    rig = Rig(tmp_path)
+    rig.hosts[foreign].engine = Path(shutil.which("wireguard-go") or "/nonexistent")
+    rig.family = family
+    with rig:
+        rig.apply(("web", "api", ports("tcp/8080")))
+        with rig.server("api", 8080, family), rig.connect("web", "api", 8080, family) as sock:
+            assert echo(sock) == b"ping"
+
+
+def test_ends_that_both_offer_aes_talk_and_go_on_when_one_stops_offering_it(rig: Rig) -> None:
+    rig.offers = ["chacha20poly1305", "aes-256-gcm"]
+    for offers in (rig.offers, ["chacha20poly1305"], rig.offers):
+        rig.offers = offers
+        rig.apply(("web", "api", ports("tcp/8080")))
+        assert {p.cipher for p in rig.plan("a").peers.values()} == {offers[-1]}
+
+        def talks() -> bool:
+            try:
+                with rig.server("api", 8080), rig.connect("web", "api", 8080, timeout=2) as sock:
+                    return echo(sock) == b"ping"
+            except OSError:
+                return False
+
+        assert until(talks, timeout=30)
