@@ -213,6 +213,44 @@ async def test_a_policy_change_cuts_an_open_flow(world):
         world.lab.ca("policy", "apply", str(policy))
 
 
+async def test_without_the_ca_strict_goes_dark_with_its_lease_and_available_stays(world):
+    """Both agents lose the CA: `db` (strict) ends within the lease, `api` (available) does not notice."""
+    lab = world.lab
+    address = lab.ca("workload", "add", "db", "--host", "host-b", "--label", "role=api", "--fence", "strict")["addresses"]
+    world.ns["db"] = lab.add_workload("db")
+    lab.retinue("host-b", "attach", "db", "--netns", world.ns["db"], "--wait", "10")
+    for host in ("host-a", "host-b"):
+        await asyncio.to_thread(world.restart, host, signal.SIGTERM, "--lease", "3")
+    for host in ("host-a", "host-b"):
+        await world.until(host, lambda s: s["control"] == "connected")
+    async with (
+        traffic(world) as senders,
+        Receiver("udp", 9000, netns=world.ns["db"]) as strict,
+        Sender("udp", address[0], 9000, tag="strict", rate=100, netns=world.ns["web"]) as sender,
+    ):
+        await settle(senders)
+        await strict.wait_more("strict", 20)
+        lab.processes["retinue-ca"].kill()
+        try:
+            for host in ("host-a", "host-b"):
+                await world.until(host, lambda s: any(c["code"] == "fence.closed" for c in s["conditions"]), 3 + 10)
+            before, tried = len(strict.of("strict").seqs), sender.attempts
+            await settle(senders, 50)
+            assert len(strict.of("strict").seqs) == before
+            assert sender.attempts > tried
+            # A restart without the CA does not reopen it.
+            await asyncio.to_thread(world.restart, "host-b", signal.SIGKILL, "--lease", "3")
+            await settle(senders, 50)
+            assert len(strict.of("strict").seqs) == before
+        finally:
+            await asyncio.to_thread(lab.start_ca, init=False)
+        await strict.wait_more("strict", 20, 20)
+        await assert_unharmed(senders)
+    lab.retinue("host-b", "detach", "db")
+    for host in ("host-a", "host-b"):
+        await asyncio.to_thread(world.restart, host, signal.SIGTERM)
+
+
 # ---- run
 
 
