@@ -15,6 +15,9 @@ MAX_FILE: Final = 64 * 1024 * 1024  # bytes
 FOLDERS: Final = {
     "tailscale": (".hujson", ".json"),
     "kubernetes": (".yaml", ".yml", ".json"),
+    "aws": (".json",),
+    "iptables": ("",),
+    "cisco-ios": ("",),
 }
 
 

@@ -11,7 +11,7 @@ from typing import Final
 from identity.errors import BadInput
 from policy.importers.model import Files, Imported
 
-KINDS: Final = ("tailscale", "kubernetes", "nsx")
+KINDS: Final = ("tailscale", "kubernetes", "nsx", "aws", "iptables", "nftables", "cisco-ios")
 
 
 def run(kind: str, files: Files) -> Imported:
@@ -29,4 +29,20 @@ def run(kind: str, files: Files) -> Imported:
             from policy.importers.nsx import import_nsx
 
             return import_nsx(files)
+        case "aws":
+            from policy.importers.aws import import_aws
+
+            return import_aws(files)
+        case "iptables":
+            from policy.importers.netfilter.iptables import import_iptables
+
+            return import_iptables(files)
+        case "nftables":
+            from policy.importers.netfilter.nft import import_nft
+
+            return import_nft(files)
+        case "cisco-ios":
+            from policy.importers.cisco import import_cisco
+
+            return import_cisco(files)
     raise BadInput("import.kind", f"cannot import {ascii(kind)[:40]}", hint=f"one of {', '.join(KINDS)}")

@@ -79,9 +79,29 @@ def test_every_kind_runs_and_others_are_refused() -> None:
         "tailscale": {"policy.hujson": "{}", "devices.json": '{"devices": []}'},
         "kubernetes": {"p.json": json.dumps({"kind": "Pod", "metadata": {"name": "p"}})},
         "nsx": {"n.json": '{"domains": []}'},
+        "aws": {"g.json": '{"SecurityGroups": [{"GroupId": "sg-1"}]}'},
+        "iptables": {"rules.v4": "*filter\n:INPUT DROP [0:0]\n"},
+        "nftables": {
+            "n.json": json.dumps(
+                {
+                    "nftables": [
+                        {
+                            "chain": {
+                                "family": "ip",
+                                "table": "t",
+                                "name": "c",
+                                "type": "filter",
+                                "hook": "input",
+                            }
+                        }
+                    ]
+                }
+            )
+        },
+        "cisco-ios": {"r.cfg": "access-list 100 permit ip any any\n"},
     }
+    assert set(files) == set(KINDS)
     for kind in files:
-        assert kind in KINDS
         assert run(kind, files[kind]).policy.source == kind
     with pytest.raises(BadInput, match="cannot import 'pix'"):
         run("pix", {})

@@ -1,0 +1,1 @@
+"""Host packet filters of Linux: `iptables-save` and `nft -j list ruleset`."""
