@@ -28,7 +28,7 @@ Options:
   -f, --foreground      stay in the foreground (WG_PROCESS_FOREGROUND=1 does the same)
   --workers N           packet threads, each with its own TUN queue and UDP socket (default: half
                         the cores, at least 1)
-  --spin-us N           after traffic, poll this many microseconds before sleeping (default 20)
+  --spin-us N           during bulk traffic, poll this many microseconds before sleeping (default 20)
   --low-power           never spin; one blocking thread per direction
   --mtu N               MTU of the new interface (default 1420)
   --no-tun-offload      no TSO/USO superpackets on the TUN

@@ -34,6 +34,32 @@ const LARGE: usize = 16 * 1024;
 /// The kernel refused a superpacket once: none is written any more, by any worker.
 static NO_SUPERPACKETS: AtomicBool = AtomicBool::new(false);
 
+/// Tells bulk traffic, where spinning saves wake-ups, from sparse packets, where a spinning thread
+/// would only keep the CPU from whoever has to answer.
+#[derive(Default)]
+struct Load {
+    since: u64,
+    bytes: usize,
+    before: usize,
+}
+
+const LOAD_WINDOW_US: u64 = 200;
+const BULK_BYTES: usize = 16 * 1024;
+
+impl Load {
+    /// Counts `bytes` at `now` (microseconds); true while a window's worth of traffic is bulk.
+    fn bulk(&mut self, now: u64, bytes: usize) -> bool {
+        let age = now - self.since;
+        if age > LOAD_WINDOW_US {
+            self.before = if age > 2 * LOAD_WINDOW_US { 0 } else { self.bytes };
+            self.since = now;
+            self.bytes = 0;
+        }
+        self.bytes += bytes;
+        self.bytes + self.before >= BULK_BYTES
+    }
+}
+
 struct Outbound {
     tx: Tx,
     buf: Box<[u8]>,
@@ -66,6 +92,7 @@ pub fn run(engine: &Engine, thread: usize, queue: usize, role: Role, spin_us: u6
     let mut sockets: Option<Arc<Vec<SocketPair>>> = None;
     let mut ready = [Ready { token: 0, failed: false }; 8];
     let mut busy_until = 0;
+    let mut load = Load::default();
     adopt(engine, &epoll, &mut sockets, queue, role.inbound)?;
     while !engine.stopping() {
         let spin = spin_us > 0 && micros() < busy_until;
@@ -74,7 +101,7 @@ pub fn run(engine: &Engine, thread: usize, queue: usize, role: Role, spin_us: u6
             std::hint::spin_loop();
             continue;
         }
-        let mut worked = false;
+        let mut bytes = 0;
         for r in &ready[..n] {
             match r.token {
                 TOKEN_WAKE => {
@@ -87,19 +114,22 @@ pub fn run(engine: &Engine, thread: usize, queue: usize, role: Role, spin_us: u6
                         return Ok(());
                     }
                     if let Some(o) = &mut out {
-                        worked |= o.drain(engine, tun, sockets.as_ref().and_then(|s| s.get(queue)));
+                        bytes += o.drain(engine, tun, sockets.as_ref().and_then(|s| s.get(queue)));
                     }
                 }
                 token => {
                     let pair = sockets.as_ref().and_then(|s| s.get(queue));
                     if let (Some(i), Some(pair)) = (&mut inb, pair) {
-                        worked |= i.receive(engine, tun, pair, token);
+                        bytes += i.receive(engine, tun, pair, token);
                     }
                 }
             }
         }
-        if worked && spin_us > 0 {
-            busy_until = micros() + spin_us;
+        if bytes > 0 && spin_us > 0 {
+            let t = micros();
+            if load.bulk(t, bytes) {
+                busy_until = t + spin_us;
+            }
         }
     }
     Ok(())
@@ -137,7 +167,7 @@ fn adopt(
 
 impl Outbound {
     /// Reads until the queue is empty or the budget is used.
-    fn drain(&mut self, engine: &Engine, tun: &Queue, sockets: Option<&SocketPair>) -> bool {
+    fn drain(&mut self, engine: &Engine, tun: &Queue, sockets: Option<&SocketPair>) -> usize {
         let (mut packets, mut bytes) = (0, 0);
         let core = &engine.core;
         while packets < DRAIN_PACKETS && bytes < DRAIN_BYTES {
@@ -167,16 +197,16 @@ impl Outbound {
         if let (true, Some(mut io)) = (packets > 0, sockets) {
             self.tx.end(core, &mut io);
         }
-        packets > 0
+        bytes
     }
 }
 
 impl Inbound {
-    fn receive(&mut self, engine: &Engine, tun: &Queue, pair: &SocketPair, token: u64) -> bool {
+    fn receive(&mut self, engine: &Engine, tun: &Queue, pair: &SocketPair, token: u64) -> usize {
         let socket = if token == TOKEN_V6 { &pair.v6 } else { &pair.v4 };
-        let Some(socket) = socket else { return false };
+        let Some(socket) = socket else { return 0 };
         if !self.receiver.receive(socket, self.limit) {
-            return false;
+            return 0;
         }
         let large = self.receiver.received.first().is_some_and(|r| r.len > LARGE);
         self.limit = if large { LARGE_BATCH } else { BATCH };
@@ -198,7 +228,7 @@ impl Inbound {
         if datagrams {
             yield_now();
         }
-        true
+        self.receiver.received.iter().map(|r| r.len).sum()
     }
 }
 
@@ -216,5 +246,21 @@ fn write_apart(tun: &Queue, bufs: &RecvBuffers, group: &Group) {
             // The device may be going away: a lost packet is then no news.
             let _ = tun.write_plain(&packet[start..start + segments.len(i)]);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Load;
+
+    #[test]
+    fn bulk_is_told_from_sparse() {
+        let mut l = Load::default();
+        assert!((1..100).all(|i| !l.bulk(i * 2000, 1420)), "a packet every 2 ms");
+        assert!(l.bulk(300_000, 60_000), "one superpacket");
+        assert!(l.bulk(300_100, 100), "the acknowledgement right after");
+        assert!(!l.bulk(301_000, 100), "a while later");
+        let mut l = Load::default();
+        assert!((0..100u64).filter(|i| l.bulk(1000 + i * 10, 1328)).count() > 80, "small packets in a row");
     }
 }
