@@ -159,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from mesh.lab import Lab
 
         gone = Lab.sweep(kept=True)
-        JsonLines().tell("swept", {"labs": gone}) if args.json else print(f"removed {len(gone)} labs: {' '.join(gone) or 'none were left'}")
+        JsonLines().tell("swept", {"labs": gone}) if args.json else print(f"removed: {' '.join(gone)}" if gone else "nothing was left")
         return 0
     teller: Teller
     if args.json:
