@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::engine::Engine;
 use crate::offload::{Buffers, Group, Segmenter};
 use crate::rx::Rx;
-use crate::sys::{micros, now, now_ms, yield_now, Epoll, Ready};
+use crate::sys::{micros, now, now_ms, prefer_short_slices, yield_now, Epoll, Ready};
 use crate::tun::{group_len, Queue, Read, READ_LEN};
 use crate::tx::{Tx, TAIL_ROOM};
 use crate::udp::{Receiver, RecvBuffers, SocketPair, BATCH};
@@ -30,6 +30,9 @@ const DRAIN_BYTES: usize = 256 * 1024;
 /// With full GRO buffers a few per call keep the working set in cache.
 const LARGE_BATCH: usize = 1;
 const LARGE: usize = 16 * 1024;
+
+/// Time slice asked of the scheduler: the shortest it grants.
+const SLICE_NS: u64 = 100_000;
 
 /// The kernel refused a superpacket once: none is written any more, by any worker.
 static NO_SUPERPACKETS: AtomicBool = AtomicBool::new(false);
@@ -74,6 +77,7 @@ struct Inbound {
 
 /// Serves queue `queue` until the engine stops. `thread` indexes the wake descriptor.
 pub fn run(engine: &Engine, thread: usize, queue: usize, role: Role, spin_us: u64) -> io::Result<()> {
+    prefer_short_slices(SLICE_NS);
     let epoll = Epoll::new()?;
     let wake = &engine.wakes[thread];
     let tun = &engine.queues[queue];
