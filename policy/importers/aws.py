@@ -97,14 +97,15 @@ class _Reader:
     def read(self, document: Mapping[str, Any], file: str) -> None:
         for reservation in _rows(document, "Reservations", file):
             for one in _rows(reservation, "Instances", file):
-                tags = {t.get("Key"): t.get("Value") for t in _rows(one, "Tags", file)}
+                tags = {str(t.get("Key")): t.get("Value") for t in _rows(one, "Tags", file)}
                 machine = self.machine(_text(one, "InstanceId"), str(tags.get("Name") or ""))
                 for interface in _rows(one, "NetworkInterfaces", file) or [one]:
                     self.interface(machine, interface, file)
                 machine.groups |= {_text(g, "GroupId") for g in _rows(one, "SecurityGroups", file)}
         for one in _rows(document, "NetworkInterfaces", file):
-            attached = one.get("Attachment") or {}
-            owner = attached.get("InstanceId") or _text(one, "NetworkInterfaceId")
+            attached = one.get("Attachment")
+            instance = attached.get("InstanceId") if isinstance(attached, dict) else None
+            owner = instance or _text(one, "NetworkInterfaceId")
             self.interface(self.machine(str(owner), ""), one, file)
 
     def machine(self, identity: str, name: str) -> _Machine:
@@ -122,7 +123,10 @@ class _Reader:
         found += [a.get("Ipv6Address") for a in _rows(one, "Ipv6Addresses", file)] + [
             one.get("PrivateIpAddress")
         ]
-        machine.addresses += [nets.address(str(a)) for a in found if a]
+        try:
+            machine.addresses += [nets.address(str(a)) for a in found if a]
+        except BadInput as error:
+            raise SourceRefused("address", error.message, where=f"{file}: {machine.name}") from None
 
     # ---- what
 

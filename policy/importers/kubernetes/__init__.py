@@ -43,9 +43,9 @@ def import_kubernetes(files: Files) -> Imported:
     used = tuple(t for t in tiers if t.rules or t.isolates)
     program = Program(used, Action.ALLOW)
     entries = sum(
-        len(o.body.get("spec", {}).get(k) or ())
+        len((o.body.get("spec") or {}).get(k) or ())
         for o in objects
-        if o.group in {NETWORK, ADMIN} and o.kind.endswith("NetworkPolicy")
+        if o.group in {NETWORK, ADMIN} and o.kind in SPECS
         for k in ("ingress", "egress")
     )
     return Imported(

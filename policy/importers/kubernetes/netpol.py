@@ -73,7 +73,7 @@ def _types(spec: Mapping[str, Any], where: str) -> set[str]:
     types = spec.get("policyTypes")
     if not types:
         return {"ingress", *(["egress"] if spec.get("egress") else [])}
-    if not isinstance(types, list) or any(t not in {"Ingress", "Egress"} for t in types):
+    if not isinstance(types, list) or any(t not in ("Ingress", "Egress") for t in types):
         raise SourceRefused(
             "policy_type", f'policyTypes: invalid value "{types}"', where=where, hint="Ingress and Egress"
         )
@@ -198,7 +198,7 @@ def protocol(value: Any, where: str) -> int:
     """TCP where none is given. Raises SourceRefused."""
     if value is None:
         return PROTOCOLS["TCP"]
-    if value not in PROTOCOLS:
+    if not isinstance(value, str) or value not in PROTOCOLS:
         raise SourceRefused(
             "protocol", f'unsupported protocol "{value}"', where=where, hint=", ".join(PROTOCOLS)
         )

@@ -105,17 +105,23 @@ def _map(value: Mapping[str, Any], key: str, one: Object) -> Mapping[str, Any]:
     return found
 
 
+def _list(value: Mapping[str, Any], key: str, one: Object) -> list[dict[str, Any]]:
+    found = value.get(key) or []
+    if not isinstance(found, list) or not all(isinstance(v, dict) for v in found):
+        raise SourceRefused("type", f"{key} must be a list of maps", where=str(one))
+    return found
+
+
 def _named_ports(spec: Mapping[str, Any], one: Object, notes: list[str]) -> dict[tuple[str, int], set[int]]:
     out: dict[tuple[str, int], set[int]] = {}
     for key in ("containers", "initContainers"):
-        for container in spec.get(key) or []:
-            stays = isinstance(container, dict) and (
-                key == "containers" or container.get("restartPolicy") == "Always"
-            )
-            for port in (container.get("ports") or []) if stays else []:
+        for container in _list(spec, key, one):
+            if key == "initContainers" and container.get("restartPolicy") != "Always":  # only sidecars stay
+                continue
+            for port in _list(container, "ports", one):
                 number, name = port.get("containerPort"), port.get("name")
                 proto = NAMES.get(str(port.get("protocol") or "TCP").lower(), 0)
-                if not isinstance(number, int) or not 1 <= number <= MAX_PORT or proto not in PORTED:
+                if type(number) is not int or not 1 <= number <= MAX_PORT or proto not in PORTED:
                     notes.append(f"{one}: a container port without a proper number or protocol is left out")
                 elif name:
                     out.setdefault((str(name), proto), set()).add(number)

@@ -43,7 +43,15 @@ def import_nft(files: Files) -> Imported:
     items = document.get("nftables") if isinstance(document, dict) else None
     if not isinstance(items, list) or not all(isinstance(i, dict) for i in items):
         raise SourceRefused("syntax", 'a map with a list under "nftables" is wanted', where=file)
-    return _Ruleset(file, items).result()
+    try:
+        return _Ruleset(file, items).result()
+    except (
+        AttributeError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ) as error:  # a machine wrote it: no value is worth a message
+        raise SourceRefused("syntax", f"not what nft prints: {error}", where=file) from None
 
 
 class _Ruleset:

@@ -9,7 +9,7 @@ from typing import Any, Final
 from policy.imported import ImportedPolicy
 from policy.importers.model import Files, Imported, SourceRefused, Untranslated
 from policy.importers.nsx.groups import ANY, Groups, all_of
-from policy.importers.nsx.machines import Estate, rows, words
+from policy.importers.nsx.machines import Estate, part, rows, words
 from policy.importers.nsx.services import Services
 from policy.ports import PortMap
 from policy.program import Action, AllOf, Direction, Everything, Not, Program, Rule, Selector, Tier
@@ -56,7 +56,7 @@ class _Importer:
     def run(self) -> Imported:
         tiers: dict[str, list[Rule]] = {c: [] for c in CATEGORIES}
         for domain in rows(self.config, "domains"):
-            resources = domain.get("resources") or {}
+            resources = part(domain, "resources")
             for policy in in_order(
                 rows(resources, "security_policies"), "internal_sequence_number", "sequence_number"
             ):

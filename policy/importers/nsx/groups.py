@@ -11,7 +11,7 @@ from typing import Any, Final
 from policy import nets
 from policy.evaluate import matches
 from policy.importers.model import SourceRefused, Untranslated
-from policy.importers.nsx.machines import Estate, Machine, rows, spans, words
+from policy.importers.nsx.machines import Estate, Machine, part, rows, spans, words
 from policy.program import AllOf, AnyOf, Everything, Exists, Named, Nets, Not, Nothing, Selector
 
 ANY: Final = "ANY"
@@ -32,7 +32,7 @@ class Groups:
         self.untranslated = untranslated
         self.raw: dict[str, Mapping[str, Any]] = {}
         for domain in rows(config, "domains"):
-            for group in rows(domain.get("resources") or {}, "groups"):
+            for group in rows(part(domain, "resources"), "groups"):
                 self.raw[str(group.get("path") or group.get("display_name"))] = group
         self.named: dict[str, Selector] = {}
 
@@ -127,7 +127,7 @@ class Groups:
                     )
             else:
                 unions[-1].append(self.term(term, where, above))
-        return any_of([all_of(part) for part in unions if part])
+        return any_of([all_of(one) for one in unions if one])
 
     def term(self, term: Mapping[str, Any], where: str, above: tuple[str, ...]) -> Selector:
         match term.get("resource_type"):
@@ -169,7 +169,7 @@ class Groups:
                 if any(_compare(operator, t, value) for t in _tags(s))
             ]
             return any_of(list(tests))
-        if term.get("member_type") not in {None, "VirtualMachine"} or key not in {
+        if term.get("member_type") not in (None, "VirtualMachine") or key not in {
             "Tag",
             "Name",
             "OSName",

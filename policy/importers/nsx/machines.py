@@ -41,7 +41,7 @@ class Estate:
             for r in spans(n.get("network"), f"segment {path}")
         )
         ports = {
-            str((p.get("attachment") or {}).get("id")): path
+            str(part(p, "attachment").get("id")): path
             for path, s in self.segments.items()
             for p in rows(s, "segment_ports")
         }
@@ -70,7 +70,7 @@ class Estate:
                 r
                 for c in cards
                 for i in rows(c, "ip_address_info")
-                for a in i.get("ip_addresses") or []
+                for a in words(i, "ip_addresses")
                 for r in spans(a, f"machine {name}")
             )
             if not addresses:
@@ -105,6 +105,16 @@ class Estate:
 def families(parts: tuple[nets.Range, ...]) -> tuple[tuple[nets.Range, ...], tuple[nets.Range, ...]]:
     """The IPv4 and the IPv6 part."""
     return tuple(p for p in parts if p[0] < nets.V6), tuple(p for p in parts if p[0] >= nets.V6)
+
+
+def part(value: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A map under a key; missing or null is empty. Raises SourceRefused."""
+    found = value.get(key)
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise SourceRefused("type", f'"{key}" must be a map')
+    return found
 
 
 def rows(value: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:

@@ -97,10 +97,10 @@ def _references(policy: Mapping[str, Any], aliases: Aliases) -> None:
             raise SourceRefused("tag", f'tagOwners: not a tag name: "{tag}"', where=POLICY)
         _names(owners or [], aliases, f'tagOwners "{tag}"')
     approvers = policy.get("autoapprovers") or {}
-    lists = [
-        ("exitNode", approvers.get("exitNode") or []),
-        *((r, v or []) for r, v in (approvers.get("routes") or {}).items()),
-    ]
+    routes = approvers.get("routes") or {}
+    if not isinstance(routes, dict):
+        raise SourceRefused("type", "autoApprovers.routes must be a map", where=POLICY)
+    lists = [("exitNode", approvers.get("exitNode") or []), *((r, v or []) for r, v in routes.items())]
     for name, words in lists:
         _names(words, aliases, f'autoApprovers "{name}"')
     for index, entry in enumerate(policy.get("nodeattrs") or []):

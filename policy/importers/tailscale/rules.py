@@ -76,7 +76,7 @@ class Rules:
                 hint="the only action is accept",
             )
         protocols: tuple[int, ...] = USUAL
-        if fields.get("proto") not in {None, ""}:
+        if fields.get("proto") not in (None, ""):
             protocols = (protocol(str(fields["proto"]), self.at(name, entry)),)
         targets = []
         for i, text in enumerate(self.words(name, fields, "dst", "ports")):

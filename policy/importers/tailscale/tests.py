@@ -52,7 +52,7 @@ def _run(test: Any, program: Program, aliases: Aliases) -> None:
     if not isinstance(accept, list) or not isinstance(deny, list) or not accept + deny:
         raise _Fails("accept and deny are both missing")
     protocols: tuple[int, ...] = (TCP, UDP)
-    if fields.get("proto") not in {None, ""}:
+    if fields.get("proto") not in (None, ""):
         protocols = (_guarded(protocol, str(fields["proto"]), "proto"),)
     ask = _Asker(program, aliases, word, protocols)
     for wanted, words in ((True, accept), (False, deny)):
