@@ -211,8 +211,8 @@ chain refuse {{
     counter name denied
     jump note
     tcp flags & (syn|ack|rst) == syn reject with tcp reset
-    meta l4proto tcp ct state established reject with tcp reset
-    meta l4proto tcp drop
+    meta l4proto 6 ct state established reject with tcp reset
+    meta l4proto 6 drop
     reject with icmpx admin-prohibited
 }}
 chain stranger {{
@@ -222,8 +222,8 @@ chain stranger {{
 chain far {{
     counter name denied
     jump note
-    ip saddr @member4 meta l4proto tcp reject with tcp reset
-    ip6 saddr @member6 meta l4proto tcp reject with tcp reset
+    ip saddr @member4 meta l4proto 6 reject with tcp reset
+    ip6 saddr @member6 meta l4proto 6 reject with tcp reset
     drop
 }}
 chain note {{
@@ -325,9 +325,12 @@ def _sets(family: int, address: str) -> list[str]:
 
 
 def _note(family: int) -> str:
-    """Remember the refused flow under the tuple of its first packet."""
+    """Remember the refused flow under the tuple of its first packet.
+
+    Protocols are numbers throughout: names need /etc/protocols, which a minimal system does not have.
+    """
     ip = "ip" if family == 4 else "ip6"
-    ports = "meta l4proto { tcp, udp, sctp }"
+    ports = "meta l4proto { 6, 17, 132 }"
     return f"""\
     {ports} ct direction reply update @denied{family} {{ {ip} daddr . {ip} saddr . meta l4proto . th sport }} return
     {ports} update @denied{family} {{ {ip} saddr . {ip} daddr . meta l4proto . th dport }} return
@@ -339,11 +342,11 @@ def _verdict(family: int) -> str:
     ip = "ip" if family == 4 else "ip6"
     there, back = f"{ip} saddr . {ip} daddr", f"{ip} daddr . {ip} saddr"
     if family == 4:
-        error = "meta l4proto icmp"
+        error = "meta l4proto 1"
         kinds = "icmp type != { destination-unreachable, time-exceeded, parameter-problem } drop"
         floor = "icmp type destination-unreachable icmp code frag-needed icmp mtu < 576 drop"
     else:
-        error = "meta l4proto ipv6-icmp"
+        error = "meta l4proto 58"
         kinds = "icmpv6 type != { destination-unreachable, packet-too-big, time-exceeded, parameter-problem } drop"
         floor = "icmpv6 type packet-too-big icmpv6 mtu < 1280 drop"
     lookups = ""
