@@ -66,25 +66,23 @@ def errors_page() -> str:
     return "".join(out)
 
 
-def commands(program: str, command: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
-    """Markdown of a click command tree."""
-    import click
-
-    context = click.Context(command, info_name=" ".join((program, *path)))
-    if isinstance(command, click.Group):
-        for name in sorted(command.list_commands(context)):
-            child = command.get_command(context, name)
+def commands(command: Any, name: str, parent: Any = None) -> Iterator[str]:
+    """Markdown of a command tree: a group lists its commands, a leaf prints its help."""
+    context = command.make_context(name, [], parent=parent, resilient_parsing=True)
+    if hasattr(command, "list_commands"):
+        for child_name in sorted(command.list_commands(context)):
+            child = command.get_command(context, child_name)
             if child is not None and not child.hidden:
-                yield from commands(program, child, (*path, name))
+                yield from commands(child, child_name, context)
         return
-    yield f"### {' '.join((program, *path))}\n\n```\n{command.get_help(context).rstrip()}\n```\n\n"
+    yield f"### {context.command_path}\n\n```\n{command.get_help(context).rstrip()}\n```\n\n"
 
 
 def commands_page(program: str, module: str) -> str:
     import typer
 
     app = importlib.import_module(module).app
-    return f"{HEAD}# {program}\n\n" + "".join(commands(program, typer.main.get_command(app)))
+    return f"{HEAD}# {program}\n\n" + "".join(commands(typer.main.get_command(app), program))
 
 
 def wire_page() -> str:
