@@ -13,7 +13,7 @@ from mesh.cli_node import Instance, RunDir
 def register(app: typer.Typer) -> None:
     """Put the command under `app`."""
     app.command(
-        context_settings={"allow_interspersed_args": False}, epilog="Example: retinue run --as web -- curl http://[fd00::1]:8080/"
+        context_settings={"allow_interspersed_args": False}, epilog="Example: retinue run --as web -- curl http://api:8080/"
     )(run)
 
 
@@ -23,12 +23,16 @@ def run(
     instance: Instance = 0,
     wait: Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait until the instance is active here.")] = 15.0,
     no_svid: Annotated[bool, typer.Option("--no-svid", help="Without certificate files.")] = False,
+    no_names: Annotated[bool, typer.Option("--no-names", help="Leave /etc/hosts as it is.")] = False,
     run_dir: RunDir = None,
 ) -> None:
     """Run a program in a network namespace of its own, as an instance that is placed on this host.
 
     It starts once the instance is active, sees only the mesh, and finds its certificate in SVID_CERT, SVID_KEY and
     SVID_BUNDLE. Its exit status is passed on; signals reach it; when it ends, nothing stays behind.
+
+    Its /etc/hosts, seen by nobody else, names the workloads that policy lets it or its neighbours here talk to: shop/api
+    is api.shop and api.shop.TRUST-DOMAIN. A name that becomes known later is added within half a minute.
     """
     import asyncio
 
@@ -37,7 +41,7 @@ def run(
 
     child = running.spawn(command)
     status = asyncio.run(
-        running.run_as(child, name, instance, socket_path(run_dir), wait=wait, svid=not no_svid)
+        running.run_as(child, name, instance, socket_path(run_dir), wait=wait, svid=not no_svid, names=not no_names)
     )
     if status > 128:
         cliout.note(f"{command[0]} ended by signal {status - 128}")

@@ -1,9 +1,10 @@
 """`retinue run --as NAME -- CMD`: a program in a network namespace of its own, as an instance of the mesh.
 
-    fork -> child: new namespace, waits      parent: attach /proc/CHILD/ns/net, wait until active, SVID files
-         -> child: exec CMD                  parent: forward signals, keep the files fresh, detach at the end
+    fork -> child: new namespaces, waits     parent: attach /proc/CHILD/ns/net, wait until active, SVID and hosts files
+         -> child: mount hosts, exec CMD     parent: forward signals, keep the files fresh, detach at the end
 
-The namespace is the child's: it ends with it, the agent notices (pidfd), and nothing is left after any kill -9.
+The namespaces (network, mount) are the child's: they end with it, the agent notices (pidfd), and nothing is left after
+any kill -9.
 """
 
 from __future__ import annotations
@@ -30,12 +31,15 @@ if TYPE_CHECKING:
     from identity.wire.local import InstanceRef
 
 CLONE_NEWNET: Final = 0x40000000  # linux/sched.h
+CLONE_NEWNS: Final = 0x00020000
+_MS_BIND, _MS_REC, _MS_SLAVE = 0x1000, 0x4000, 0x80000  # linux/mount.h
 _PR_SET_PDEATHSIG: Final = 1
 _SIOCSIFFLAGS: Final = 0x8914
 _IFF_UP: Final = 0x1
 FORWARDED: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGQUIT, signal.SIGWINCH)
 _FROM_TERMINAL: Final = frozenset({signal.SIGINT, signal.SIGQUIT, signal.SIGWINCH})  # a terminal tells the whole group itself
-REFRESH: Final = 30.0  # seconds between two looks at the SVID
+REFRESH: Final = 30.0  # seconds between two looks at the SVID and the names
+HOSTS: Final = "hosts"
 NOT_FOUND, NOT_EXECUTABLE = 127, 126  # as shells have it
 
 
@@ -96,9 +100,11 @@ def _child(argv: Sequence[str], parent: int, ready: int, go: int, failed: int) -
     if os.getppid() != parent:
         os._exit(1)
     try:
-        if libc.unshare(CLONE_NEWNET) != 0:
+        if libc.unshare(CLONE_NEWNET | CLONE_NEWNS) != 0:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
         loopback_up()
+        # What is mounted here stays here; what the machine mounts later still shows.
+        _mount(libc, b"none", b"/", _MS_REC | _MS_SLAVE)
     except OSError as e:
         os.write(ready, (e.strerror or "error").encode())
         os._exit(1)
@@ -108,15 +114,26 @@ def _child(argv: Sequence[str], parent: int, ready: int, go: int, failed: int) -
         told = f.read()
     if not told:
         os._exit(1)  # the parent gave up
-    environment = dict(os.environ) | json.loads(told)
+    orders = json.loads(told)
+    environment = dict(os.environ) | orders["environment"]
     for number in (*FORWARDED, signal.SIGPIPE, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    doing = "hosts"
     try:
+        if orders["hosts"] is not None:
+            _mount(libc, os.fsencode(orders["hosts"]), b"/etc/hosts", _MS_BIND)
+        doing = "exec"
         os.execvpe(argv[0], list(argv), environment)  # noqa: S606 -- the command the user gave
     except OSError as e:
-        os.write(failed, json.dumps([e.errno, e.strerror]).encode())
-        os._exit(NOT_FOUND if e.errno == errno.ENOENT else NOT_EXECUTABLE)
+        os.write(failed, json.dumps([doing, e.errno, e.strerror]).encode())
+        os._exit(NOT_FOUND if doing == "exec" and e.errno == errno.ENOENT else NOT_EXECUTABLE)
+
+
+def _mount(libc: ctypes.CDLL, source: bytes, target: bytes, flags: int) -> None:
+    """mount(2) without a type and data. Raises OSError."""
+    if libc.mount(source, target, None, ctypes.c_ulong(flags), None) != 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
 def loopback_up() -> None:
@@ -125,15 +142,18 @@ def loopback_up() -> None:
         fcntl.ioctl(s, _SIOCSIFFLAGS, struct.pack("16sh", b"lo", _IFF_UP))
 
 
-def start(child: Child, environment: Mapping[str, str]) -> None:
-    """Let the child become the program. Raises CannotRun."""
+def start(child: Child, environment: Mapping[str, str], hosts: Path | None = None) -> None:
+    """Let the child become the program, with `hosts` mounted over /etc/hosts when given. Raises CannotRun."""
+    orders = {"environment": dict(environment), "hosts": None if hosts is None else str(hosts)}
     with contextlib.suppress(BrokenPipeError):
-        os.write(child.go, json.dumps(dict(environment)).encode())
+        os.write(child.go, json.dumps(orders).encode())
     os.close(child.go)
     with os.fdopen(child.failed, "rb") as f:
         said = f.read()
     if said:
-        number, why = json.loads(said)
+        doing, number, why = json.loads(said)
+        if doing == "hosts":
+            raise CannotRun("run.hosts", f"cannot give the program its hosts file: {why}", hint="run with --no-names")
         error = CommandNotFound if number == errno.ENOENT else CannotRun
         raise error("run.exec", f"cannot run the command: {why}")
 
@@ -151,13 +171,17 @@ def exit_status(status: int) -> int:
     return 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
 
 
-async def run_as(child: Child, name: str, instance: int, agent_socket: Path, *, wait: float, svid: bool) -> int:
+async def run_as(
+    child: Child, name: str, instance: int, agent_socket: Path, *, wait: float, svid: bool, names: bool = False
+) -> int:
     """Attach the waiting child, start it when it is active, and stay until it ends: its exit status.
+
+    `svid`: with certificate files; `names`: with an /etc/hosts of its own.
 
     Raises what the agent answered, TimedOut ``attach.timeout``, or CannotRun.
     """
     from identity.wire.local import Attach, InstanceRef
-    from mesh import svid_files
+    from mesh import hosts_file, svid_files
     from mesh.cli_node import wait_active
     from mesh.local_client import LocalClient
 
@@ -172,14 +196,16 @@ async def run_as(child: Child, name: str, instance: int, agent_socket: Path, *, 
                 files = await agent.svid(ref)
                 svid_files.write(directory, files)
                 environment |= svid_files.environment(directory, files)
+            hosts = directory / HOSTS if names else None
+            if hosts is not None:
+                hosts_file.write(hosts, hosts_file.lines(await agent.snapshot()))
         _forward_signals(child.pid)
-        start(child, environment)
-        refresher = asyncio.create_task(_refresh(agent_socket, ref, directory)) if svid else None
+        start(child, environment, hosts)
+        refresher = asyncio.create_task(_refresh(agent_socket, ref, directory, svid=svid))
         try:
             return await _ended(child.pid)
         finally:
-            if refresher is not None:
-                refresher.cancel()
+            refresher.cancel()
     except BaseException:
         abandon(child)
         raise
@@ -218,14 +244,17 @@ async def _ended(pid: int) -> int:
     return exit_status(os.waitpid(pid, 0)[1])  # noqa: ASYNC222 -- it has ended: this does not block
 
 
-async def _refresh(agent_socket: Path, ref: InstanceRef, directory: Path) -> None:
-    """Keep the SVID files fresh. An agent that does not answer leaves them as they are."""
-    from mesh import svid_files
+async def _refresh(agent_socket: Path, ref: InstanceRef, directory: Path, *, svid: bool = True) -> None:
+    """Keep the SVID and hosts files fresh. An agent that does not answer leaves them as they are."""
+    from mesh import hosts_file, svid_files
     from mesh.local_client import LocalClient
 
+    hosts = directory / HOSTS
     while True:
         await asyncio.sleep(REFRESH)
-        with contextlib.suppress(RetinueError):
+        with contextlib.suppress(RetinueError, OSError):
             async with LocalClient(agent_socket) as agent:
-                svid_files.write(directory, await agent.svid(ref))
-
+                if hosts.exists():
+                    hosts_file.append(hosts, hosts_file.lines(await agent.snapshot()))
+                if svid:
+                    svid_files.write(directory, await agent.svid(ref))

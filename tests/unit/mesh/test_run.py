@@ -7,12 +7,15 @@ import contextlib
 import os
 import signal
 import sys
+from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from identity.errors import BadInput, Unreachable
-from identity.wire.local import Attachment, AttachReply, Status, SvidFiles
-from mesh import run
+from identity.records import PlacementRecord, sign
+from identity.wire.local import Attachment, AttachReply, SnapshotReply, Status, SvidFiles
+from mesh import hosts_file, run
 
 netns = pytest.mark.netns  # a network namespace needs root
 OWN = os.stat("/proc/self/ns/net").st_ino
@@ -60,6 +63,14 @@ def test_exit_statuses(wait_status, expected):
     assert run.exit_status(wait_status) == expected
 
 
+def placement(name: str) -> str:
+    record = PlacementRecord(
+        trust_domain="t.example", spiffe_id=f"spiffe://t.example/wl/{name}", name=name, instance=0, endpoint="host-b",
+        tunnel_key="k", epoch=1, state="active", addresses=["100.64.0.7", "fd00::7"], labels={}, issued=1,
+    )  # fmt: skip
+    return sign(record, Ed25519PrivateKey.generate())
+
+
 class FakeAgent:
     """The local API's answers for one run."""
 
@@ -89,6 +100,9 @@ class FakeAgent:
     async def svid(self, ref):
         return SvidFiles(spiffe_id="spiffe://t/wl/web", certificate="c", key="k", bundle="b", expires=1)
 
+    async def snapshot(self) -> SnapshotReply:
+        return SnapshotReply(timeline="t", revision=1, trust_domain="t.example", objects={"placement/api/0": placement("api")})
+
     async def status(self) -> Status:
         raise NotImplementedError
 
@@ -109,6 +123,49 @@ async def test_a_run_from_attach_to_detach(agent, tmp_path):
     assert out.read_text() == "100.64.0.9 spiffe://t/wl/web k\n"
     assert agent.calls == ["attach web True", "detach web"]
     assert not (tmp_path / "run").exists()
+
+
+@netns
+async def test_the_program_knows_the_names_and_nobody_else_does(agent, tmp_path):
+    out, before = tmp_path / "out", Path("/etc/hosts").read_bytes()
+    child = run.spawn(["sh", "-c", f"getent ahosts api > {out}; getent ahosts api.t.example >> {out}; cat /etc/hosts >> {out}"])
+    assert await run.run_as(child, "web", 0, tmp_path / "agent.sock", wait=5, svid=False, names=True) == 0
+    said = out.read_text()
+    assert said.count("100.64.0.7 ") >= 3
+    assert "fd00::7 api api.t.example\n" in said
+    assert before.decode() in said, "localhost and what the machine knows stay"
+    assert Path("/etc/hosts").read_bytes() == before
+    assert not (tmp_path / "run").exists()
+
+
+@netns
+def test_a_hosts_file_that_cannot_be_mounted(tmp_path):
+    child = run.spawn(["true"])
+    with pytest.raises(run.CannotRun) as caught:
+        run.start(child, {}, tmp_path / "missing")
+    assert caught.value.code == "run.hosts"
+    assert run.exit_status(os.waitpid(child.pid, 0)[1]) == 126
+
+
+@netns
+async def test_names_that_come_later_are_added_in_place(agent, tmp_path, monkeypatch):
+    from identity.wire.local import InstanceRef
+
+    path = tmp_path / "svid" / run.HOSTS
+    hosts_file.write(path, [])
+    inode = path.stat().st_ino
+    monkeypatch.setattr(run, "REFRESH", 0.0)
+    task = asyncio.create_task(run._refresh(tmp_path / "agent.sock", InstanceRef(name="web"), tmp_path / "svid", svid=False))
+    async with asyncio.timeout(5):
+        while "api" not in path.read_text():  # noqa: ASYNC110 -- a file has no event
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.01)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    assert path.stat().st_ino == inode
+    assert path.read_text().count("100.64.0.7 api api.t.example\n") == 1
+    assert not (tmp_path / "svid" / "cert.pem").exists()
 
 
 @netns
