@@ -28,6 +28,7 @@ T = TypeVar("T")
 INSIDE: Final = "rtn0"  # the device of a workload in its namespace
 GATEWAY4: Final = "169.254.82.1"
 GATEWAY6: Final = "fe80::1"
+GSO_MAX: Final = 60_000  # bytes, as on the tunnel device: a larger superpacket would be cut up in software on its way there
 _ALIAS: Final = "retinue "
 
 
@@ -147,7 +148,7 @@ class HostNet:
         nl.link("name a link", index, ifalias=f"{self._alias}{pair.netns}"[:255])
         _quiet_link(pair.name)
         self._forwarding(pair.name)
-        nl.link("set up a link", index, mtu=want.mtu, state="up")
+        nl.link("set up a link", index, mtu=want.mtu, gso_max_size=GSO_MAX, state="up")
         nl.address("add", index, GATEWAY4, scope=SCOPE_LINK)
         nl.address("add", index, GATEWAY6, length=64, scope=SCOPE_LINK)
         netns.inside(pair.netns, lambda: _inside(want, pair, add=False))
@@ -371,7 +372,7 @@ def _inside(want: Layout, pair: Pair, *, add: bool) -> None:
         if loopback is not None:
             nl.link("set up the loopback", loopback, state="up")
         _quiet_link(INSIDE)
-        nl.link("set up a link", link, mtu=want.mtu, state="up")
+        nl.link("set up a link", link, mtu=want.mtu, gso_max_size=GSO_MAX, state="up")
         if not add:
             return
         for address in pair.addresses:

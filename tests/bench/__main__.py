@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -12,12 +13,18 @@ import time
 from collections import defaultdict
 from pathlib import Path
 
+from tests.bench.enforced import enforced
 from tests.bench.measures import measure
 from tests.bench.peers import many_peers
 from tests.bench.plot import plot
 from tests.bench.rig import Pair, run
 from tests.bench.subjects import Subject, subjects
 
+PRODUCT: dict[str, dict[str, int]] = {
+    "enforced": {"aes": False},
+    "enforced AES": {"aes": True},
+    "enforced, 10,000 elements": {"aes": False, "elements": 10_000},
+}
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
@@ -47,6 +54,7 @@ def main() -> int:
     values: dict[tuple[str, str, str], list[float]] = defaultdict(list)
     running: list[tuple[Subject, Pair, str, list[int]]] = []
     pairs: list[Pair] = []
+    labs = contextlib.ExitStack()
     try:
         for number, subject in enumerate(subjects(options.only), 1):
             pair = Pair(number)
@@ -59,6 +67,11 @@ def main() -> int:
                 continue
             running.append((subject, pair, far, pids))
             print(f"  {subject.name:24} {subject.version}")
+        for number, (name, settings) in enumerate(PRODUCT.items(), 201):
+            if not options.only or any(word in name for word in options.only):
+                pair, far, pids = labs.enter_context(enforced(number, **settings))
+                running.append((Subject(name, "agents, signed policy, firewall"), pair, far, pids))
+                print(f"  {name:24} agents, signed policy, firewall in the path")
         for index in range(rounds):
             for subject, pair, far, pids in running:
                 started = time.monotonic()
@@ -69,6 +82,7 @@ def main() -> int:
             for name, value, unit in many_peers(pairs[0]):
                 values[name, "retinue", unit].append(value)
     finally:
+        labs.close()
         for pair in pairs:
             pair.down()
     rows = [

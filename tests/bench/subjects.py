@@ -23,7 +23,7 @@ class Subject:
 
     name: str
     version: str
-    start: Callable[[Pair], tuple[tuple[str, str], list[int]]]
+    start: Callable[[Pair], tuple[tuple[str, str], list[int]]] = lambda _: (("", ""), [])
 
 
 def _bare(pair: Pair) -> tuple[tuple[str, str], list[int]]:
