@@ -1,4 +1,4 @@
-"""``python -m tests.bench [--rounds 5] [--seconds 4] [--only WORD ...] [--quick]``: writes out/bench.json and out/bench.png-ready rows."""
+"""``python -m tests.bench [--rounds 5] [--seconds 4] [--only WORD ...] [--quick] [--publish]``: writes out/bench.json and a plot."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from tests.bench.enforced import enforced
 from tests.bench.measures import measure
 from tests.bench.peers import many_peers
 from tests.bench.plot import plot
+from tests.bench.publish import publish
 from tests.bench.rig import Pair, run
 from tests.bench.subjects import Subject, subjects
 
@@ -42,6 +43,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4)
     parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--publish", action="store_true", help="write docs/PERFORMANCE.md from this run")
     parser.add_argument("--quick", action="store_true", help="one round of one second")
     options = parser.parse_args()
     if os.geteuid() != 0:
@@ -96,6 +98,8 @@ def main() -> int:
     (out / "bench.json").write_text(json.dumps({"machine": facts, "versions": versions, "settings": {"rounds": rounds, "seconds": seconds}, "rows": rows}, indent=1))
     (out / "bench.svg").write_text(plot(rows, facts))
     print("wrote out/bench.json and out/bench.svg")
+    if options.publish:
+        publish()
     return 0
 
 
