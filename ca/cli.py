@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from identity.wire.admin import PolicyReply, Workload
 
 DEFAULT_DIR = Path("/var/lib/retinue-ca")
+START_S = 3.0  # seconds a starting server is waited for
 
 app = typer.Typer(
     name="retinue-ca", help="The Retinue control plane: certificate authority, registry and change feed.",
@@ -46,7 +47,29 @@ Instance = Annotated[int, typer.Option("--instance", min=0, help="Which instance
 def _client(directory: Path, timeout: float = 30.0) -> AdminClient:
     from ca.client import AdminClient
 
+    _await_start(directory)
     return AdminClient(directory, timeout=timeout)
+
+
+def _await_start(directory: Path) -> None:
+    """Give a server that was only just put in the background (`serve &`) the moment it needs to listen."""
+    import socket
+    import time
+
+    from ca.client import socket_path
+
+    path, deadline = str(socket_path(directory)), time.monotonic() + START_S
+    while (directory / "ca.db").exists():
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(path)
+            except (FileNotFoundError, ConnectionRefusedError):
+                if time.monotonic() < deadline:
+                    time.sleep(0.05)
+                    continue
+            except OSError:
+                pass  # the real request will say what it is
+            return
 
 
 def _format(output: Output, as_json: bool) -> Output:
@@ -98,10 +121,11 @@ def serve(
     """Run the control plane until SIGTERM. Prints one line when it is ready."""
     import asyncio
 
-    from ca.serve import Options, Running, set_up_logs
+    from ca.serve import Options, Running, harden, set_up_logs
     from ca.serve import serve as run
 
     set_up_logs()
+    harden()
     chosen = _format(output, as_json)
 
     def ready(server: Running) -> None:
