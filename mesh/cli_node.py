@@ -28,11 +28,11 @@ MAX_TOKEN_FILE = 4096
 Format = Annotated[Output, typer.Option("-o", "--output", help="table, json, jsonl or yaml.")]
 Json = Annotated[bool, typer.Option("--json", help="The same as -o json.")]
 RunDir = Annotated[
-    Path | None, typer.Option("--run-dir", envvar="RETINUE_RUN_DIR", help="Where the agent's socket is [/run/retinue].")
+    Path | None, typer.Option("--run-dir", metavar="DIR", envvar="RETINUE_RUN_DIR", help="Where the agent's socket is [/run/retinue].")
 ]
-StateDirOpt = Annotated[Path, typer.Option("--state-dir", envvar="RETINUE_STATE_DIR", help="The agent's state.")]
+StateDirOpt = Annotated[Path, typer.Option("--state-dir", metavar="DIR", envvar="RETINUE_STATE_DIR", help="The agent's state.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="A workload, such as web or shop/api.")]
-Instance = Annotated[int, typer.Option("--instance", min=0, help="Which instance of it.")]
+Instance = Annotated[int, typer.Option("--instance", metavar="N", min=0, help="Which instance of it.")]
 
 
 def _format(output: Output, as_json: bool) -> Output:
@@ -90,17 +90,17 @@ def read_token(path: str | None) -> str:
 
 
 def enroll(
-    ca: Annotated[str, typer.Option("--ca", envvar="RETINUE_CA", help="https://HOST:PORT of the CA.")],
-    token_file: Annotated[str | None, typer.Option("--token-file", help="File with the join token; - is standard input.")] = None,
+    ca: Annotated[str, typer.Option("--ca", metavar="URL", envvar="RETINUE_CA", help="https://HOST:PORT of the CA.")],
+    token_file: Annotated[str | None, typer.Option("--token-file", metavar="FILE", help="File with the join token; - is standard input.")] = None,
     state_dir: StateDirOpt = STATE_DIR,
     underlay: Annotated[
-        list[str] | None, typer.Option("--underlay", help="ADDRESS:PORT where peers reach this host; may be repeated.")
+        list[str] | None, typer.Option("--underlay", metavar="ADDRESS:PORT", help="ADDRESS:PORT where peers reach this host; may be repeated.")
     ] = None,
     cipher: Annotated[
-        list[str] | None, typer.Option("--cipher", help="chacha20poly1305 or aes-256-gcm; what the tunnel offers.")
+        list[str] | None, typer.Option("--cipher", metavar="CIPHER", help="chacha20poly1305 or aes-256-gcm; what the tunnel offers, found out by itself without it.")
     ] = None,
     listen_port: Annotated[
-        int, typer.Option(envvar="RETINUE_LISTEN_PORT", min=1, max=65535, help="Tunnel port of the hint that is found out without --underlay.")
+        int, typer.Option(metavar="PORT", envvar="RETINUE_LISTEN_PORT", min=1, max=65535, help="Tunnel port of the hint that is found out without --underlay.")
     ] = 51820,
     replace: Annotated[bool, typer.Option("--replace", help="Give up the enrolment that is there.")] = False,
     output: Format = Output.TABLE,
@@ -111,9 +111,10 @@ def enroll(
 
     token = read_token(token_file)
     from mesh.companion import guess_underlay
+    from mesh.devices.offers import offers
     from mesh.enroll import enroll as join
 
-    ciphers = check_ciphers(cipher)
+    ciphers = check_ciphers(cipher) if cipher else asyncio.run(offers())
     hints = underlay or guess_underlay(ca, listen_port)
     done = asyncio.run(join(ca, token, state_dir, hints, ciphers, replace=replace))
     data = {
@@ -229,10 +230,10 @@ def size(count: int) -> str:
 def attach(
     name: Name,
     instance: Instance = 0,
-    netns: Annotated[str | None, typer.Option("--netns", help="A network namespace: its name or path.")] = None,
-    pid: Annotated[int | None, typer.Option("--pid", min=1, help="The network namespace of this process.")] = None,
+    netns: Annotated[str | None, typer.Option("--netns", metavar="NAME", help="A network namespace: its name or path.")] = None,
+    pid: Annotated[int | None, typer.Option("--pid", metavar="PID", min=1, help="The network namespace of this process.")] = None,
     host: Annotated[bool, typer.Option("--host", help="This host's own network namespace.")] = False,
-    wait: Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait until it is active.")] = 0.0,
+    wait: Annotated[float, typer.Option("--wait", metavar="SECONDS", min=0, help="Seconds to wait until it is active.")] = 0.0,
     run_dir: RunDir = None,
     output: Format = Output.TABLE,
     as_json: Json = False,
@@ -359,9 +360,9 @@ def show_explanation(e: ExplainReply) -> None:
 def ping(
     name: Name,
     port: Annotated[int, typer.Argument(min=1, max=65535, help="TCP port to connect to.")],
-    source: Annotated[str | None, typer.Option("--as", help="Which instance here asks [the only one].")] = None,
-    count: Annotated[int, typer.Option("-c", "--count", min=1, max=1000)] = 3,
-    timeout: Annotated[float, typer.Option(min=0.01, max=60)] = 2.0,
+    source: Annotated[str | None, typer.Option("--as", metavar="NAME", help="Which instance here asks [the only one].")] = None,
+    count: Annotated[int, typer.Option("-c", "--count", metavar="N", min=1, max=1000)] = 3,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", min=0.01, max=60)] = 2.0,
     run_dir: RunDir = None,
     output: Format = Output.TABLE,
     as_json: Json = False,
@@ -385,7 +386,7 @@ def ping(
 def svid_fetch(
     name: Name,
     instance: Instance = 0,
-    directory: Annotated[Path | None, typer.Option("--dir", help="Write cert.pem, key.pem and bundle.pem here.")] = None,
+    directory: Annotated[Path | None, typer.Option("--dir", metavar="DIR", help="Write cert.pem, key.pem and bundle.pem here.")] = None,
     run_dir: RunDir = None,
     output: Format = Output.TABLE,
     as_json: Json = False,
@@ -432,7 +433,7 @@ def doctor(
 def down(
     run_dir: RunDir = None,
     state_dir: StateDirOpt = STATE_DIR,
-    interface: Annotated[str, typer.Option(envvar="RETINUE_INTERFACE", help="The tunnel device, when no agent runs.")] = "rtn0",
+    interface: Annotated[str, typer.Option(metavar="NAME", envvar="RETINUE_INTERFACE", help="The tunnel device, when no agent runs.")] = "rtn0",
     keep_traffic: Annotated[bool, typer.Option("--keep-traffic", help="End the agent only; tunnels and rules stay.")] = False,
     output: Format = Output.TABLE,
     as_json: Json = False,

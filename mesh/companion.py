@@ -50,7 +50,8 @@ async def serve_sidecar(config: SidecarConfig) -> None:
 
 async def join(config: SidecarConfig) -> None:
     """Enrol with a token. Raises BadInput when there is none, and what the agent or the CA answered."""
-    from mesh.cli_node import check_ciphers, read_token
+    from mesh.cli_node import read_token
+    from mesh.devices.offers import offers
 
     if config.from_agent is not None:
         if config.workload is None:
@@ -62,7 +63,7 @@ async def join(config: SidecarConfig) -> None:
             raise BadInput("usage", "the first start needs --ca with a token, or --from-agent", hint="see: retinue-sidecar --help")
         token, ca = read_token(config.token_file), config.ca
     underlay = list(config.underlay) or guess_underlay(ca, config.agent.listen_port)
-    done = await enroll(ca, token, config.agent.state_dir, underlay, check_ciphers(None))
+    done = await enroll(ca, token, config.agent.state_dir, underlay, await offers())
     log.info("enrolled", spiffe_id=str(done.spiffe_id), workload=done.workload, underlay=underlay)
 
 

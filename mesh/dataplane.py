@@ -104,6 +104,11 @@ class DataPlane:
         self._lost_device = False
         self._host_due = 0.0
 
+    @property
+    def device(self) -> Device | None:
+        """The tunnel device in use."""
+        return self._device
+
     def describe(self) -> str:
         """Device in use and why, for `status`."""
         return "none" if self._device is None else f"{self._device.describe()}: {self._why}"

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from identity.errors import BadInput, BadState, NotFound, RetinueError
 from identity.records import PolicyRecord
+from identity.wire.enroll import Cipher
 from identity.wire.feed import Report
 from identity.wire.local import Attach
 from mesh import svid_files
@@ -29,6 +30,7 @@ from mesh.compile import Compiler, LocalAttachment, LocalFacts
 from mesh.dataplane import DataPlane, PlaneConfig
 from mesh.dataplane import Event as PlaneEvent
 from mesh.devices import Choice
+from mesh.devices.offers import broken
 from mesh.enroll import Enrollment, load_enrollment
 from mesh.health import Health
 from mesh.plan import Plan
@@ -93,7 +95,7 @@ class Agent:
         )  # fmt: skip
         self.attachments = Attachments(state, self.boot, self._process_ended)
         self.uplink = Uplink(
-            enrollment, self.machine, self.health, on_events=self._on_events, report=self.report
+            enrollment, self.machine, self.health, on_events=self._on_events, report=self.report, instead=self._instead
         )
         self.svids = WorkloadSvids(self.uplink.svid, lambda: self.uplink.trust, time.time)
         self.plane = DataPlane(PlaneConfig(
@@ -108,6 +110,9 @@ class Agent:
         self._saved = True
         self._heartbeat_saved = 0.0
         self._ready = False
+
+    def _instead(self, promised: list[Cipher]) -> list[Cipher] | None:
+        return None if self.plane.device is None else broken(promised, self.plane.device)
 
     @property
     def enrollment(self) -> Enrollment:
@@ -381,6 +386,7 @@ def _few(texts: list[str]) -> str:
 async def serve(config: AgentConfig, *, beside: Callable[[Agent], Coroutine[Any, Any, None]] | None = None) -> None:
     """The whole endpoint with its local API, until SIGTERM or SIGINT. `beside` makes what else it does."""
     from mesh.local_api import LocalApi
+    from mesh.workload_api import WorkloadApi
 
     enrollment = load_enrollment(config.state_dir)
     state = StateDir(config.state_dir)
@@ -392,7 +398,7 @@ async def serve(config: AgentConfig, *, beside: Callable[[Agent], Coroutine[Any,
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, stop.set)
-        async with LocalApi(agent, stop):
+        async with LocalApi(agent, stop), WorkloadApi(agent):
             await agent.run(stop, (lambda: beside(agent)) if beside is not None else None)
     finally:
         state.close()

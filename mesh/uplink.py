@@ -15,7 +15,7 @@ import structlog
 from identity.bundle import TrustBundle
 from identity.errors import RetinueError, Unreachable
 from identity.wire.admin import ExplainReply
-from identity.wire.enroll import SidecarTokenReply, SidecarTokenRequest, SvidReply, SvidRequest
+from identity.wire.enroll import Cipher, SidecarTokenReply, SidecarTokenRequest, SvidReply, SvidRequest
 from identity.wire.feed import Report
 from mesh.control import FEED_IDLE, Busy, ControlClient, backoff
 from mesh.enroll import Enrollment, renew
@@ -40,6 +40,7 @@ class Uplink:
 
     on_events: is told, and awaited, after every line of the feed that had an effect
     report:    what to report now, None for nothing yet
+    instead:   the ciphers to promise when the device cannot do those of the record given, else None
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Uplink:
         *,
         on_events: Callable[[list[Event]], Awaitable[None]],
         report: Callable[[], Report | None],
+        instead: Callable[[list[Cipher]], list[Cipher] | None] = lambda _: None,
     ) -> None:
         self.enrollment = enrollment
         self.machine = machine
@@ -57,6 +59,7 @@ class Uplink:
         self._health = health
         self._on_events = on_events
         self._report = report
+        self._instead = instead
         self._client: tuple[ControlClient, TrustBundle, Enrollment] | None = None
         self._tell = asyncio.Event()
 
@@ -204,14 +207,15 @@ class Uplink:
                 self._health.clear("svid.expiring")
             if attempt:
                 await asyncio.sleep(backoff(attempt, random.random(), base=2.0, cap=RENEW_CAP))  # noqa: S311 -- jitter
-            elif due > now:
+            elif due > now and self._instead(self.enrollment.record.ciphers) is None:
                 # Short steps: the wall clock may be set, and the machine may sleep.
                 await asyncio.sleep(min(due - now, 60.0))
                 if time.time() < due:
                     continue
             try:
                 record = self.enrollment.record
-                self.enrollment = await renew(self.enrollment, record.underlay, record.ciphers, bundle=self.trust)
+                ciphers = self._instead(record.ciphers) or record.ciphers
+                self.enrollment = await renew(self.enrollment, record.underlay, ciphers, bundle=self.trust)
                 log.info("our certificate was renewed", expires=self.enrollment.svid.not_after)
                 attempt = 0
                 self._health.clear("svid.refused")

@@ -78,6 +78,11 @@ class Device(Protocol):
 
     kind: Literal["userspace", "kernel"]
 
+    @property
+    def ciphers(self) -> tuple[Cipher, ...]:
+        """Transport ciphers it can do, known once it has started."""
+        ...
+
     async def start(self) -> bool:
         """Make it exist and carry its key and port. True when it was there before with its peers (adopted)."""
         ...

@@ -6,12 +6,14 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from mesh.devices import DeviceConfig, DeviceState, PeerChange, PeerState, after
+from mesh.plan import AES, CHACHA, Cipher
 
 
 class FakeDevice:
     """See mesh.devices.Device. `fail` is raised by the next `apply`."""
 
     kind: Literal["userspace", "kernel"] = "userspace"
+    ciphers: tuple[Cipher, ...] = (AES, CHACHA)
 
     def __init__(self, config: DeviceConfig) -> None:
         self.config = config

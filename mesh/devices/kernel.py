@@ -11,6 +11,7 @@ from typing import Any, Final, Literal, TypeVar
 from identity.errors import Bug, NoPrivilege, NotFound, RetinueError
 from identity.keys import b64, unb64
 from mesh.devices import DeviceConfig, DeviceState, PeerChange, PeerState
+from mesh.plan import CHACHA
 
 T = TypeVar("T")
 
@@ -109,6 +110,7 @@ class KernelDevice:
     """See mesh.devices.Device."""
 
     kind: Literal["userspace", "kernel"] = "kernel"
+    ciphers = (CHACHA,)
 
     def __init__(self, config: DeviceConfig) -> None:
         self.config = config

@@ -23,6 +23,7 @@ from typing import Final, Literal
 from identity.errors import NoPrivilege, NotFound, RetinueError, TimedOut, Unreachable
 from identity.keys import write_file
 from mesh.devices import DeviceConfig, DeviceState, PeerChange, PeerState, uapi
+from mesh.plan import AES, CHACHA, Cipher
 
 START_TIMEOUT: Final = 10.0  # seconds until a fresh engine answers
 OURS: Final = "retinue-engine"
@@ -90,6 +91,11 @@ class UserspaceDevice:
         self.running: Running | None = None
         self._child: subprocess.Popen[bytes] | None = None
         self._pidfd: int | None = None
+
+    @property
+    def ciphers(self) -> tuple[Cipher, ...]:
+        """Only our engine knows AES-256-GCM."""
+        return (CHACHA,) if self.version is None else (AES, CHACHA)
 
     # ---- paths
 
@@ -166,7 +172,7 @@ class UserspaceDevice:
         with contextlib.suppress(OSError):
             if self.log_file.stat().st_size > _LOG_LIMIT:
                 self.log_file.unlink()
-        with self.log_file.open("ab") as log:
+        with open(self.log_file, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
             self._child = subprocess.Popen(
                 [str(self.program), "-f", self.config.interface], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env=env, cwd="/", start_new_session=True, close_fds=True,
