@@ -16,6 +16,7 @@ from typing import Any, Final
 import structlog
 from aiohttp import web
 
+from ca.feed import Frame
 from ca.http import Buckets, Handler, body, errors, number, reply, text
 from ca.rows import EndpointRow
 from ca.service import Service, Stream
@@ -33,6 +34,7 @@ from identity.wire.feed import Report
 log = structlog.get_logger("retinue.ca.api")
 
 MAX_BODY: Final = 512 * 1024  # a report of some thousand instances; everything else is far smaller
+JOIN: Final = 64 * 1024
 WRITE_S: Final = 30.0  # a stream that takes nothing for this long is closed
 ENROLL_RATE, ENROLL_BURST = 20.0, 200.0  # requests a second and at once, one client address
 
@@ -178,6 +180,11 @@ class _Api:
         return response
 
 
+def _pieces(frame: Frame) -> Frame:
+    """A small frame is one write; the parts of a large one are shared with other streams and not copied."""
+    return (b"".join(frame),) if sum(map(len, frame)) <= JOIN else tuple(part for part in frame if part)
+
+
 async def _pump(response: web.StreamResponse, stream: Stream) -> None:
     """Write frames until the stream is closed. A client that takes nothing ends it."""
     closed = asyncio.ensure_future(stream.closed.wait())
@@ -192,7 +199,8 @@ async def _pump(response: web.StreamResponse, stream: Stream) -> None:
                 return
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(WRITE_S):
-                    await response.write(frame.result())
+                    for data in _pieces(frame.result()):
+                        await response.write(data)
                     continue
             stream.close("takes no frames")
     finally:

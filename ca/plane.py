@@ -19,7 +19,7 @@ from ca.authority import Authority, Issuing
 from ca.desk import Desk
 from ca.enroll import Admitted, Challenges, JoinTokenAttestor, admit
 from ca.enroll import TokenRow as TokenEvidence
-from ca.feed import Feed
+from ca.feed import Feed, Frame
 from ca.mirror import BUNDLE, Mirror
 from ca.placements import Placements
 from ca.policies import Policies
@@ -56,7 +56,7 @@ MAX_REFUSALS: Final = 120  # audited a minute: strangers must not fill the disk
 class Published:
     """Frames to deliver, and endpoints whose streams are to be closed."""
 
-    frames: dict[str, bytes]
+    frames: dict[str, Frame]
     closed: frozenset[str]
 
 

@@ -5,15 +5,21 @@ hold, and the placements and prepares of every instance that policy permits with
 with the endpoint records of their holders.
 
 Work is over label classes: two subjects that every selector of the program treats alike are one class, so a pair of
-classes is decided once a policy. A change of one instance touches only the endpoints that can see it.
+classes is decided once a policy. What an endpoint sees by policy depends only on the classes its instances may talk
+with: endpoints for which those are equal share one `Shared` set, kept once; a `View` adds the few objects of the
+endpoint's own. A change costs what it touches: the sets that show it, and the views of whose own it is a part.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+from bisect import bisect_left, insort
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field
+from itertools import accumulate
+from weakref import WeakSet, WeakValueDictionary
 
 from identity.records import envelope_hash
 from policy.classes import Classes
@@ -21,6 +27,8 @@ from policy.program import Program, Subject
 
 BUNDLE = "bundle"
 POLICY = "policy"
+
+Before = dict[str, str | None]  # object key -> what was shown under it before a step
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +64,7 @@ class Near:
     def __init__(self, program: Program | None) -> None:
         self._classes = Classes(program or Program(()))
         self._near: list[set[int]] = []
+        self._unions: dict[frozenset[int], frozenset[int]] = {}
 
     def of(self, subject: Subject) -> int:
         """The class of a subject; a new one is compared with the others here, once."""
@@ -65,57 +74,182 @@ class Near:
             self._near.append(near)
             for other in near:
                 self._near[other].add(number)
+            self._unions.clear()
         return number
 
     def near(self, number: int) -> Set[int]:
         """Classes that may talk with this one."""
         return self._near[number]
 
+    def union(self, numbers: frozenset[int]) -> frozenset[int]:
+        """Classes that may talk with any of these; the same object for the same question."""
+        found = self._unions.get(numbers)
+        if found is None:
+            found = frozenset[int]().union(*(self._near[n] for n in numbers))
+            self._unions[numbers] = found
+        return found
+
     def __len__(self) -> int:
         return len(self._near)
 
 
-@dataclass(slots=True)
-class View:
-    """What one endpoint sees. Only World changes it."""
+class Lines:
+    """The line of each object in the state hash (identity.records.state_hash), made once an envelope."""
 
-    endpoint: str
+    def __init__(self) -> None:
+        self._made: dict[str, tuple[str, bytes]] = {}
+
+    def of(self, key: str, envelope: str) -> bytes:
+        known, line = self._made.get(key, ("", b""))
+        if known != envelope:
+            line = f"{key}\0{envelope_hash(envelope)}\n".encode()
+            self._made[key] = envelope, line
+        return line
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Shared:
+    """What every endpoint sees whose instances may talk with the classes `near`. Only World changes it."""
+
+    near: frozenset[int]
+    lines: Lines
     objects: dict[str, str] = field(default_factory=dict)
     shown: dict[str, frozenset[str]] = field(default_factory=dict)  # instance -> endpoints its records name
     refs: Counter[str] = field(default_factory=Counter)
-    lines: dict[str, bytes] = field(default_factory=dict)
+    views: WeakSet[View] = field(default_factory=WeakSet)
+    _order: list[str] = field(default_factory=list)  # keys, sorted
+    _text: tuple[bytes, list[int]] | None = None  # all lines in order, and where each begins
+    _hash: str | None = None
+    _json: bytes | None = None
+
+    def put(self, key: str, envelope: str | None, before: Before) -> None:
+        """Show `envelope` under `key`, or nothing; what was there goes to `before`."""
+        old = self.objects.get(key)
+        if old == envelope:
+            return
+        before.setdefault(key, old)
+        self._text = self._hash = self._json = None
+        if envelope is None:
+            del self.objects[key]
+            del self._order[bisect_left(self._order, key)]
+        else:
+            if old is None:
+                insort(self._order, key)
+            self.objects[key] = envelope
+
+    def hash(self, own: Mapping[str, str] | None = None) -> str:
+        """The state hash of this set with objects of `own` that it has not: one pass over bytes, or none."""
+        extra = sorted(key for key in own or () if key not in self.objects)
+        if extra and own is not None:
+            text, starts = self._lined()
+            digest, at = hashlib.sha256(), 0
+            for key in extra:
+                upto = starts[bisect_left(self._order, key)]
+                digest.update(memoryview(text)[at:upto])
+                digest.update(self.lines.of(key, own[key]))
+                at = upto
+            digest.update(memoryview(text)[at:])
+            return digest.hexdigest()
+        if self._hash is None:
+            self._hash = hashlib.sha256(self._lined()[0]).hexdigest()
+        return self._hash
+
+    def _lined(self) -> tuple[bytes, list[int]]:
+        if self._text is None:
+            lines = [self.lines.of(key, self.objects[key]) for key in self._order]
+            self._text = b"".join(lines), [*accumulate(map(len, lines), initial=0)]
+        return self._text
+
+    def json(self) -> bytes:
+        """The members of the JSON object of this set, without its braces; empty for an empty set."""
+        if self._json is None:
+            self._json = json.dumps(self.objects, separators=(",", ":")).encode()[1:-1]
+        return self._json
+
+
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class View:
+    """What one endpoint sees: a shared set and objects of its `own`, which the shared set may have as well."""
+
+    endpoint: str
+    shared: Shared
+    own: dict[str, str]
+
+    @property
+    def objects(self) -> dict[str, str]:
+        """All of it, as a new dictionary."""
+        return self.shared.objects | self.own
+
+    def get(self, key: str) -> str | None:
+        """The envelope under a key, None when the endpoint does not see it."""
+        return self.own.get(key) or self.shared.objects.get(key)
+
+    def extra(self) -> dict[str, str]:
+        """Objects that are not in the shared set."""
+        return {k: v for k, v in self.own.items() if k not in self.shared.objects}
+
+    def __len__(self) -> int:
+        return len(self.shared.objects) + sum(k not in self.shared.objects for k in self.own)
 
     def hash(self) -> str:
-        """identity.records.state_hash(objects), each envelope hashed once."""
-        digest = hashlib.sha256()
-        for key in sorted(self.lines):
-            digest.update(self.lines[key])
-        return digest.hexdigest()
+        """identity.records.state_hash(objects)."""
+        return self.shared.hash(self.own)
 
 
 @dataclass(slots=True)
 class Touched:
-    """What a batch of changes touched. `all` means that every view is to be made anew."""
+    """What a batch of changes touched. `all` means that classes are new: every view is made anew."""
 
     all: bool = False
-    views: set[str] = field(default_factory=set)  # endpoints whose own instances changed
-    instances: dict[str, set[str]] = field(
-        default_factory=lambda: defaultdict(set)
-    )  # instance -> who may see it
+    views: set[str] = field(default_factory=set)  # endpoints whose own objects or classes may be different
+    instances: set[str] = field(default_factory=set)
     endpoints: set[str] = field(default_factory=set)
     keys: set[str] = field(default_factory=set)  # bundle, policy
 
     def merge(self, other: Touched) -> None:
         self.all = self.all or other.all
         self.views |= other.views
+        self.instances |= other.instances
         self.endpoints |= other.endpoints
         self.keys |= other.keys
-        for key, seen in other.instances.items():
-            self.instances[key] |= seen
+
+
+@dataclass(slots=True)
+class Outcome:
+    """Object keys that changed, by view; views with equal changes mostly share one set. `failed` are out of step."""
+
+    changed: dict[View, frozenset[str]] = field(default_factory=dict)
+    failed: dict[View, Exception] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Step:
+    """One update: what shared sets showed before it, and the differences between old and new sets, each found once."""
+
+    before: dict[Shared, Before] = field(default_factory=dict)
+    failed: dict[Shared, Exception] = field(default_factory=dict)
+    _differ: dict[tuple[Shared, Shared], frozenset[str]] = field(default_factory=dict)
+
+    def was(self, shared: Shared, key: str) -> str | None:
+        before = self.before.get(shared)
+        return before[key] if before is not None and key in before else shared.objects.get(key)
+
+    def differ(self, old: Shared, new: Shared) -> frozenset[str]:
+        """Keys under which `old` before the step and `new` after it differ."""
+        found = self._differ.get((old, new))
+        if found is None:
+            before = self.before.get(old, {})
+            if old is new:
+                keys = {k for k, v in before.items() if v != new.objects.get(k)}
+            else:
+                was = old.objects if not before else {**old.objects, **before}
+                keys = {k for k in was.keys() | new.objects.keys() if was.get(k) != new.objects.get(k)}
+            found = self._differ[old, new] = frozenset(keys)
+        return found
 
 
 class World:
-    """All facts of one trust domain, indexed for scope. Setters say whom a change touches."""
+    """All facts of one trust domain, indexed for scope. Setters say what a change touches; `update` then follows it."""
 
     def __init__(self) -> None:
         self.endpoints: dict[str, EndpointFact] = {}
@@ -124,15 +258,18 @@ class World:
         self.policy: str | None = None
         self.program: Program | None = None
         self._classes = Near(None)
+        self._lines = Lines()
         self._members: dict[int, set[str]] = defaultdict(set)  # class -> instances
         self._hosts: dict[int, Counter[str]] = defaultdict(
             Counter
         )  # class -> endpoints with an instance of it
-        self._own: dict[str, set[str]] = defaultdict(
+        self._holds: dict[str, set[str]] = defaultdict(
             set
         )  # endpoint -> instances it holds, held, is about to hold
         self._class_of: dict[str, int] = {}
-        self._lines: dict[str, tuple[str, bytes]] = {}  # object key -> its newest envelope and line
+        self._views: dict[str, WeakSet[View]] = defaultdict(WeakSet)
+        self._shared: WeakValueDictionary[frozenset[int], Shared] = WeakValueDictionary()
+        self._showing: dict[int, WeakSet[Shared]] = defaultdict(WeakSet)  # class -> sets that show it
 
     # ---- facts
 
@@ -154,47 +291,45 @@ class World:
         self._hosts.clear()
         for key, fact in self.instances.items():
             self._index(fact, numbers[key])
+        self._forget_shared()
         return Touched(all=True)
+
+    def _forget_shared(self) -> None:
+        """Views keep the sets they have until their next update."""
+        self._shared = WeakValueDictionary()
+        self._showing.clear()
 
     def set_endpoint(self, fact: EndpointFact) -> Touched:
         self.endpoints[fact.name] = fact
-        return Touched(endpoints={fact.name})
+        # Whoever holds an instance together with it (a move) shows its record as an own object.
+        beside = {e for key in self._holds.get(fact.name, ()) for e in self.instances[key].here}
+        return Touched(endpoints={fact.name}, views={fact.name, *beside})
 
     def set_instance(self, fact: InstanceFact) -> Touched:
         old = self.instances.get(fact.key)
         if old is not None and old.subject != fact.subject:
             # Another set of labels is another class: rare, so everything is sorted anew.
             self.instances[fact.key] = fact
-            self._own_reindex(old, fact)
+            for endpoint in old.here | old.former:
+                self._holds[endpoint].discard(old.key)
             return self._reclass(self.program)
+        known = len(self._classes)
         number = self._classes.of(fact.subject)
-        out = Touched()
+        out = Touched(instances={fact.key}, views={*fact.here, *fact.former})
         if old is not None:
-            out.instances[fact.key] |= self._audience(old)
-            out.views |= self._own_changed(old, fact)
+            out.views |= old.here | old.former
             self._unindex(old)
-        else:
-            out.views |= fact.here
         self.instances[fact.key] = fact
         self._class_of[fact.key] = number
         self._index(fact, number)
-        out.instances[fact.key] |= self._audience(fact)
+        if number >= known:  # a new class: whoever may talk with it may talk with more than before
+            out.views |= self.audience(fact.key)
         return out
-
-    def _own_reindex(self, old: InstanceFact, new: InstanceFact) -> None:
-        for endpoint in old.here | old.former:
-            self._own[endpoint].discard(old.key)
-        for endpoint in new.here | new.former:
-            self._own[endpoint].add(new.key)
-
-    @staticmethod
-    def _own_changed(old: InstanceFact, new: InstanceFact) -> frozenset[str]:
-        return old.here ^ new.here if old.revoked == new.revoked else old.here | new.here
 
     def _index(self, fact: InstanceFact, number: int) -> None:
         self._members[number].add(fact.key)
         for endpoint in fact.here | fact.former:
-            self._own[endpoint].add(fact.key)
+            self._holds[endpoint].add(fact.key)
         if not fact.revoked:
             for endpoint in fact.here:
                 self._hosts[number][endpoint] += 1
@@ -203,109 +338,158 @@ class World:
         number = self._class_of[fact.key]
         self._members[number].discard(fact.key)
         for endpoint in fact.here | fact.former:
-            self._own[endpoint].discard(fact.key)
+            self._holds[endpoint].discard(fact.key)
         if not fact.revoked:
             for endpoint in fact.here:
                 self._hosts[number][endpoint] -= 1
                 if self._hosts[number][endpoint] <= 0:
                     del self._hosts[number][endpoint]
 
-    def _audience(self, fact: InstanceFact) -> set[str]:
-        out = set(fact.here | fact.former)
-        for near in self._classes.near(self._class_of[fact.key]):
-            out.update(self._hosts[near])
-        return out
-
     def audience(self, key: str) -> set[str]:
         """Endpoints that may see an instance; empty for an unknown one."""
         fact = self.instances.get(key)
-        return set() if fact is None else self._audience(fact)
+        if fact is None:
+            return set()
+        out = set(fact.here | fact.former)
+        for near in self._classes.near(self._class_of[key]):
+            out.update(self._hosts[near])
+        return out
+
+    # ---- shared sets
+
+    def _shared_for(self, endpoint: str) -> Shared:
+        mine = (self.instances[key] for key in self._holds.get(endpoint, ()))
+        classes = frozenset(self._class_of[f.key] for f in mine if endpoint in f.here and not f.revoked)
+        near = self._classes.union(classes)
+        found = self._shared.get(near)
+        if found is None:
+            found = Shared(near, self._lines)
+            before: Before = {}
+            found.put(BUNDLE, self.bundle, before)
+            found.put(POLICY, self.policy, before)
+            for number in near:
+                for key in self._members[number]:
+                    self._show(found, key, before)
+            self._shared[near] = found
+            for number in near:
+                self._showing[number].add(found)
+        return found
+
+    def _show(self, shared: Shared, key: str, before: Before) -> None:
+        fact = self.instances[key]
+        shared.put(f"placement/{key}", fact.placement, before)
+        shared.put(f"prepare/{key}", fact.prepare, before)
+        was, now = shared.shown.get(key, frozenset()), fact.here
+        shared.shown[key] = now
+        for name in now - was:
+            shared.refs[name] += 1
+            self._show_endpoint(shared, name, before)
+        for name in was - now:
+            shared.refs[name] -= 1
+            if shared.refs[name] <= 0:
+                del shared.refs[name]
+                self._show_endpoint(shared, name, before)
+
+    def _show_endpoint(self, shared: Shared, name: str, before: Before) -> None:
+        record = self._record(name) if shared.refs[name] > 0 else None
+        shared.put(f"endpoint/{name}", record, before)
+
+    def _record(self, name: str) -> str | None:
+        fact = self.endpoints.get(name)
+        return None if fact is None else fact.record
+
+    def _own(self, endpoint: str) -> dict[str, str]:
+        """The objects an endpoint sees whatever policy says."""
+        out = {f"endpoint/{endpoint}": self._record(endpoint)}
+        for key in self._holds[endpoint]:
+            fact = self.instances[key]
+            out[f"placement/{key}"] = fact.placement
+            if endpoint in fact.here:  # a former holder learns that it is no longer the one, and nothing else
+                out[f"prepare/{key}"] = fact.prepare
+                for name in fact.here:
+                    out[f"endpoint/{name}"] = self._record(name)
+        return {k: v for k, v in out.items() if v is not None}
 
     # ---- views
 
     def view(self, endpoint: str) -> View:
-        """The whole scope of one endpoint."""
-        view = View(endpoint)
-        self._put(view, BUNDLE, self.bundle)
-        self._put(view, POLICY, self.policy)
-        self._show_endpoint(view, endpoint)
-        for key in self._visible(endpoint):
-            self._show(view, key, True)
+        """The whole scope of one endpoint; `update` keeps it in step for as long as it is referenced."""
+        view = View(endpoint, self._shared_for(endpoint), self._own(endpoint))
+        view.shared.views.add(view)
+        self._views[endpoint].add(view)
         return view
 
-    def _visible(self, endpoint: str) -> Iterable[str]:
-        near: set[int] = set()
-        for key in self._own[endpoint]:
-            fact = self.instances[key]
-            if endpoint in fact.here and not fact.revoked:
-                near |= self._classes.near(self._class_of[key])
-        return set(self._own[endpoint]).union(*(self._members[number] for number in near))
-
-    def update(self, view: View, touched: Touched) -> set[str]:
-        """Bring a view up to date and return the object keys that changed in it."""
-        if touched.all or view.endpoint in touched.views:
-            return self._replace(view)
-        changed: set[str] = set()
-        for key in touched.keys:
-            changed |= self._put(view, key, self.bundle if key == BUNDLE else self.policy)
-        for name in touched.endpoints:
-            if name == view.endpoint or view.refs[name] > 0:
-                changed |= self._show_endpoint(view, name)
-        for key, seen in touched.instances.items():
-            if view.endpoint in seen:
-                changed |= self._show(view, key, view.endpoint in self.audience(key))
-        return changed
-
-    def _replace(self, view: View) -> set[str]:
-        new, old = self.view(view.endpoint), view.objects
-        changed = {k for k in old.keys() | new.objects.keys() if old.get(k) != new.objects.get(k)}
-        view.objects, view.shown, view.refs, view.lines = new.objects, new.shown, new.refs, new.lines
-        return changed
-
-    def _show(self, view: View, key: str, visible: bool) -> set[str]:
-        fact = self.instances[key]
-        own = view.endpoint in fact.here
-        # A former holder learns that it is no longer the one, and nothing else.
-        permitted_here = visible and (
-            own or view.endpoint not in fact.former or self._near(view.endpoint, key)
-        )
-        changed = self._put(view, f"placement/{key}", fact.placement if visible else None)
-        changed |= self._put(view, f"prepare/{key}", fact.prepare if permitted_here else None)
-        before, after = view.shown.get(key, frozenset()), fact.here if permitted_here else frozenset()
-        view.shown[key] = after
-        if not after:
-            del view.shown[key]
-        for name in after - before:
-            view.refs[name] += 1
-            changed |= self._show_endpoint(view, name)
-        for name in before - after:
-            view.refs[name] -= 1
-            if view.refs[name] <= 0:
-                del view.refs[name]
-                changed |= self._show_endpoint(view, name)
-        return changed
-
-    def _near(self, endpoint: str, key: str) -> bool:
-        return any(self._hosts[n][endpoint] > 0 for n in self._classes.near(self._class_of[key]))
-
-    def _show_endpoint(self, view: View, name: str) -> set[str]:
-        fact = self.endpoints.get(name)
-        wanted = fact is not None and (name == view.endpoint or view.refs[name] > 0)
-        return self._put(view, f"endpoint/{name}", fact.record if wanted and fact is not None else None)
-
-    def _put(self, view: View, key: str, envelope: str | None) -> set[str]:
-        if view.objects.get(key) == envelope:
-            return set()
-        if envelope is None:
-            del view.objects[key], view.lines[key]
+    def update(self, touched: Touched) -> Outcome:
+        """Bring every view up to date. A view that cannot be is in `failed` and must be made anew."""
+        step, views = _Step(), set[View]()
+        if touched.all:
+            self._forget_shared()
+            views.update(*self._views.values())
         else:
-            view.objects[key] = envelope
-            view.lines[key] = self._line(key, envelope)
-        return {key}
+            for shared in self._showing_any(touched):
+                try:
+                    step.before[shared] = self._refresh(shared, touched)
+                except Exception as e:
+                    step.failed[shared] = e
+                    self._discard(shared)
+                views.update(shared.views)
+            for name in touched.views:
+                views.update(self._views.get(name, ()))
+        out = Outcome()
+        for view in views:
+            try:
+                if view.shared in step.failed:
+                    raise step.failed[view.shared]
+                renew = touched.all or view.endpoint in touched.views
+                changed = self._follow(view, step, renew=renew)
+            except Exception as e:
+                out.failed[view] = e
+            else:
+                if changed:
+                    out.changed[view] = changed
+        return out
 
-    def _line(self, key: str, envelope: str) -> bytes:
-        known, line = self._lines.get(key, ("", b""))
-        if known != envelope:
-            line = f"{key}\0{envelope_hash(envelope)}\n".encode()
-            self._lines[key] = envelope, line
-        return line
+    def _showing_any(self, touched: Touched) -> Iterable[Shared]:
+        if touched.keys:
+            return list(self._shared.values())
+        numbers = {self._class_of[key] for key in touched.instances}
+        for name in touched.endpoints:
+            numbers |= {self._class_of[key] for key in self._holds.get(name, ())}
+        return {shared for number in numbers for shared in self._showing.get(number, ())}
+
+    def _refresh(self, shared: Shared, touched: Touched) -> Before:
+        before: Before = {}
+        for key in touched.keys:
+            shared.put(key, self.bundle if key == BUNDLE else self.policy, before)
+        for name in touched.endpoints:
+            if shared.refs[name] > 0:
+                self._show_endpoint(shared, name, before)
+        for key in touched.instances:
+            if self._class_of[key] in shared.near:
+                self._show(shared, key, before)
+        return before
+
+    def _discard(self, shared: Shared) -> None:
+        """A set that was left half-way is used for no further view."""
+        if self._shared.get(shared.near) is shared:
+            del self._shared[shared.near]
+        for number in shared.near:
+            self._showing[number].discard(shared)
+
+    def _follow(self, view: View, step: _Step, *, renew: bool) -> frozenset[str]:
+        old, old_own = view.shared, view.own
+        if renew:
+            new, new_own = self._shared_for(view.endpoint), self._own(view.endpoint)
+            if new is not old:
+                old.views.discard(view)
+                new.views.add(view)
+            view.shared, view.own = new, new_own
+        new, new_own = view.shared, view.own
+        changed = step.differ(old, new)
+        # For the few keys of its own, what the shared sets showed does not decide.
+        aside = {
+            key
+            for key in old_own.keys() | new_own.keys()
+            if ((old_own.get(key) or step.was(old, key)) != view.get(key)) != (key in changed)
+        }
+        return changed ^ aside if aside else changed

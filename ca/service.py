@@ -16,6 +16,7 @@ from typing import Final, TypeVar
 
 import structlog
 
+from ca.feed import Frame
 from ca.placements import Prepared
 from ca.plane import Plane, Published
 from ca.rows import EndpointRow, InstanceRow
@@ -38,12 +39,12 @@ class Stream:
 
     endpoint: str
     expires: int  # of the certificate it was opened with
-    queue: asyncio.Queue[bytes] = field(default_factory=lambda: asyncio.Queue(MAX_QUEUE))
+    queue: asyncio.Queue[Frame] = field(default_factory=lambda: asyncio.Queue(MAX_QUEUE))
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     why: str = ""
     turn: int = 0
 
-    def put(self, frame: bytes) -> None:
+    def put(self, frame: Frame) -> None:
         try:
             self.queue.put_nowait(frame)
         except asyncio.QueueFull:
@@ -126,7 +127,7 @@ class Service:
 
         await self._loop.run_in_executor(self._worker, run)
 
-    def _seat(self, stream: Stream, frame: bytes) -> None:
+    def _seat(self, stream: Stream, frame: Frame) -> None:
         old = self.streams.get(stream.endpoint)
         if old is not None:
             old.close("replaced by a newer connection")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ca.feed import JOURNAL, LINGER_S, Feed
-from ca.scope import EndpointFact, InstanceFact, Touched, World
+from ca.scope import EndpointFact, InstanceFact, Shared, Touched, World
 from identity.errors import Unreachable
 from identity.records import state_hash
 from identity.wire.feed import Beat, Delta, Snapshot, parse_frame
@@ -61,7 +61,8 @@ class Rig:
         frames = self.feed.advance(self.feed.revision + 1, touched, self.now)
         return {name: self.follow(name, line) for name, line in frames.items()}
 
-    def follow(self, name: str, line: bytes):
+    def follow(self, name: str, parts: tuple[bytes, ...]):
+        line = b"".join(parts)
         assert line.endswith(b"\n")
         assert line.count(b"\n") == 1
         frame = parse_frame(line)
@@ -167,9 +168,9 @@ def test_beats_go_to_the_connected(rig: Rig) -> None:
     rig.connect("b")
     rig.feed.leave("b", rig.turn["b"], rig.now)
     rig.feed.drop("c")
-    line, names = rig.feed.beat(rig.now)
+    parts, names = rig.feed.beat(rig.now)
     assert names == {"a"}
-    assert isinstance(parse_frame(line), Beat)
+    assert isinstance(parse_frame(b"".join(parts)), Beat)
 
 
 def test_one_signature_serves_all(rig: Rig) -> None:
@@ -196,17 +197,17 @@ def test_one_scope_that_fails_stops_nobody_and_empties_nothing(
     for name in NAMES:
         rig.connect(name)
     before = dict(rig.held["a"])
-    real = World.update
+    real = World._follow
 
-    def failing(self: World, view, touched):
+    def failing(self: World, view, step, *, renew: bool):
         if view.endpoint == "a":
             if half_way:
-                real(self, view, touched)
+                real(self, view, step, renew=renew)
             raise RuntimeError("a bad row")
-        return real(self, view, touched)
+        return real(self, view, step, renew=renew)
 
     with monkeypatch.context() as patch:
-        patch.setattr(World, "update", failing)
+        patch.setattr(World, "_follow", failing)
         frames = rig.change(instance("api", "b", 2), instance("db", "c", 1))
         assert set(frames) == {"b", "c"}
         assert rig.feed.beat(rig.now)[1] == {"b", "c"}
@@ -215,6 +216,52 @@ def test_one_scope_that_fails_stops_nobody_and_empties_nothing(
     assert set(frames) == {"a"}
     assert isinstance(frames["a"], Snapshot)
     assert rig.feed.beat(rig.now)[1] == {"a", "b", "c"}
+
+
+def test_a_shared_set_that_fails_is_used_no_more(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig.change(instance("web", "a", 1), instance("api", "b", 1), instance("db", "c", 1))
+    for name in NAMES:
+        rig.connect(name)
+    before = {name: dict(held) for name, held in rig.held.items()}
+    real = Shared.put
+
+    def failing(self: Shared, key: str, envelope: str | None, old) -> None:
+        real(self, key, envelope, old)
+        if key == "placement/api/0":
+            raise RuntimeError("a bad row")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Shared, "put", failing)
+        assert rig.change(instance("api", "b", 2), instance("web", "a", 2)) == {}
+        assert rig.feed.beat(rig.now)[1] == set()
+        assert rig.change() == {}
+    assert rig.held == before
+    frames = rig.change()
+    assert set(frames) == set(NAMES)
+    assert all(frame.objects["placement/api/0"] == "api v2" for frame in frames.values())
+    frames = rig.change(instance("api", "b", 3))
+    assert {type(frame) for frame in frames.values()} == {Delta}
+
+
+def test_equal_endpoints_share_their_bytes(rig: Rig) -> None:
+    rig.change(*(instance(f"w{n}", n, 1) for n in NAMES))
+    first = {name: rig.feed.connect(name, None, None, rig.now)[0] for name in NAMES}
+    assert all(part is other for part, other in zip(first["a"][1:], first["b"][1:], strict=True) if len(part) > 99)
+    assert first["a"][1] is first["c"][1]
+    touched = rig.world.set_instance(instance("wa", "b", 2, "a"))
+    frames = rig.feed.advance(rig.feed.revision + 1, touched, rig.now)
+    assert frames["b"][1] is frames["c"][1]
+    assert frames["b"][0] is frames["c"][0]
+    assert frames["b"][2] is frames["c"][2]
+
+
+def test_text_is_escaped(rig: Rig) -> None:
+    odd = 'a "quoted" \\ \n \u2028 name'
+    rig.change(InstanceFact("web/0", Subject("web"), False, "a", None, frozenset(), odd, None))
+    rig.connect("a")
+    assert rig.held["a"]["placement/web/0"] == odd
+    rig.change(InstanceFact("web/0", Subject("web"), False, "a", None, frozenset(), odd * 2, None))
+    assert rig.held["a"]["placement/web/0"] == odd * 2
 
 
 def test_a_scope_that_fails_at_connect_is_unavailable_not_empty(
@@ -235,11 +282,11 @@ def test_a_return_to_a_failed_scope_makes_it_anew(rig: Rig, monkeypatch: pytest.
     rig.change(instance("web", "a", 1))
     rig.connect("a")
 
-    def failing(self: World, view, touched):
+    def failing(self: World, view, step, *, renew: bool):
         raise RuntimeError("a bad row")
 
     with monkeypatch.context() as patch:
-        patch.setattr(World, "update", failing)
+        patch.setattr(World, "_follow", failing)
         assert rig.change(instance("web", "a", 2)) == {}
     assert isinstance(rig.resume("a"), Snapshot)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -139,32 +140,66 @@ def test_step_by_step_equals_the_definition(events) -> None:
     world = World()
     views = {e: world.view(e) for e in ENDPOINTS}
     for event in settle(events):
-        touched = apply(world, event)
+        before = {e: view.objects for e, view in views.items()}
+        outcome = world.update(apply(world, event))
+        assert outcome.failed == {}
         for endpoint, view in views.items():
-            before = dict(view.objects)
-            changed = world.update(view, touched)
-            assert view.objects == oracle(world, endpoint)
-            assert changed == {
-                k for k in before.keys() | view.objects.keys() if before.get(k) != view.objects.get(k)
+            now = view.objects
+            assert now == oracle(world, endpoint)
+            assert outcome.changed.get(view, frozenset()) == {
+                k for k in before[endpoint].keys() | now.keys() if before[endpoint].get(k) != now.get(k)
             }
-            assert view.hash() == state_hash(view.objects)
-            assert world.view(endpoint).objects == view.objects
+            assert view.hash() == state_hash(now)
+            assert len(view) == len(now)
+            assert {key: view.get(key) for key in now} == now
+            assert view.shared.objects | view.extra() == now
+            assert json.loads(b"{" + view.shared.json() + b"}") == view.shared.objects
+            assert world.view(endpoint).objects == now
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(EVENTS, st.integers(1, 5))
 def test_batches_equal_single_steps(events, size: int) -> None:
     world = World()
-    view = world.view("a")
+    views = {e: world.view(e) for e in ENDPOINTS}
     pending = Touched()
+
+    def settle_batch() -> None:
+        before = {e: view.objects for e, view in views.items()}
+        outcome = world.update(pending)
+        for endpoint, view in views.items():
+            now = view.objects
+            assert now == oracle(world, endpoint)
+            assert outcome.changed.get(view, frozenset()) == {
+                k for k in before[endpoint].keys() | now.keys() if before[endpoint].get(k) != now.get(k)
+            }
+
     for n, event in enumerate(settle(events)):
         pending.merge(apply(world, event))
         if n % size == 0:
-            world.update(view, pending)
+            settle_batch()
             pending = Touched()
-            assert view.objects == oracle(world, "a")
-    world.update(view, pending)
-    assert view.objects == oracle(world, "a")
+    settle_batch()
+
+
+def test_what_policy_shows_alike_is_kept_once() -> None:
+    world = World()
+    world.set_policy("p", Program((Tier("t", (Rule("r", Action.ALLOW, Everything(), Everything()),)),)))
+    for n in range(50):
+        world.set_endpoint(EndpointFact(f"h{n}", f"record {n}"))
+        world.set_instance(InstanceFact(f"w{n}/0", subject(f"w{n}", {}), False, f"h{n}", None, frozenset(), f"p{n}", None))
+    views = [world.view(f"h{n}") for n in range(50)]
+    assert len({id(view.shared) for view in views}) == 1
+    touched = world.set_instance(
+        InstanceFact("w0/0", subject("w0", {}), False, "h7", None, frozenset({"h0"}), "new", None)
+    )
+    changed = world.update(touched).changed
+    # h0 holds nothing any more: it is left with its own, and what it held
+    assert {view.endpoint for view, keys in changed.items() if keys != {"placement/w0/0", "endpoint/h0"}} == {"h0"}
+    assert len(changed) == 50
+    assert len({id(keys) for view, keys in changed.items() if view.endpoint not in {"h0", "h7"}}) == 1
+    for view in views:
+        assert view.objects == oracle(world, view.endpoint)
 
 
 def test_changed_labels_sort_everything_anew() -> None:
@@ -177,12 +212,12 @@ def test_changed_labels_sort_everything_anew() -> None:
             )
         )
     view = world.view("a")
-    assert "placement/api/0" not in view.objects
+    assert view.get("placement/api/0") is None
     touched = world.set_instance(
         InstanceFact("api/0", subject("api", {"role": "y"}), False, "b", None, frozenset(), "api", None)
     )
     assert touched.all
-    world.update(view, touched)
+    world.update(touched)
     assert view.objects == oracle(world, "a")
     assert "placement/api/0" in view.objects
 
@@ -197,7 +232,7 @@ def test_subjects_the_program_cannot_tell_apart_are_one_class() -> None:
     assert near.near(z) == set()
 
 
-def test_one_change_touches_only_who_can_see_it() -> None:
+def test_one_change_touches_only_who_can_see_it(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World()
     world.set_policy("p", Program((Tier("t", (Rule("r", Action.ALLOW, role("x"), role("y")),)),)))
     for n in range(200):
@@ -207,9 +242,20 @@ def test_one_change_touches_only_who_can_see_it() -> None:
     touched = world.set_instance(
         InstanceFact("w0/0", subject("w0", {"role": "x"}), False, "h7", None, frozenset({"h0"}), "new", None)
     )
-    assert touched.instances["w0/0"] == {"h0", "h7", "h3", "h4"}
-    assert touched.views == {"h0", "h7"}
-    assert not touched.all
+    assert touched == Touched(views={"h0", "h7"}, instances={"w0/0"})
+    views = [world.view(f"h{n}") for n in range(200)]
+    seen: list[str] = []
+    real = World._follow
+
+    def follow(self, view, step, *, renew):
+        seen.append(view.endpoint)
+        return real(self, view, step, renew=renew)
+
+    monkeypatch.setattr(World, "_follow", follow)
+    world.set_instance(InstanceFact("w0/0", subject("w0", {"role": "x"}), False, "h0", None, frozenset(), "p0", None))
+    assert len(views) == 200
+    world.update(touched)
+    assert set(seen) == {"h0", "h7", "h3", "h4"}
 
 
 def test_a_policy_that_cannot_be_classed_leaves_the_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
