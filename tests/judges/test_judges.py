@@ -1,6 +1,7 @@
 """The importers and the evaluator against outside judges: cases and a driver beside the checkout, when they are there.
 
-Slow by nature (each case is two real command lines); one test a set and level, with the mutation self-check on.
+Slow by nature (each case is two real command lines), with the mutation self-check on. Level `nets` judges the pairs too, so
+it runs alone by default; RETINUE_JUDGE_LEVELS=pairs,nets runs both.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("level", ["pairs", "nets"])
+@pytest.mark.parametrize("level", os.environ.get("RETINUE_JUDGE_LEVELS", "nets").split(","))
 @pytest.mark.parametrize("which", ["tailscale", "netpol", "nsx"])
 def test_every_case_of_the_set_agrees(which: str, level: str) -> None:
     argv = [
