@@ -15,6 +15,7 @@ from identity.errors import BadInput, Conflict, NotFound, RetinueError
 from identity.names import workload_path
 from identity.wire.local import Attach
 from mesh import netns
+from mesh.attestation import NamespaceId, namespace_at
 from mesh.compile import LocalAttachment
 from mesh.processes import process_start
 from mesh.snapshot import InstanceKey, instance_key
@@ -62,6 +63,14 @@ class Attachments:
                     inode = netns.identify(place.attach.netns)
             out[key] = LocalAttachment(place.attach.kind, place.attach.netns, inode)
         return out
+
+    def is_at(self, key: InstanceKey, space: NamespaceId) -> bool:
+        """Is this the instance's network namespace, looked up now? The asker keeps `space` from ending meanwhile."""
+        place = self._places.get(key)
+        if place is None or place.attach.netns is None or namespace_at(place.attach.netns) != space:
+            return False
+        pid = _pid(place.attach)
+        return pid is None or (place.started is not None and process_start(pid) == place.started)
 
     def attach(self, request: Attach) -> InstanceKey:
         """Enter an attachment; the same one again is no change. Raises BadInput, NotFound, Conflict, BadState."""

@@ -183,10 +183,10 @@ class LocalApi:
         return web.json_response({})
 
 
-def listen_on(path: Path) -> socket.socket:
-    """A unix socket that only its owner can open, in place of one a dead agent left. Raises Conflict, BadState."""
+def listen_on(path: Path, mode: int = 0o600) -> socket.socket:
+    """A unix socket with this mode, in place of one a dead agent left. Raises Conflict, BadState."""
     try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
         with socket.socket(socket.AF_UNIX) as probe:
             probe.settimeout(1.0)
             try:
@@ -198,7 +198,7 @@ def listen_on(path: Path) -> socket.socket:
         path.unlink(missing_ok=True)
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # The mode has to hold from the first moment; nothing else of this process makes files at this point.
-        before = os.umask(0o177)
+        before = os.umask(0o777 & ~mode)
         try:
             listener.bind(os.fspath(path))
         finally:

@@ -192,6 +192,7 @@ async def run_as(
             request = Attach(name=name, instance=instance, netns=f"/proc/{child.pid}/ns/net")
             place = await wait_active(agent, request, wait)
             environment = {"RETINUE_WORKLOAD": name, "RETINUE_ADDRESSES": " ".join(place.addresses)}
+            environment |= svid_files.api_environment(agent_socket.parent)
             if svid:
                 files = await agent.svid(ref)
                 svid_files.write(directory, files)

@@ -1,11 +1,14 @@
-"""SVIDs of the instances held here: made on demand, renewed at half of their life, gone with the instance."""
+"""SVIDs of the instances held here: made on demand, renewed at half of their life or when the trust they rest on goes,
+gone with the instance.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import random
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -19,6 +22,7 @@ from identity.wire.local import SvidFiles
 from mesh.snapshot import InstanceKey, instance_key
 
 JITTER = 0.1  # of the lifetime, to each side of its middle
+RETRY: Final = 15.0  # seconds after a failed renewal until the next
 
 
 def renew_at(not_before: int, not_after: int, unit: float) -> float:
@@ -29,11 +33,12 @@ def renew_at(not_before: int, not_after: int, unit: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class WorkloadSvid:
-    """One instance's certificate, verified, and its key."""
+    """One instance's certificate, verified under the bundle with this sequence, and its key."""
 
     files: SvidFiles = field(repr=False)
     svid: certs.Svid = field(repr=False)
     renew_at: float
+    trusted: int
 
 
 Ask = Callable[[SvidRequest], Awaitable[SvidReply]]
@@ -51,7 +56,8 @@ class WorkloadSvids:
         self._locks: dict[InstanceKey, asyncio.Lock] = {}
 
     async def get(self, name: str, instance: int) -> SvidFiles:
-        """Certificate, key and bundle, renewed when due. A failed renewal serves the old one while it lasts.
+        """Certificate, key and bundle, renewed when due. A failed renewal serves the old one while it lasts and is
+        trusted, and is tried again after RETRY.
 
         Raises what the CA answered, Unreachable, or NotVerified.
         """
@@ -59,15 +65,29 @@ class WorkloadSvids:
         async with self._locks.setdefault(key, asyncio.Lock()):
             held = self._held.get(key)
             now = self._wall()
+            if held is not None:
+                held = self._still_trusted(held, now)
             if held is None or now >= held.renew_at:
                 try:
                     held = await self._issue(name, instance)
                 except Exception:
                     if held is None or now >= held.svid.not_after:
+                        self._held.pop(key, None)
                         raise
-                else:
-                    self._held[key] = held
+                    held = replace(held, renew_at=now + RETRY * (1 + random.random()))  # noqa: S311 -- jitter
+                self._held[key] = held
             return held.files.model_copy(update={"bundle": self._trust().roots_pem()})
+
+    def _still_trusted(self, held: WorkloadSvid, now: float) -> WorkloadSvid | None:
+        """The same, or None when a newer bundle does not hold what its chain rests on (nor is it of use when it ended)."""
+        trust = self._trust()
+        if trust.sequence == held.trusted:
+            return held
+        try:
+            trust.verify_svid(held.files.certificate, now, expect=held.svid.spiffe_id)
+        except NotVerified:
+            return None
+        return replace(held, trusted=trust.sequence)
 
     def drop(self, key: InstanceKey) -> None:
         """Forget an instance's key: it is not held here any more."""
@@ -95,4 +115,5 @@ class WorkloadSvids:
             spiffe_id=str(svid.spiffe_id), certificate="".join(reply.chain), key=private_pem(key).decode(),
             bundle=trust.roots_pem(), expires=svid.not_after,
         )  # fmt: skip
-        return WorkloadSvid(files, svid, renew_at(svid.not_before, svid.not_after, random.random()))  # noqa: S311 -- jitter
+        due = renew_at(svid.not_before, svid.not_after, random.random())  # noqa: S311 -- jitter
+        return WorkloadSvid(files, svid, due, trust.sequence)

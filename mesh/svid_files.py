@@ -14,6 +14,7 @@ from identity.wire.local import SvidFiles
 from mesh.processes import process_start
 
 CERT, KEY, BUNDLE = "cert.pem", "key.pem", "bundle.pem"
+API_SOCKET = "workload.sock"  # in the run directory (mesh/workload_api.py)
 RELOAD_TIMEOUT = 30.0  # seconds
 
 
@@ -23,6 +24,12 @@ def environment(directory: Path, files: SvidFiles) -> dict[str, str]:
         "SVID_CERT": str(directory / CERT), "SVID_KEY": str(directory / KEY), "SVID_BUNDLE": str(directory / BUNDLE),
         "SPIFFE_ID": files.spiffe_id,
     }  # fmt: skip
+
+
+def api_environment(run_dir: Path) -> dict[str, str]:
+    """Where a program finds the Workload API (SPIFFE Workload Endpoint, section 4); nothing while there is none."""
+    path = (run_dir / API_SOCKET).resolve()
+    return {"SPIFFE_ENDPOINT_SOCKET": f"unix://{path}"} if path.is_socket() else {}
 
 
 def write(directory: Path, files: SvidFiles) -> bool:

@@ -73,6 +73,38 @@ async def test_a_failed_renewal_serves_the_old_one_while_it_lasts(svids, issuer,
         await svids.get("web", 0)
 
 
+async def test_a_failed_renewal_is_tried_again_later(svids, issuer, clock):
+    first = await svids.get("web", 0)
+    issuer.fail = Unreachable("ca.unreachable", "no")
+    clock[0] += 3 * 3600
+    for _ in range(5):
+        assert await svids.get("web", 0) == first
+    assert issuer.count == 2
+    assert 15 <= svids.due() - clock[0] <= 30
+    clock[0] += 31
+    issuer.fail = None
+    assert (await svids.get("web", 0)).key != first.key
+    assert issuer.count == 3
+
+
+async def test_a_new_bundle_keeps_what_it_still_trusts_and_replaces_the_rest(svids, issuer, live, tmp_path):
+    from ca.authority import Authority
+
+    first = await svids.get("web", 0)
+    live.trust = live.authority.trust_bundle(1, live.now)
+    assert await svids.get("web", 0) == first
+    assert issuer.count == 1
+    live.authority = Authority.create(tmp_path / "other", live.trust.trust_domain, live.now)
+    live.trust = live.authority.trust_bundle(2, live.now)
+    issuer.fail = Unreachable("ca.unreachable", "no")
+    with pytest.raises(Unreachable):  # not the old one: nobody believes it any more
+        await svids.get("web", 0)
+    issuer.fail = None
+    second = await svids.get("web", 0)
+    assert second.key != first.key
+    assert second.bundle == live.trust.roots_pem()
+
+
 async def test_certificates_for_others_are_refused(svids, issuer):
     from cryptography.hazmat.primitives.asymmetric import ec
 

@@ -1,0 +1,497 @@
+"""The SPIFFE Workload API on RUN_DIR/workload.sock: X.509 SVIDs and bundles for the programs of this machine.
+
+Everybody may connect; who the caller is says the kernel (mesh/attestation.py). A caller is given the identities of the
+instances that are active here in the network namespace it is in, for that is also what its packets may be sent as:
+
+    namespace of an attachment, of `retinue run`    its instances
+    namespace of a sidecar                          the sidecar's instance
+    the host itself, attached with kind host        its instances, for root only
+
+Each message of a stream is everything the caller has; one is sent at once, then at every change: a renewed certificate, a
+new bundle, an instance attached or gone. When nothing is left (moved, revoked, detached) the stream ends with
+PermissionDenied. The JWT profile is switched off: its calls answer Unimplemented.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import resource
+import stat
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import structlog
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    load_pem_private_key,
+)
+from grpclib.config import Configuration
+from grpclib.const import Cardinality, Status
+from grpclib.const import Handler as Method
+from grpclib.exceptions import GRPCError
+from grpclib.protocol import H2Protocol
+from grpclib.server import Handler, Server, Stream
+
+from identity.errors import BadInput, BadState, NotFound, NotVerified, Refused, RetinueError, Unreachable
+from identity.wire.local import InstanceRef, SvidFiles
+from mesh.attestation import Caller, NamespaceId, NotAttested, attest, own_namespace
+from mesh.local_api import listen_on, svid_of
+from mesh.snapshot import InstanceKey
+from mesh.svid_files import API_SOCKET
+from mesh.workload_proto import (
+    MAX_REQUEST,
+    Codec,
+    Empty,
+    Encodable,
+    X509BundlesResponse,
+    X509Svid,
+    X509SvidResponse,
+)
+
+if TYPE_CHECKING:
+    from mesh.endpoint import Agent
+
+HEADER: Final = "workload.spiffe.io"
+LOOK: Final = 2.0  # seconds, the longest time between two looks whether a certificate wants renewal
+REQUEST_TIMEOUT: Final = 10.0  # seconds until a stream has to have sent its request
+_WINDOW: Final = 2**16 - 1  # bytes a client may send ahead: HTTP/2's smallest default, requests are empty
+
+log = structlog.get_logger("retinue.workload")
+# grpclib writes a traceback whenever a client goes away; what matters is said here.
+logging.getLogger("grpclib").setLevel(logging.CRITICAL)
+
+
+# ---- limits
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Ceilings. A caller, here, is one user in one network namespace; strangers have no identity when they connect."""
+
+    connections: int = 256
+    strangers: int = 32
+    caller_connections: int = 64
+    caller_streams: int = 128
+    process_streams: int = 32
+
+    @classmethod
+    def here(cls) -> Limits:
+        """With as many connections as a quarter of the files this process may open: each holds two."""
+        return cls(connections=max(64, min(4096, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)))
+
+
+class Full(Refused):
+    """A ceiling is reached."""
+
+
+class Tally:
+    """How many of what are open."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[Hashable] = Counter()
+
+    def take(self, ceilings: Mapping[Hashable, int]) -> Callable[[], None]:
+        """Count one more under each key, all or none; returns what gives them back. Raises Full."""
+        for key, ceiling in ceilings.items():
+            if self._counts[key] >= ceiling:
+                raise Full("workload.limit", f"at most {ceiling} of these may be open at a time")
+        self._counts.update(ceilings.keys())
+
+        def give_back() -> None:
+            for key in ceilings:
+                self._counts[key] -= 1
+            self._counts += Counter()  # keys at zero go
+
+        return give_back
+
+    def __len__(self) -> int:
+        return len(self._counts)
+
+
+# ---- who is given what
+
+
+def instance_order(key: InstanceKey) -> tuple[str, int]:
+    """Sort key: by workload, then by number. The first instance of a namespace is its default identity."""
+    name, _, number = key.rpartition("/")
+    return name, int(number)
+
+
+def identities(agent: Agent, caller: Caller, own: NamespaceId) -> tuple[InstanceKey, ...]:
+    """The instances whose identity the caller has now, the default first; `own` is the agent's namespace.
+
+    Raises NotAttested, Unreachable before the agent knows, and Refused ``workload.nobody`` when there are none.
+    """
+    now = agent.in_force
+    if now is None:
+        raise Unreachable("workload.starting", "the agent has not applied any state yet")
+    with caller.namespace() as space:
+        at_home = space == own and (agent.enrollment.kind == "sidecar" or caller.uid == 0)
+        found = [
+            at.key
+            for at in now.plan.active
+            if at.key not in now.failed and (at_home if at.kind == "host" else agent.attachments.is_at(at.key, space))
+        ]
+    if not found:
+        raise Refused("workload.nobody", "no instance is active in the network namespace of the calling process")
+    return tuple(sorted(found, key=instance_order))
+
+
+def x509_svid(key: InstanceKey, files: SvidFiles) -> X509Svid:
+    """The message for an instance; its hint is the instance, which is unique where a SPIFFE ID need not be."""
+    private = load_pem_private_key(files.key.encode(), None)
+    return X509Svid(
+        spiffe_id=files.spiffe_id, svid=_der(files.certificate),
+        key=private.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption()), bundle=_der(files.bundle), hint=key,
+    )  # fmt: skip
+
+
+def _der(pem: str) -> bytes:
+    return b"".join(cert.public_bytes(Encoding.DER) for cert in x509.load_pem_x509_certificates(pem.encode()))
+
+
+def grpc_error(error: RetinueError) -> GRPCError:
+    """How a refusal is said: nothing that a retry could mend is final for a client."""
+    text = f"{error.message}; {error.hint}" if error.hint else error.message
+    match error:
+        case Full():
+            return GRPCError(Status.RESOURCE_EXHAUSTED, text)
+        case NotVerified():
+            return GRPCError(Status.UNAVAILABLE, "the certificate that the CA sent was refused")
+        case Refused() | NotFound():
+            return GRPCError(Status.PERMISSION_DENIED, text)
+        case BadInput(code="proto.malformed" | "workload.header" | "workload.request"):
+            return GRPCError(Status.INVALID_ARGUMENT, text)
+        case _:
+            return GRPCError(Status.UNAVAILABLE, text)
+
+
+# ---- the server
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The other end of one connection: attested, or why not."""
+
+    caller: Caller | None
+    group: Hashable  # user and network namespace
+    denied: NotAttested | None = None
+    give_back: Callable[[], None] = field(default=lambda: None, repr=False)
+
+
+class WorkloadApi:
+    """The server. It may fail to start without taking the agent along: health says so, traffic goes on."""
+
+    def __init__(self, agent: Agent, limits: Limits | None = None) -> None:
+        self.agent = agent
+        self.path = agent.config.run_dir / API_SOCKET
+        self.limits = limits or Limits.here()
+        self.own = own_namespace()
+        self.connections: set[Connection] = set()
+        self._tally = Tally()
+        self._bells: set[asyncio.Event] = set()
+        self._server: _Server | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        try:
+            make_reachable(self.path.parent)
+            listener = listen_on(self.path, mode=0o666)
+        except RetinueError as e:
+            self.agent.health.put("workload.socket", "error", f"no Workload API: {e.message}")
+            log.error("no Workload API", code=e.code, why=e.message)  # noqa: TRY400 -- a refusal, not a defect
+            return self
+        server = _Server(self)
+        # grpclib's own start() would take the path, but not a listener whose mode was right from the first moment.
+        server._server = await asyncio.get_running_loop().create_unix_server(server._protocol_factory, sock=listener)
+        self._server = server
+        self._tasks = [
+            asyncio.create_task(self._follow(), name="workload changes"),
+            asyncio.create_task(self._renew(), name="workload renewals"),
+        ]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        server, self._server = self._server, None
+        if server is not None and server._server is not None:
+            server._server.close()
+            for connection in list(self.connections):
+                connection.end()
+            await asyncio.gather(*(handler.wait_closed() for handler in server._handlers))
+            self.path.unlink(missing_ok=True)
+
+    # ---- callers
+
+    def admit(self, connection: Any) -> Peer:
+        """The peer of a new connection, counted. Raises Full."""
+        caller, denied, group, known = None, None, None, False
+        try:
+            caller = attest(connection)
+            with caller.namespace() as space:
+                group = (caller.uid, space)
+            known = bool(identities(self.agent, caller, self.own))
+        except NotAttested as e:
+            denied = e
+        except RetinueError:
+            pass  # it may be given an identity later
+        ceilings: dict[Hashable, int] = {"connections": self.limits.connections}
+        if known:
+            ceilings["connections", group] = self.limits.caller_connections
+        else:
+            ceilings["strangers"] = self.limits.strangers
+        try:
+            return Peer(caller, group, denied, self._tally.take(ceilings))
+        except Full:
+            if caller is not None:
+                caller.close()
+            raise
+
+    def open_stream(self, peer: Peer, caller: Caller) -> Callable[[], None]:
+        """Count one more stream of the peer. Raises Full."""
+        return self._tally.take({
+            ("streams", peer.group): self.limits.caller_streams, ("process", caller.pid, caller.pidfd): self.limits.process_streams,
+        })  # fmt: skip
+
+    # ---- what is told
+
+    async def svids(self, caller: Caller) -> X509SvidResponse:
+        """Everything the caller has. Raises what `identities` raises and what the CA answered."""
+        for _ in range(5):  # an instance may come or go while the CA is asked
+            keys = identities(self.agent, caller, self.own)
+            try:
+                found = [await self._svid(key) for key in keys]
+            except (Refused, NotFound):
+                if identities(self.agent, caller, self.own) == keys:
+                    raise
+                continue
+            if identities(self.agent, caller, self.own) == keys:
+                return X509SvidResponse(tuple(found))
+        raise Unreachable("workload.busy", "the instances of this namespace keep changing")
+
+    async def _svid(self, key: InstanceKey) -> X509Svid:
+        name, number = instance_order(key)
+        return x509_svid(key, await svid_of(self.agent, InstanceRef(name=name, instance=number)))
+
+    async def bundles(self, caller: Caller) -> X509BundlesResponse:
+        """The roots of the trust domain. Raises what `identities` raises."""
+        identities(self.agent, caller, self.own)
+        trust = self.agent.uplink.trust
+        return X509BundlesResponse({f"spiffe://{trust.trust_domain}": _der(trust.roots_pem())})
+
+    async def changes(self, ask: Callable[[], Awaitable[Encodable]]) -> AsyncIterator[Encodable]:
+        """What `ask` answers now, and every answer that differs from the one before."""
+        bell, last = asyncio.Event(), None
+        self._bells.add(bell)
+        try:
+            while True:
+                bell.clear()
+                answer = await ask()
+                if answer != last:
+                    last = answer
+                    yield answer
+                await bell.wait()
+        finally:
+            self._bells.discard(bell)
+
+    def ring(self) -> None:
+        """Something may have changed: every stream looks."""
+        for bell in self._bells:
+            bell.set()
+
+    async def _follow(self) -> None:
+        async for _ in self.agent.watch():
+            self.ring()
+
+    async def _renew(self) -> None:
+        """Let the streams look when a certificate wants renewal; who looks first renews it."""
+        while True:
+            due = self.agent.svids.due()
+            left = LOOK if due is None else due - time.time()
+            await asyncio.sleep(max(0.2, min(left, LOOK)))
+            if due is not None and left <= LOOK:
+                self.ring()
+
+
+def make_reachable(directory: Path) -> None:
+    """Let every user reach the socket, and none but us replace it. Raises BadState."""
+    try:
+        directory.mkdir(mode=0o711, parents=True, exist_ok=True)
+        found = directory.stat()
+        mode = stat.S_IMODE(found.st_mode)
+        if mode & 0o022 or found.st_uid not in {0, os.geteuid()}:
+            raise BadState(
+                "workload.directory", f"{directory} can be written by others", hint=f"chmod go-w {directory}"
+            )
+        if mode & 0o011 != 0o011:
+            directory.chmod(mode | 0o011)  # to pass through, not to list
+    except OSError as e:
+        raise BadState("workload.directory", f"cannot prepare {directory}: {e.strerror}") from None
+
+
+class _Server(Server):
+    """grpclib's server, with connections that know their caller. What is overridden is pinned with its version."""
+
+    def __init__(self, api: WorkloadApi) -> None:
+        config = Configuration(http2_connection_window_size=_WINDOW, http2_stream_window_size=_WINDOW)
+        super().__init__([], codec=Codec(), config=config)
+        self.api = api
+
+    def _protocol_factory(self) -> H2Protocol:
+        self.__gc_step__()
+        handler = Handler({}, self._codec, None, self.__dispatch__)
+        self._handlers.add(handler)
+        return Connection(self.api, handler, self._config, self._h2_config)
+
+
+class Connection(H2Protocol):
+    """One HTTP/2 connection: attested before a byte of it is read, dropped when it sends more than requests."""
+
+    def __init__(self, api: WorkloadApi, handler: Handler, *args: Any) -> None:
+        super().__init__(handler, *args)
+        self.api, self._methods = api, handler
+        self.transport: asyncio.Transport | None = None
+        self.peer: Peer | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        try:
+            self.peer = self.api.admit(transport.get_extra_info("socket"))
+        except Full as e:
+            log.warning("a connection was refused", why=e.message)
+            transport.abort()
+            return
+        self._methods.mapping = Service(self.api, self.peer).__mapping__()
+        self.api.connections.add(self)
+        super().connection_made(transport)
+
+    def data_received(self, data: bytes) -> None:
+        assert self.transport is not None
+        try:
+            super().data_received(data)
+        except Exception as e:  # whatever a hostile client makes the HTTP/2 machine raise
+            log.info("a connection was dropped", why=type(e).__name__)
+            self.transport.abort()
+            return
+        if any(stream.data_received > MAX_REQUEST for stream in self.processor.streams.values()):
+            log.info("a connection was dropped", why="a request is too large")
+            self.transport.abort()
+
+    def end(self) -> None:
+        """The server ends: the client sees its connection close, and comes back to the next one."""
+        if self.transport is not None:
+            self.transport.close()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        if self.peer is None:
+            return
+        super().connection_lost(exc)
+        self.api.connections.discard(self)
+        self.peer.give_back()
+        if self.peer.caller is not None:
+            self.peer.caller.close()
+        self.peer = None
+
+
+RpcStream = Stream[Any, Any]
+
+
+class Service:
+    """The calls of one connection."""
+
+    def __init__(self, api: WorkloadApi, peer: Peer) -> None:
+        self.api, self.peer = api, peer
+        self._said = False
+
+    def __mapping__(self) -> dict[str, Method]:
+        """Path -> method, as grpclib wants it. The service has no package."""
+        return {
+            f"/SpiffeWorkloadAPI/{name}": Method(method, cardinality, bytes, Encodable)
+            for name, method, cardinality in (
+                ("FetchX509SVID", self.fetch_x509_svid, Cardinality.UNARY_STREAM),
+                ("FetchX509Bundles", self.fetch_x509_bundles, Cardinality.UNARY_STREAM),
+                ("FetchJWTSVID", self.no_jwt, Cardinality.UNARY_UNARY),
+                ("FetchJWTBundles", self.no_jwt, Cardinality.UNARY_STREAM),
+                ("ValidateJWTSVID", self.no_jwt, Cardinality.UNARY_UNARY),
+            )
+        }
+
+    async def fetch_x509_svid(self, stream: RpcStream) -> None:
+        """Certificates, keys and roots of the caller; again at every change."""
+        await self._follow(stream, self.api.svids)
+
+    async def fetch_x509_bundles(self, stream: RpcStream) -> None:
+        """Roots; again at every change."""
+        await self._follow(stream, self.api.bundles)
+
+    async def no_jwt(self, stream: RpcStream) -> None:
+        """The JWT profile is not offered."""
+        with self._errors():
+            check_header(stream)
+        raise GRPCError(Status.UNIMPLEMENTED, "the JWT-SVID profile is not offered here; use X.509-SVIDs")
+
+    async def _follow(self, stream: RpcStream, ask: Callable[[Caller], Awaitable[Encodable]]) -> None:
+        with self._errors(), contextlib.ExitStack() as counted:
+            check_header(stream)
+            caller = self.peer.caller
+            if caller is None or self.peer.denied is not None:
+                raise self.peer.denied or NotAttested("attest.gone", "the calling process is not known")
+            counted.callback(self.api.open_stream(self.peer, caller))
+            Empty.decode(await read_request(stream))
+            async with contextlib.aclosing(self.api.changes(lambda: ask(caller))) as answers:  # type: ignore[type-var]  # it is a generator
+                async for answer in answers:
+                    await stream.send_message(answer)
+                    log.debug("answered", pid=caller.pid, uid=caller.uid, what=type(answer).__name__)
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except GRPCError:
+            raise
+        except RetinueError as e:
+            if not self._said:  # once a connection: clients try again for ever
+                self._said = True
+                caller = self.peer.caller
+                who = {"pid": caller.pid, "uid": caller.uid} if caller is not None else {}
+                log.info("a caller was refused", code=e.code, why=e.message, **who)
+            raise grpc_error(e) from None
+        except ConnectionError:
+            raise
+        except Exception:
+            log.exception("a call failed")
+            raise GRPCError(Status.INTERNAL, "the agent failed at this call; its log says how") from None
+
+
+def check_header(stream: RpcStream) -> None:
+    """A browser or a proxy that is talked into a request cannot set it. Raises BadInput ``workload.header``."""
+    values = stream.metadata.getall(HEADER, []) if stream.metadata is not None else []
+    if values != ["true"]:
+        raise BadInput("workload.header", f"the request has to carry the metadata {HEADER}: true")
+
+
+async def read_request(stream: RpcStream) -> bytes:
+    """The one message of a request. Raises BadInput ``workload.request``, GRPCError for a compressed one."""
+    try:
+        async with asyncio.timeout(REQUEST_TIMEOUT):
+            message = await stream.recv_message()
+    except (TimeoutError, AssertionError):
+        raise BadInput("workload.request", "the request did not come whole") from None
+    except NotImplementedError:
+        raise GRPCError(Status.UNIMPLEMENTED, "compressed requests are not supported") from None
+    if not isinstance(message, bytes):
+        raise BadInput("workload.request", "the request has no message")
+    return message
