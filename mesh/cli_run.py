@@ -29,7 +29,8 @@ def run(
     """Run a program in a network namespace of its own, as an instance that is placed on this host.
 
     It starts once the instance is active, sees only the mesh, and finds its certificate in SVID_CERT, SVID_KEY and
-    SVID_BUNDLE. Its exit status is passed on; signals reach it; when it ends, nothing stays behind.
+    SVID_BUNDLE, or asks the SPIFFE Workload API at SPIFFE_ENDPOINT_SOCKET. Its exit status is passed on; signals reach
+    it; when it ends, nothing stays behind.
 
     Its /etc/hosts, seen by nobody else, names the workloads that policy lets it or its neighbours here talk to: shop/api
     is api.shop and api.shop.TRUST-DOMAIN. A name that becomes known later is added within half a minute.
