@@ -22,7 +22,24 @@ app = typer.Typer(
     name="retinue-ca", help="The Retinue control plane: certificate authority, registry and change feed.",
     no_args_is_help=True, rich_markup_mode=None, add_completion=False, pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Start with: retinue-ca init --trust-domain prod.example. Exit status: 0 yes, 1 no, 2 usage, 3 no server, "
+    "4 no privilege, 5 timeout, 78 bad state.",
 )  # fmt: skip
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"retinue-ca {version('retinue')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")] = False,
+) -> None:
+    """Nothing before the commands."""
 
 
 def _group(name: str, text: str) -> typer.Typer:
@@ -37,11 +54,11 @@ workload_app = _group("workload", "Workload identities and where they are.")
 policy_app = _group("policy", "The policy in force and its history.")
 audit_app = _group("audit", "The audit trail.")
 
-Dir = Annotated[Path, typer.Option("--dir", envvar="RETINUE_CA_DIR", help="The CA's directory.")]
+Dir = Annotated[Path, typer.Option("--dir", metavar="DIR", envvar="RETINUE_CA_DIR", help="The CA's directory.")]
 Format = Annotated[Output, typer.Option("-o", "--output", help="table, json, jsonl or yaml.")]
 Json = Annotated[bool, typer.Option("--json", help="The same as -o json.")]
-Name = Annotated[str, typer.Argument(metavar="NAME")]
-Instance = Annotated[int, typer.Option("--instance", min=0, help="Which instance.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Its name.")]
+Instance = Annotated[int, typer.Option("--instance", metavar="N", min=0, help="Which instance.")]
 
 
 def _client(directory: Path, timeout: float = 30.0) -> AdminClient:
@@ -81,7 +98,7 @@ def _format(output: Output, as_json: bool) -> Output:
 
 @app.command(epilog="Example: retinue-ca init --dir /var/lib/retinue-ca --trust-domain prod.example")
 def init(
-    trust_domain: Annotated[str, typer.Option("--trust-domain", help="Name of the trust domain, e.g. prod.example.")],
+    trust_domain: Annotated[str, typer.Option("--trust-domain", metavar="NAME", help="Name of the trust domain, e.g. prod.example.")],
     directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Make a new control plane: root, intermediate, record keys, database."""
@@ -114,8 +131,8 @@ def init(
 @app.command(epilog="Example: retinue-ca serve --dir /var/lib/retinue-ca --listen [::]:8443")
 def serve(
     directory: Dir = DEFAULT_DIR,
-    listen: Annotated[str, typer.Option(help="HOST:PORT for the endpoints; port 0 picks a free one.")] = "[::]:8443",
-    heartbeat: Annotated[float, typer.Option(min=0.05, max=10.0, help="Seconds between signed heartbeats.")] = 2.0,
+    listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="HOST:PORT for the endpoints; port 0 picks a free one.")] = "[::]:8443",
+    heartbeat: Annotated[float, typer.Option(metavar="SECONDS", min=0.05, max=10.0, help="Seconds between signed heartbeats.")] = 2.0,
     output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Run the control plane until SIGTERM. Prints one line when it is ready."""
@@ -160,11 +177,11 @@ def info(directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: J
     "create", epilog="Example: retinue-ca token create --host web-1 --ttl 600 --out web-1.token"
 )
 def token_create(
-    host: Annotated[str | None, typer.Option("--host", help="For the host of this name.")] = None,
-    workload: Annotated[str | None, typer.Option("--workload", "--sidecar", help="For a sidecar of this workload.")] = None,
-    ttl: Annotated[int, typer.Option(min=1, max=86400, help="Seconds until it expires.")] = 600,
+    host: Annotated[str | None, typer.Option("--host", metavar="HOST", help="For the host of this name.")] = None,
+    workload: Annotated[str | None, typer.Option("--workload", "--sidecar", metavar="NAME", help="For a sidecar of this workload.")] = None,
+    ttl: Annotated[int, typer.Option(metavar="SECONDS", min=1, max=86400, help="Seconds until it expires.")] = 600,
     replace: Annotated[bool, typer.Option("--replace", help="The host may be enrolled already: it gets new keys.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Write the token to this file (0600), not to the terminal.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the token to this file (0600), not to the terminal.")] = None,
     directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Make a join token. It is a secret, good once, and shown this once."""
@@ -237,9 +254,9 @@ def host_revoke(
 )
 def workload_add(
     name: Name,
-    host: Annotated[str | None, typer.Option("--host", help="Place it there; without, a sidecar or a move places it.")] = None,
+    host: Annotated[str | None, typer.Option("--host", metavar="HOST", help="Place it there; without, a sidecar or a move places it.")] = None,
     label: Annotated[list[str] | None, typer.Option("--label", "-l", metavar="KEY=VALUE", help="A certified label; repeat it.")] = None,
-    fence: Annotated[str, typer.Option(help="available, or strict: goes dark when the CA is not heard.")] = "available",
+    fence: Annotated[str, typer.Option(metavar="FENCE", help="available, or strict: goes dark when the CA is not heard.")] = "available",
     replica: Annotated[bool, typer.Option("--replica", help="Another instance of a workload that exists.")] = False,
     directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -285,9 +302,9 @@ def _show_workload(w: Workload, output: Output) -> None:
 @workload_app.command("move", epilog="Example: retinue-ca workload move shop/api --to web-2 --wait 5")
 def workload_move(
     name: Name,
-    to: Annotated[str, typer.Option("--to", help="The new host.")],
+    to: Annotated[str, typer.Option("--to", metavar="HOST", help="The new host.")],
     instance: Instance = 0,
-    wait: Annotated[float, typer.Option(min=0, max=300, help="Seconds for the new host to be ready, and for everyone to follow.")] = 5.0,
+    wait: Annotated[float, typer.Option(metavar="SECONDS", min=0, max=300, help="Seconds for the new host to be ready, and for everyone to follow.")] = 5.0,
     force: Annotated[bool, typer.Option("--force", help="Move even when the new host did not report ready.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check it and say who would be told.")] = False,
     directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
@@ -340,7 +357,7 @@ def workload_revoke(
 def policy_apply(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Policy files; together they are the policy.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check, test and diff it; change nothing.")] = False,
-    author: Annotated[str, typer.Option(help="Who wrote it, for the history.")] = "",
+    author: Annotated[str, typer.Option(metavar="NAME", help="Who wrote it, for the history.")] = "",
     directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Put a policy in force, when its own tests pass. Prints the pairs that gain and lose."""
@@ -380,7 +397,7 @@ def _read(path: Path) -> str:
 
 @policy_app.command("show", epilog="Example: retinue-ca policy show --revision 3")
 def policy_show(
-    revision: Annotated[int | None, typer.Option(min=1, help="An older revision.")] = None,
+    revision: Annotated[int | None, typer.Option(metavar="N", min=1, help="An older revision.")] = None,
     directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:  # fmt: skip
     """The files of the policy in force, or of an older revision."""
@@ -415,10 +432,10 @@ def policy_history(
 
 @app.command(epilog="Example: retinue-ca explain shop/web shop/api 8080")
 def explain(
-    src: Annotated[str, typer.Argument(metavar="SRC")],
-    dst: Annotated[str, typer.Argument(metavar="DST")],
-    port: Annotated[int | None, typer.Argument(metavar="[PORT]")] = None,
-    proto: Annotated[str, typer.Option(help="tcp, udp, sctp, icmp or a number.")] = "tcp",
+    src: Annotated[str, typer.Argument(metavar="SRC", help="The workload that asks.")],
+    dst: Annotated[str, typer.Argument(metavar="DST", help="The workload that is asked.")],
+    port: Annotated[int | None, typer.Argument(metavar="PORT", help="A port of --proto.")] = None,
+    proto: Annotated[str, typer.Option(metavar="PROTO", help="tcp, udp, sctp, icmp or a number.")] = "tcp",
     directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Why one workload may or may not reach another, and what would change it."""
@@ -443,9 +460,9 @@ def explain(
 
 @audit_app.command("list", epilog="Example: retinue-ca audit list --subject shop/api/0 -o jsonl")
 def audit_list(
-    subject: Annotated[str | None, typer.Option(help="Only entries about this.")] = None,
-    after: Annotated[int, typer.Option(min=0, help="Only entries after this number.")] = 0,
-    limit: Annotated[int, typer.Option(min=1, max=10_000, help="At most so many.")] = 1000,
+    subject: Annotated[str | None, typer.Option(metavar="NAME", help="Only entries about this.")] = None,
+    after: Annotated[int, typer.Option(metavar="N", min=0, help="Only entries after this number.")] = 0,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="At most so many.")] = 1000,
     directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Who did what, when, and with which outcome, oldest first."""
@@ -457,7 +474,7 @@ def audit_list(
 
 @audit_app.command("verify", epilog="Example: retinue-ca audit verify --head HASH")
 def audit_verify(
-    head: Annotated[str | None, typer.Option(help="A head noted earlier: it must still be part of the trail.")] = None,
+    head: Annotated[str | None, typer.Option(metavar="HASH", help="A head noted earlier: it must still be part of the trail.")] = None,
     directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Check that no entry was changed or removed. Note the head it prints, and give it next time."""
@@ -477,7 +494,7 @@ def _when(seconds: int) -> str:
 
 def main() -> None:
     """The console script."""
-    cliout.run(app)
+    cliout.run_app(typer.main.get_command(app), "retinue-ca")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import ssl
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from identity import cliout
 from identity.errors import BadInput, Conflict, NoPrivilege, RetinueError
@@ -284,16 +284,24 @@ class _JsonLines(logging.Formatter):
         return json.dumps({"event": "log", "level": record.levelname.lower(), "message": record.getMessage()})
 
 
+class _Parser(argparse.ArgumentParser):
+    """Usage errors in the one form."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput("usage", message, hint=f"see: {self.prog} --help")
+
+
 def main() -> None:
     """The console script."""
-    parser = argparse.ArgumentParser(
-        prog="retinue-gateway", description="North-south ingress: outside callers become identities, policy decides, the mesh carries."
+    parser = _Parser(
+        prog="retinue-gateway", description="North-south ingress: outside callers become identities, policy decides, the mesh carries.",
+        epilog="Example: retinue-gateway --config /etc/retinue/gateway.toml --check",
     )  # fmt: skip
     parser.add_argument("--config", type=Path, required=True, metavar="FILE", help="TOML; see examples/gateway")
     parser.add_argument("--check", action="store_true", help="read and check the configuration, then leave")
-    args = parser.parse_args()
 
     def body() -> None:
+        args = parser.parse_args()
         from gateway.config import load_config
 
         if args.check:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Any, NoReturn
 
-from identity.errors import Bug, RetinueError
+from identity.errors import BadInput, Bug, RetinueError
 
 
 class Output(StrEnum):
@@ -111,6 +111,76 @@ def wants_json(argv: Sequence[str]) -> bool:
         return True
     pairs = zip(argv, argv[1:], strict=False)
     return any(a in {"-o", "--output"} and b in {"json", "jsonl"} for a, b in pairs)
+
+
+def run_app(app: Callable[..., Any], name: str, *, before: Callable[[], None] | None = None) -> NoReturn:
+    """Run a command tree (typer's or click's) and leave with the documented exit status. `before` runs first.
+
+    Its errors are known by their shape, since this package does not depend on either.
+    """
+
+    def body() -> None:
+        if before is not None:
+            before()
+        if show_help(app, name, sys.argv[1:]):
+            return
+        try:
+            status = app(prog_name=name, standalone_mode=False)
+        except RetinueError:
+            raise
+        except Exception as e:
+            raise _usage(e, name) from None
+        if isinstance(status, int) and status:
+            sys.exit(status)
+
+    run(body)
+
+
+def show_help(app: Any, name: str, argv: Sequence[str]) -> bool:
+    """Print the help that ``COMMAND... --help`` asks for; False when that is not what `argv` says.
+
+    Done before any parsing, which loads the whole of the argument validation.
+    """
+    *words, last = argv or [""]
+    if last not in {"-h", "--help"} or "--" in words or not hasattr(app, "context_class"):
+        return False
+    command, context = app, app.context_class(app, info_name=name, **app.context_settings)
+    for word in words:
+        if not hasattr(command, "get_command"):
+            if command.context_settings.get("allow_interspersed_args", True):
+                break  # its own arguments
+            return False
+        command = command.get_command(context, word)
+        if command is None:
+            return False
+        context = command.context_class(command, info_name=word, parent=context, **command.context_settings)
+    print(help_text(command, context))
+    return True
+
+
+def help_text(command: Any, context: Any) -> str:
+    """The help of one command, with arguments called as they are named and without the types of a programmer."""
+    for param in command.params:
+        if param.param_type_name == "argument" and param.metavar:
+            shown = param.metavar if param.required else f"[{param.metavar.strip('[]')}]"
+            param.display_type_rich = lambda ctx: None
+            param._usage_display_name = lambda shown=shown: shown
+    return str(command.get_help(context))
+
+
+def _usage(error: Exception, name: str) -> BaseException:
+    context = getattr(error, "ctx", None)
+    where = context.command_path if context is not None else name
+    if type(error).__name__ == "Abort":
+        return KeyboardInterrupt()
+    if not hasattr(error, "format_message"):
+        return error
+    if type(error).__name__ == "NoArgsIsHelpError":
+        if not wants_json(sys.argv):
+            print(error.format_message(), file=sys.stderr)
+            return SystemExit(2)
+        return BadInput("usage", "a command is missing", hint=f"see: {where} --help")
+    return BadInput("usage", error.format_message().replace("Value error, ", ""), hint=f"see: {where} --help")
 
 
 def run(main: Callable[[], object]) -> NoReturn:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from mesh.command import run_app
+from mesh.command import run_app, show_version
 
 # Command groups that live elsewhere: name -> (module, attribute of its typer app, help).
 ELSEWHERE = {
@@ -60,19 +60,24 @@ app = typer.Typer(
 
 
 @app.callback()
-def root() -> None:
+def root(
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=show_version, help="Print the version.")] = False,
+) -> None:
     """Nothing before the commands."""
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-    add_help_option=False, epilog="Example: sudo retinue demo --keep",
-)  # fmt: skip
-def demo(ctx: typer.Context) -> None:
+@app.command(epilog="Example: sudo retinue demo --keep")
+def demo(
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the lab up afterwards, to look around.")] = False,
+    pace: Annotated[float, typer.Option("--pace", metavar="SECONDS", min=0, help="Pause after each step, to read along.")] = 0.0,
+    clean: Annotated[bool, typer.Option("--clean", help="Remove labs that were left up, and stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a line; the last is the summary.")] = False,
+) -> None:
     """Show the product's main job on real packets, in a lab of network namespaces (root)."""
     from mesh.demo import main as demo_main
 
-    status = demo_main(ctx.args)
+    chosen = {"--keep": keep, "--clean": clean, "--json": as_json}
+    status = demo_main([*(word for word, on in chosen.items() if on), "--pace", str(pace)])
     if status:
         raise typer.Exit(int(status))
 

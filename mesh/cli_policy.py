@@ -27,18 +27,18 @@ app = typer.Typer(
 )
 
 Policies = Annotated[
-    list[Path], typer.Option("--policy", "-p", help="Policy file, or folder of .yaml files; may be repeated.")
+    list[Path], typer.Option("--policy", "-p", metavar="FILE", help="Policy file, or folder of .yaml files; may be repeated.")
 ]
 Inventory = Annotated[
-    Path, typer.Option("--inventory", "-i", help="Inventory file: the workloads and their labels.")
+    Path, typer.Option("--inventory", "-i", metavar="FILE", help="Inventory file: the workloads and their labels.")
 ]
 MaybeInventory = Annotated[
-    Path | None, typer.Option("--inventory", "-i", help="Inventory file: the workloads and their labels.")
+    Path | None, typer.Option("--inventory", "-i", metavar="FILE", help="Inventory file: the workloads and their labels.")
 ]
 Format = Annotated[Output, typer.Option("--output", "-o", help="How to print the result.")]
 At = Annotated[
     str | None,
-    typer.Option("--at", help="Judge as of this instant, such as 2031-02-11T18:00Z (default: now)."),
+    typer.Option("--at", metavar="INSTANT", help="Judge as of this instant, such as 2031-02-11T18:00Z (default: now)."),
 ]
 
 
@@ -145,7 +145,7 @@ def _flow(text: str) -> tuple[int, int | None]:
     return number, int(port) if slash else None
 
 
-@app.command()
+@app.command(epilog="Example: retinue policy check -p shop.yaml")
 def check(policy: Policies, output: Format = Output.TABLE) -> None:
     """Read the files and say whether they are a valid policy, and which."""
     loaded = _load(policy)
@@ -172,7 +172,7 @@ def _word(value: Any) -> str:
     )
 
 
-@app.command("test")
+@app.command("test", epilog="Example: retinue policy test -p shop.yaml -i inventory.yaml")
 def run_file_tests(
     policy: Policies, inventory: MaybeInventory = None, at: At = None, output: Format = Output.TABLE
 ) -> None:
@@ -202,11 +202,11 @@ def run_file_tests(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog="Example: retinue policy explain shop/web shop/api tcp/8080 -p shop.yaml -i inventory.yaml")
 def explain(
-    src: str,
-    dst: str,
-    flow: Annotated[str, typer.Argument(help="tcp/443, 443 or icmp")],
+    src: Annotated[str, typer.Argument(metavar="SRC", help="The workload that asks.")],
+    dst: Annotated[str, typer.Argument(metavar="DST", help="The workload that is asked.")],
+    flow: Annotated[str, typer.Argument(metavar="PORT", help="tcp/443, 443 or icmp.")],
     policy: Policies,
     inventory: Inventory,
     at: At = None,
@@ -248,7 +248,7 @@ def _net(text: str) -> str:
     return f" [{text}]" if text else ""
 
 
-@app.command()
+@app.command(epilog="Example: retinue policy matrix -p shop.yaml -i inventory.yaml")
 def matrix(policy: Policies, inventory: Inventory, at: At = None, output: Format = Output.TABLE) -> None:
     """List everything that is allowed between the workloads of the inventory."""
     from policy.questions import matrix as all_rows
@@ -256,12 +256,12 @@ def matrix(policy: Policies, inventory: Inventory, at: At = None, output: Format
     _print_rows(all_rows(_load(policy, at).program, _subjects(inventory)), output)
 
 
-@app.command("who-can-reach")
+@app.command("who-can-reach", epilog="Example: retinue policy who-can-reach shop/db -p shop.yaml -i inventory.yaml --on tcp/5432")
 def who_can_reach(
-    dst: str,
+    dst: Annotated[str, typer.Argument(metavar="DST", help="The workload that is asked.")],
     policy: Policies,
     inventory: Inventory,
-    flow: Annotated[str | None, typer.Option("--on", help="Only on tcp/443, 443, icmp ...")] = None,
+    flow: Annotated[str | None, typer.Option("--on", metavar="PORT", help="Only on tcp/443, 443, icmp ...")] = None,
     at: At = None,
     output: Format = Output.TABLE,
 ) -> None:
@@ -273,12 +273,12 @@ def who_can_reach(
     _print_rows(sources(_load(policy, at).program, subjects, _find(subjects, dst), proto, port), output)
 
 
-@app.command("blast-radius")
+@app.command("blast-radius", epilog="Example: retinue policy blast-radius shop/web -p shop.yaml -i inventory.yaml")
 def blast_radius(
-    name: str,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The workload in wrong hands.")],
     policy: Policies,
     inventory: Inventory,
-    depth: Annotated[int | None, typer.Option(min=1, help="At most so many steps.")] = None,
+    depth: Annotated[int | None, typer.Option(metavar="N", min=1, help="At most so many steps.")] = None,
     at: At = None,
     output: Format = Output.TABLE,
 ) -> None:
@@ -302,10 +302,10 @@ def _print_differences(found: list[Difference], output: Output) -> None:
                 rows=[("+" if d.kind == "gains" else "-", d.src, d.dst, d.ports) for d in found])  # fmt: skip
 
 
-@app.command("what-if")
+@app.command("what-if", epilog="Example: retinue policy what-if shop/web role=batch -p shop.yaml -i inventory.yaml")
 def what_if(
-    name: str,
-    labels: Annotated[list[str], typer.Argument(help="key=value to set, key= to take away")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The workload, there or not.")],
+    labels: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...", help="KEY=VALUE to set, KEY= to take away.")],
     policy: Policies,
     inventory: Inventory,
     at: At = None,
@@ -327,11 +327,11 @@ def what_if(
     _print_differences(changed(_load(policy, at).program, _subjects(inventory), name, wanted), output)
 
 
-@app.command()
+@app.command(epilog="Example: retinue policy diff -p shop.yaml --against old.yaml -i inventory.yaml")
 def diff(
     policy: Policies,
     against: Annotated[
-        list[Path], typer.Option("--against", "-a", help="The policy files as they were before.")
+        list[Path], typer.Option("--against", "-a", metavar="FILE", help="The policy files as they were before.")
     ],
     inventory: Inventory,
     at: At = None,
@@ -344,7 +344,7 @@ def diff(
     _print_differences(difference(before.program, after.program, _subjects(inventory)), output)
 
 
-@app.command()
+@app.command(epilog="Example: retinue policy lint -p shop.yaml -i inventory.yaml --strict")
 def lint(
     policy: Policies,
     inventory: MaybeInventory = None,
@@ -373,9 +373,9 @@ def lint(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(epilog="Example: retinue policy fmt --write shop.yaml")
 def fmt(
-    files: Annotated[list[Path], typer.Argument(help="Policy files.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Policy files.")],
     write: Annotated[bool, typer.Option("--write", "-w", help="Change the files in place.")] = False,
 ) -> None:
     """Even out the spacing of policy files; comments, order and line breaks stay. Without --write: say which would change."""
@@ -410,7 +410,7 @@ def _replace(path: Path, text: str) -> None:
         raise BadInput("file.write", f"cannot write {path}: {error.strerror}") from None
 
 
-@app.command()
+@app.command(epilog="Example: retinue policy schema > policy.schema.json")
 def schema() -> None:
     """Print the JSON Schema of policy files, for editors."""
     from policy.schema import schema as json_schema
@@ -418,12 +418,12 @@ def schema() -> None:
     cliout.emit(json_schema(), Output.JSON)
 
 
-@app.command("import")
+@app.command("import", epilog="Example: retinue policy import kubernetes manifests/ --out imported")
 def import_(
-    kind: Annotated[str, typer.Argument(help="tailscale, kubernetes or nsx")],
-    path: Path,
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="tailscale, kubernetes, nsx, aws, iptables, nftables or cisco-ios.")],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A file, or a folder of them.")],
     out: Annotated[
-        Path, typer.Option("--out", help="Folder for policy.yaml, inventory.yaml and report.json.")
+        Path, typer.Option("--out", metavar="DIR", help="Folder for policy.yaml, inventory.yaml and report.json.")
     ],
     output: Format = Output.TABLE,
 ) -> None:

@@ -16,40 +16,40 @@ RUN_DIR = Path("/run/retinue")
 StateDirOption = Annotated[
     Path,
     typer.Option(
-        "--state-dir", envvar="RETINUE_STATE_DIR", help="Keys, certificate and last verified state."
+        "--state-dir", metavar="DIR", envvar="RETINUE_STATE_DIR", help="Keys, certificate and last verified state."
     ),
 ]
 RunDirOption = Annotated[
     Path,
     typer.Option(
-        "--run-dir", envvar="RETINUE_RUN_DIR", help="Directory of agent.sock and the engine's socket."
+        "--run-dir", metavar="DIR", envvar="RETINUE_RUN_DIR", help="Directory of agent.sock and the engine's socket."
     ),
 ]
-InterfaceOption = Annotated[str, typer.Option(envvar="RETINUE_INTERFACE", help="Name of the tunnel device.")]
+InterfaceOption = Annotated[str, typer.Option(metavar="NAME", envvar="RETINUE_INTERFACE", help="Name of the tunnel device.")]
 PortOption = Annotated[
-    int, typer.Option(envvar="RETINUE_LISTEN_PORT", min=1, max=65535, help="UDP port of the tunnel.")
+    int, typer.Option(metavar="PORT", envvar="RETINUE_LISTEN_PORT", min=1, max=65535, help="UDP port of the tunnel.")
 ]
-DeviceOption = Annotated[str, typer.Option(envvar="RETINUE_DEVICE", help="auto, userspace or kernel.")]
+DeviceOption = Annotated[str, typer.Option(metavar="DEVICE", envvar="RETINUE_DEVICE", help="auto, userspace or kernel.")]
 EngineOption = Annotated[
-    Path | None, typer.Option(envvar="RETINUE_ENGINE", help="Path of the retinue-engine program.")
+    Path | None, typer.Option(metavar="FILE", envvar="RETINUE_ENGINE", help="Path of the retinue-engine program.")
 ]
 MtuOption = Annotated[
-    int, typer.Option(envvar="RETINUE_MTU", min=1280, max=65535, help="MTU of the tunnel device.")
+    int, typer.Option(metavar="BYTES", envvar="RETINUE_MTU", min=1280, max=65535, help="MTU of the tunnel device.")
 ]
 LeaseOption = Annotated[
     float,
     typer.Option(
-        envvar="RETINUE_LEASE", min=1, help="Seconds without a heartbeat until `fence: strict` instances end."
+        metavar="SECONDS", envvar="RETINUE_LEASE", min=1, help="Seconds without a heartbeat until `fence: strict` instances end."
     ),
 ]
 StaleOption = Annotated[
     float,
     typer.Option(
-        envvar="RETINUE_STALE_MAX", min=1, help="Seconds without a heartbeat until all instances end."
+        metavar="SECONDS", envvar="RETINUE_STALE_MAX", min=1, help="Seconds without a heartbeat until all instances end."
     ),
 ]
 LogOption = Annotated[
-    str, typer.Option("--log-level", envvar="RETINUE_LOG_LEVEL", help="debug, info, warning or error.")
+    str, typer.Option("--log-level", metavar="LEVEL", envvar="RETINUE_LOG_LEVEL", help="debug, info, warning or error.")
 ]
 CleanOption = Annotated[
     bool,

@@ -17,29 +17,29 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
     epilog="Example: retinue-sidecar --ca https://ca.example:8443 --token-file /run/secrets/token --svid-dir /run/svid"
 )
 def sidecar(
-    ca: Annotated[str | None, typer.Option("--ca", envvar="RETINUE_CA", help="https://HOST:PORT of the CA, for a first start with a token.")] = None,
+    ca: Annotated[str | None, typer.Option("--ca", metavar="URL", envvar="RETINUE_CA", help="https://HOST:PORT of the CA, for a first start with a token.")] = None,
     token_file: Annotated[
         str | None,
-        typer.Option("--token-file", envvar="RETINUE_TOKEN_FILE", help="File with the join token; RETINUE_TOKEN instead."),
+        typer.Option("--token-file", metavar="FILE", envvar="RETINUE_TOKEN_FILE", help="File with the join token; RETINUE_TOKEN instead."),
     ] = None,
     from_agent: Annotated[
         Path | None,
-        typer.Option("--from-agent", envvar="RETINUE_FROM_AGENT", help="The host agent's agent.sock: ask it for a token."),
+        typer.Option("--from-agent", metavar="SOCKET", envvar="RETINUE_FROM_AGENT", help="The host agent's agent.sock: ask it for a token."),
     ] = None,
     workload: Annotated[
-        str | None, typer.Option("--workload", envvar="RETINUE_WORKLOAD", help="The service's name, with --from-agent.")
+        str | None, typer.Option("--workload", metavar="NAME", envvar="RETINUE_WORKLOAD", help="The service's name, with --from-agent.")
     ] = None,
     underlay: Annotated[
-        str | None, typer.Option(envvar="RETINUE_UNDERLAY", help="ADDRESS:PORT[,ADDRESS:PORT] where peers reach it [found out].")
+        str | None, typer.Option(metavar="ADDRESS:PORT", envvar="RETINUE_UNDERLAY", help="ADDRESS:PORT[,ADDRESS:PORT] where peers reach it [found out].")
     ] = None,
     ready_port: Annotated[
-        int, typer.Option(envvar="RETINUE_READY_PORT", min=0, max=65535, help="Port of /readyz and /livez on 127.0.0.1; 0 for none.")
+        int, typer.Option(metavar="PORT", envvar="RETINUE_READY_PORT", min=0, max=65535, help="Port of /readyz and /livez on 127.0.0.1; 0 for none.")
     ] = 15020,
     svid_dir: Annotated[
-        Path | None, typer.Option(envvar="RETINUE_SVID_DIR", help="Keep cert.pem, key.pem and bundle.pem fresh here.")
+        Path | None, typer.Option(metavar="DIR", envvar="RETINUE_SVID_DIR", help="Keep cert.pem, key.pem and bundle.pem fresh here.")
     ] = None,
     reload: Annotated[
-        str | None, typer.Option(envvar="RETINUE_RELOAD", help="Command to run when the files changed (no shell).")
+        str | None, typer.Option(metavar="COMMAND", envvar="RETINUE_RELOAD", help="Command to run when the files changed (no shell).")
     ] = None,
     state_dir: daemon.StateDirOption = daemon.STATE_DIR,
     run_dir: daemon.RunDirOption = daemon.RUN_DIR,

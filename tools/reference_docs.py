@@ -68,6 +68,8 @@ def errors_page() -> str:
 
 def commands(command: Any, name: str, parent: Any = None) -> Iterator[str]:
     """Markdown of a command tree: a group lists its commands, a leaf prints its help."""
+    from identity.cliout import help_text
+
     context = command.make_context(name, [], parent=parent, resilient_parsing=True)
     if hasattr(command, "list_commands"):
         for child_name in sorted(command.list_commands(context)):
@@ -75,7 +77,7 @@ def commands(command: Any, name: str, parent: Any = None) -> Iterator[str]:
             if child is not None and not child.hidden:
                 yield from commands(child, child_name, context)
         return
-    yield f"### {context.command_path}\n\n```\n{command.get_help(context).rstrip()}\n```\n\n"
+    yield f"### {context.command_path}\n\n```\n{help_text(command, context).rstrip()}\n```\n\n"
 
 
 def commands_page(program: str, module: str) -> str:
