@@ -32,10 +32,13 @@ Policies = Annotated[
 Inventory = Annotated[
     Path, typer.Option("--inventory", "-i", metavar="FILE", help="Inventory file: the workloads and their labels.")
 ]
+Given = Annotated[list[Path] | None, typer.Argument(metavar="FILE...", help="Policy files, or folders of .yaml files.")]
+MorePolicies = Annotated[list[Path] | None, typer.Option("--policy", "-p", metavar="FILE", help="The same, as an option.")]
 MaybeInventory = Annotated[
     Path | None, typer.Option("--inventory", "-i", metavar="FILE", help="Inventory file: the workloads and their labels.")
 ]
 Format = Annotated[Output, typer.Option("--output", "-o", help="How to print the result.")]
+Json = Annotated[bool, typer.Option("--json", help="The same as -o json.")]
 At = Annotated[
     str | None,
     typer.Option("--at", metavar="INSTANT", help="Judge as of this instant, such as 2031-02-11T18:00Z (default: now)."),
@@ -106,6 +109,13 @@ def _load(paths: list[Path], at: str | None = None) -> Loaded:
     )
 
 
+def _given(files: list[Path] | None, more: list[Path] | None) -> list[Path]:
+    given = [*(files or ()), *(more or ())]
+    if not given:
+        raise BadInput("usage", "no policy file", hint="name one, such as shop.yaml")
+    return given
+
+
 def _own(loaded: Loaded) -> Policy:
     if loaded.policy is None:
         raise BadInput("policy.imported", f"{loaded.files[0]} is an imported policy: it has no tests or lints of its own",
@@ -145,10 +155,11 @@ def _flow(text: str) -> tuple[int, int | None]:
     return number, int(port) if slash else None
 
 
-@app.command(epilog="Example: retinue policy check -p shop.yaml")
-def check(policy: Policies, output: Format = Output.TABLE) -> None:
+@app.command(epilog="Example: retinue policy check shop.yaml")
+def check(files: Given = None, policy: MorePolicies = None, output: Format = Output.TABLE, as_json: Json = False) -> None:
     """Read the files and say whether they are a valid policy, and which."""
-    loaded = _load(policy)
+    output = Output.JSON if as_json else output
+    loaded = _load(_given(files, policy))
     own = loaded.policy
     data: dict[str, Any] = {"valid": True, "digest": loaded.program.digest, "files": loaded.files,
                             "rules": sum(len(t.rules) for t in loaded.program.tiers)}  # fmt: skip
@@ -172,14 +183,15 @@ def _word(value: Any) -> str:
     )
 
 
-@app.command("test", epilog="Example: retinue policy test -p shop.yaml -i inventory.yaml")
+@app.command("test", epilog="Example: retinue policy test shop.yaml -i inventory.yaml")
 def run_file_tests(
-    policy: Policies, inventory: MaybeInventory = None, at: At = None, output: Format = Output.TABLE
+    files: Given = None, policy: MorePolicies = None, inventory: MaybeInventory = None, at: At = None, output: Format = Output.TABLE, as_json: Json = False
 ) -> None:
     """Run the tests that the policy files hold."""
+    output = Output.JSON if as_json else output
     from policy.test import run_tests
 
-    loaded = _load(policy, at)
+    loaded = _load(_given(files, policy), at)
     results = run_tests(_own(loaded), loaded.program, _subjects(inventory))
     data = [
         {
@@ -210,9 +222,10 @@ def explain(
     policy: Policies,
     inventory: Inventory,
     at: At = None,
-    output: Format = Output.TABLE,
+    output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:
     """Say why SRC may or may not send to DST: the deciding rule, near misses, the smallest change."""
+    output = Output.JSON if as_json else output
     from policy.explain import explain as explain_flow
     from policy.explain import to_json
 
@@ -249,8 +262,9 @@ def _net(text: str) -> str:
 
 
 @app.command(epilog="Example: retinue policy matrix -p shop.yaml -i inventory.yaml")
-def matrix(policy: Policies, inventory: Inventory, at: At = None, output: Format = Output.TABLE) -> None:
+def matrix(policy: Policies, inventory: Inventory, at: At = None, output: Format = Output.TABLE, as_json: Json = False) -> None:
     """List everything that is allowed between the workloads of the inventory."""
+    output = Output.JSON if as_json else output
     from policy.questions import matrix as all_rows
 
     _print_rows(all_rows(_load(policy, at).program, _subjects(inventory)), output)
@@ -263,9 +277,10 @@ def who_can_reach(
     inventory: Inventory,
     flow: Annotated[str | None, typer.Option("--on", metavar="PORT", help="Only on tcp/443, 443, icmp ...")] = None,
     at: At = None,
-    output: Format = Output.TABLE,
+    output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:
     """List who may send to DST directly."""
+    output = Output.JSON if as_json else output
     from policy.questions import who_can_reach as sources
 
     subjects = _subjects(inventory)
@@ -280,9 +295,10 @@ def blast_radius(
     inventory: Inventory,
     depth: Annotated[int | None, typer.Option(metavar="N", min=1, help="At most so many steps.")] = None,
     at: At = None,
-    output: Format = Output.TABLE,
+    output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:
     """List all that whoever holds NAME could reach, step by step."""
+    output = Output.JSON if as_json else output
     from policy.questions import blast_radius as reached
 
     subjects = _subjects(inventory)
@@ -309,9 +325,10 @@ def what_if(
     policy: Policies,
     inventory: Inventory,
     at: At = None,
-    output: Format = Output.TABLE,
+    output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:
     """Show what would change if the workload NAME had these labels; a new NAME is a new workload."""
+    output = Output.JSON if as_json else output
     from policy.questions import what_if as changed
 
     wanted: dict[str, str | None] = {}
@@ -335,27 +352,30 @@ def diff(
     ],
     inventory: Inventory,
     at: At = None,
-    output: Format = Output.TABLE,
+    output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:
     """Show what the policy gives and takes compared with another one, pair by pair."""
+    output = Output.JSON if as_json else output
     from policy.questions import difference
 
     before, after = _load(against, at), _load(policy, at)
     _print_differences(difference(before.program, after.program, _subjects(inventory)), output)
 
 
-@app.command(epilog="Example: retinue policy lint -p shop.yaml -i inventory.yaml --strict")
+@app.command(epilog="Example: retinue policy lint shop.yaml -i inventory.yaml --strict")
 def lint(
-    policy: Policies,
+    files: Given = None,
+    policy: MorePolicies = None,
     inventory: MaybeInventory = None,
     at: At = None,
     strict: Annotated[bool, typer.Option("--strict", help="Warnings fail too.")] = False,
-    output: Format = Output.TABLE,
+    output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:
     """Find what is allowed to be written but probably not meant."""
+    output = Output.JSON if as_json else output
     from policy.lint import lint as findings
 
-    loaded = _load(policy, at)
+    loaded = _load(_given(files, policy), at)
     found = findings(_own(loaded), _subjects(inventory), loaded.now)
     data = [
         {
@@ -425,9 +445,10 @@ def import_(
     out: Annotated[
         Path, typer.Option("--out", metavar="DIR", help="Folder for policy.yaml, inventory.yaml and report.json.")
     ],
-    output: Format = Output.TABLE,
+    output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:
     """Translate a foreign configuration; what could not be carried over is in the report."""
+    output = Output.JSON if as_json else output
     from mesh.cli_import import import_policy
 
     summary = import_policy(kind, path, out)
