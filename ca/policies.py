@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -17,15 +18,16 @@ from identity.errors import BadInput, BadPolicy, NotFound
 from identity.records import PolicyFile, PolicyRecord
 from identity.wire.admin import ExplainReply, PolicyFileIn, PolicyReply
 from policy import language
+from policy.classes import Classes
 from policy.compile import compile_policy, inactive, next_change
 from policy.explain import explain
 from policy.model import Policy
-from policy.ports import proto_name, proto_number
+from policy.ports import PortMap, proto_name, proto_number
 from policy.program import Program, Subject
-from policy.questions import difference
 from policy.test import run_tests
 
 MAX_DIFF: Final = 10_000  # pairs named in one diff
+_Group = tuple[int, int]  # class before, class after
 
 Files = Sequence[tuple[str, str]]
 
@@ -196,12 +198,40 @@ class Policies:
 def _diff(
     before: Program, after: Program, known: Sequence[Subject]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The pairs that gain and lose ports: {"src", "dst", "ports"}, by name, at most MAX_DIFF each."""
-    out: dict[str, list[dict[str, Any]]] = {"gains": [], "loses": []}
-    for one in difference(before, after, known):
-        if len(out[one.kind]) < MAX_DIFF:
-            out[one.kind].append({"src": one.src, "dst": one.dst, "ports": str(one.ports)})
-    return out["gains"], out["loses"]
+    """The pairs that gain and lose ports: {"src", "dst", "ports"}, by name, at most MAX_DIFF each.
+
+    Equal to policy.questions.difference, but over pairs of groups: subjects that neither program tells apart.
+    """
+    old, new = Classes(before, known), Classes(after, known)
+    groups: dict[_Group, list[str]] = defaultdict(list)
+    for name in sorted(s.name for s in known):
+        groups[old.class_of(name), new.class_of(name)].append(name)
+    of_old, of_new = defaultdict[int, list[_Group]](list), defaultdict[int, list[_Group]](list)
+    for group in groups:
+        of_old[group[0]].append(group)
+        of_new[group[1]].append(group)
+    gained: dict[_Group, list[tuple[_Group, PortMap]]] = {}
+    lost: dict[_Group, list[tuple[_Group, PortMap]]] = {}
+    for group in groups:
+        others = {g for number in old.targets(group[0]) for g in of_old[number]}
+        others |= {g for number in new.targets(group[1]) for g in of_new[number]}
+        pairs = [(g, old.between(group[0], g[0]), new.between(group[1], g[1])) for g in others]
+        gained[group] = [(g, has - had) for g, had, has in pairs if has - had]
+        lost[group] = [(g, had - has) for g, had, has in pairs if had - has]
+    return _listed(groups, gained), _listed(groups, lost)
+
+
+def _listed(
+    groups: dict[_Group, list[str]], ports: dict[_Group, list[tuple[_Group, PortMap]]]
+) -> list[dict[str, Any]]:
+    out: list[dict[str, Any]] = []
+    for src, group in sorted((name, group) for group, names in groups.items() for name in names):
+        shown = [(str(allowed), groups[other]) for other, allowed in ports[group]]
+        pairs = sorted((dst, text) for text, names in shown for dst in names if dst != src)
+        out += [{"src": src, "dst": dst, "ports": text} for dst, text in pairs]
+        if len(out) >= MAX_DIFF:
+            return out[:MAX_DIFF]
+    return out
 
 
 def _reply(row: PolicyRow) -> PolicyReply:

@@ -1,11 +1,17 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from ca import policies as module
 from ca.policies import Policies, newest
 from identity import records
 from identity.errors import BadInput, BadPolicy, NotFound
 from identity.records import PolicyRecord
+from policy.ports import parse_ports
+from policy.program import Action, AllOf, Everything, In, Named, Not, Program, Rule, Subject, Tier
+from policy.questions import difference
 
 HEAD = "meshpolicy: 1\nlabels: {keys: [role]}\n"
 WEB_TO_API = (
@@ -133,3 +139,34 @@ def test_bad_questions(shop) -> None:
     shop.placements.revoke("shop/api", 0, shop.now, "test")
     with pytest.raises(NotFound):
         shop.policies.explain("shop/web", "shop/api", "tcp", 1, shop.now)
+
+
+WHO = st.sampled_from(
+    [Everything(), In("role", frozenset({"web"})), In("role", frozenset({"api", "db"})), Named(frozenset({"w1"})),
+     AllOf((Not(Named(frozenset({"w2"}))), In("role", frozenset({"db"}))))]
+)  # fmt: skip
+PROGRAMS = st.lists(
+    st.tuples(st.sampled_from(Action), WHO, WHO, st.sampled_from(["tcp/1", "tcp/1-9", "udp/7", "icmp"])), max_size=4
+).map(
+    lambda rules: Program(
+        (Tier("t", tuple(Rule(f"r{n}", a, s, d, parse_ports(p)) for n, (a, s, d, p) in enumerate(rules))),)
+    )
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(PROGRAMS, PROGRAMS, st.lists(st.sampled_from(["web", "api", "db", "other"]), max_size=7))
+def test_the_diff_by_groups_equals_the_one_by_pairs(before: Program, after: Program, roles: list[str]) -> None:
+    known = [Subject(f"w{n}", {"role": role}) for n, role in enumerate(roles)]
+    wanted: dict[str, list[dict[str, str]]] = {"gains": [], "loses": []}
+    for one in difference(before, after, known):
+        wanted[one.kind].append({"src": one.src, "dst": one.dst, "ports": str(one.ports)})
+    assert module._diff(before, after, known) == (wanted["gains"], wanted["loses"])
+
+
+def test_a_large_diff_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_DIFF", 7)
+    known = [Subject(f"w{n}") for n in range(9)]
+    everything = Program((Tier("t", (Rule("r", Action.ALLOW, Everything(), Everything()),)),))
+    gained, lost = module._diff(Program(()), everything, known)
+    assert ([p["dst"] for p in gained], lost) == ([f"w{n}" for n in range(1, 8)], [])
