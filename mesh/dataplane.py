@@ -57,7 +57,7 @@ class PlaneConfig:
 @dataclass(frozen=True, slots=True)
 class Event:
     """Something that happened by itself: ``firewall.restored``, ``host.restored``, ``device.restarted``,
-    ``device.failed``, ``netns.gone`` (instance named).
+    ``device.failed``, ``netns.gone`` (instance named), ``attach.failed`` (a place is not there; apply again to retry).
     """
 
     code: str
@@ -249,13 +249,17 @@ class DataPlane:
             if host:
                 started = time.monotonic()
                 wrong, gone = await self.host.verify()
+                if self.host.layout is None:
+                    wrong = ["an earlier change was not carried out whole"]
                 now = time.monotonic()
                 self._host_due = now + max(CHECK_EVERY, HOST_SHARE * (now - started))
                 if wrong and self.plan is not None:
                     self.host.layout = None
                     await self.host.device_up(self.config.mtu)
-                    await self._carry_out(self.plan)
+                    failed = await self._carry_out(self.plan)
                     notes.append(Note("host.restored", "; ".join(wrong[:3])))
+                    if failed:
+                        notes.append(Note("attach.failed", "; ".join(f"{k}: {why}" for k, why in sorted(failed.items())[:3])))
         for note in notes:
             self._tell(note.code, note.text)
         if gone is not None:

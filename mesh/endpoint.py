@@ -43,6 +43,7 @@ from mesh.uplink import Uplink, boottime
 
 STALE_SAID: Final = 5.0  # seconds without a heartbeat until `status` calls the state stale
 RETRY: Final = 1.0  # seconds until a failed apply is tried again
+RETRY_PLACES: Final = 5.0  # seconds until a place that could not be set up is tried again
 MAX_SKEW: Final = 30.0  # seconds between our wall clock and a heartbeat just received
 TICK: Final = 1.0  # longest sleep while something ends by time: timers stand still during suspend, deadlines do not
 
@@ -261,6 +262,8 @@ class Agent:
         self.svids.keep_only(frozenset(active))
         self.in_force = InForce(plan, view, position, view.snapshot.state_hash, frozenset(applied.failed))
         self._conditions(plan, view, dict(applied.failed))
+        if applied.failed:
+            asyncio.get_running_loop().call_later(RETRY_PLACES, self.touch)
         if applied.changes:
             log.info("applied", revision=plan.revision, changes=applied.changes.summary(), ms=round(applied.seconds * 1e3, 1))
         if self.ready and not self._ready:
@@ -323,7 +326,7 @@ class Agent:
 
     def _on_plane_event(self, event: PlaneEvent) -> None:
         log.warning("the data plane changed by itself", code=event.code, text=event.text)
-        if event.code == "netns.gone":
+        if event.code in {"netns.gone", "attach.failed"}:
             self.touch()
 
     # ---- to the CA

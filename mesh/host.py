@@ -201,10 +201,19 @@ class HostNet:
                     self._give_addresses(want, pair)
             except RetinueError as e:
                 failed[name] = e.message
+        have = nl.read_routes(self.interface) if known is None else known.routes
+        for route in want.routes - have:
+            if route.dev in skip or route.dev in failed:
+                continue
+            try:
+                nl.route("replace", route)
+            except RetinueError as e:
+                if route.dev not in want.pairs:
+                    raise
+                # Root in that namespace may take its link away at any moment: only that place goes without.
+                failed[route.dev] = e.message
         bad = skip | failed.keys()
         routes = frozenset(r for r in want.routes if r.dev not in bad)
-        for route in routes - (nl.read_routes(self.interface) if known is None else known.routes):
-            nl.route("replace", route)
         # What failed is not counted as there, so the next plan tries it again.
         pairs = {name: pair for name, pair in want.pairs.items() if name not in bad}
         self.layout = replace(want, pairs=pairs, routes=routes)
