@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import urlencode
 
-from identity.errors import BadInput, BadState, Bug, NoPrivilege, TimedOut, Unreachable, from_wire
+from identity.errors import BadInput, NoPrivilege, TimedOut, Unreachable, from_wire
 from identity.wire import Message, parse
 
 M = TypeVar("M", bound=Message)
@@ -103,13 +103,7 @@ def _answer(status: int, data: bytes) -> Any:
     except ValueError:
         parsed = None
     if status != 200:
-        error = from_wire(status, parsed)
-        # On this machine the exit status may say more than HTTP can.
-        if error.code == "admin.user":
-            raise NoPrivilege(error.code, error.message, hint=error.hint)
-        if error.code.startswith(("store.", "audit.", "ca.", "state.")) and isinstance(error, Bug):
-            raise BadState(error.code, error.message, hint=error.hint)
-        raise error
+        raise from_wire(status, parsed)
     if parsed is None:
         raise Unreachable("ca.answer", "the CA's answer cannot be read")
     return parsed

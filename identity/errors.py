@@ -42,10 +42,12 @@ class RetinueError(Exception):
         self.hint = hint
 
     def as_dict(self) -> dict[str, Any]:
-        """The JSON form used on the wire and by ``-o json``."""
+        """The JSON form used on the wire and by ``-o json``; `exit` only where the HTTP status leaves it open."""
         out: dict[str, Any] = {"code": self.code, "message": self.message}
         if self.hint:
             out["hint"] = self.hint
+        if self.exit != _by_status(self.http).exit:
+            out["exit"] = self.exit
         return out
 
 
@@ -109,15 +111,26 @@ _BY_HTTP: dict[int, type[RetinueError]] = {
     400: BadInput, 403: Refused, 404: NotFound, 409: Conflict, 503: Unreachable, 504: TimedOut
 }  # fmt: skip
 
+# Kinds that share their HTTP status with another one, by the exit status that goes over the wire.
+_BY_EXIT: dict[tuple[int, int], type[RetinueError]] = {
+    (kind.http, kind.exit): kind for kind in (NoPrivilege, BadState)
+}  # fmt: skip
+
+
+def _by_status(status: int) -> type[RetinueError]:
+    return _BY_HTTP.get(status, Unreachable if status == 429 else Bug)
+
 
 def from_wire(status: int, body: Any) -> RetinueError:
     """The error a server answered with, as an exception on the client's side.
 
     `body` is whatever JSON came back; anything unreadable becomes ``api.unexpected``.
     """
-    cls = _BY_HTTP.get(status, Unreachable if status == 429 else Bug)
+    cls = _by_status(status)
     if isinstance(body, dict) and isinstance(body.get("code"), str) and isinstance(body.get("message"), str):
         hint = body.get("hint")
+        if type(body.get("exit")) is int:
+            cls = _BY_EXIT.get((status, body["exit"]), cls)
         if cls is BadInput and isinstance(body.get("line"), int):
             column = body.get("column", 0)
             return BadPolicy(

@@ -37,13 +37,24 @@ def test_a_policy_error_shows_its_position():
     assert str(BadPolicy("p", "bad")) == "<policy>: bad"
 
 
-@pytest.mark.parametrize("kind", [getattr(errors, name) for name in DOCUMENTED if name not in {"NoPrivilege", "BadState"}])
+@pytest.mark.parametrize("kind", [getattr(errors, name) for name in DOCUMENTED])
 def test_errors_survive_the_wire(kind):
     sent = kind("a.b", "why", hint="h")
     got = from_wire(kind.http, sent.as_dict())
     assert (got.code, got.message, got.hint, got.http, got.exit) == ("a.b", "why", "h", kind.http, kind.exit)
-    if kind is BadPolicy:
-        assert isinstance(got, BadPolicy)
+    if kind is not errors.NotVerified:  # to a client, a refusal like any other
+        assert type(got) is kind
+
+
+def test_the_exit_is_sent_only_where_the_status_leaves_it_open():
+    sent = {name for name in DOCUMENTED if "exit" in getattr(errors, name)("a.b", "why").as_dict()}
+    assert sent == {"NoPrivilege", "BadState"}
+
+
+@pytest.mark.parametrize("given", [None, "78", 78.0, True, [], 4, -1, 1 << 80])
+def test_an_odd_exit_changes_nothing(given):
+    assert type(from_wire(500, {"code": "c", "message": "m", "exit": given})) is errors.Bug
+    assert type(from_wire(403, {"code": "c", "message": "m", "exit": 78})) is errors.Refused
 
 
 @pytest.mark.parametrize("body", [None, [], "x", {}, {"code": 1, "message": "m"}, {"code": "c"}])
@@ -57,7 +68,7 @@ def test_unreadable_answers_are_still_errors(body):
     st.integers(100, 599),
     st.recursive(
         st.none() | st.integers() | st.text(),
-        lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["code", "message", "hint", "line", "column", "file"]), inner),
+        lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["code", "message", "hint", "line", "column", "file", "exit"]), inner),
     ),
 )  # fmt: skip
 def test_any_answer_becomes_an_error(status, body):
