@@ -76,10 +76,14 @@ logging.getLogger("grpclib").setLevel(logging.CRITICAL)
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Ceilings. A caller, here, is one user in one network namespace; strangers have no identity when they connect."""
+    """Ceilings. A caller, here, is one user in one network namespace; strangers are connections without an identity yet.
+
+    Of strangers, each user but root has so many: a container's root is the machine's, as far as the kernel tells.
+    """
 
     connections: int = 256
-    strangers: int = 32
+    strangers: int = 64
+    user_strangers: int = 16
     caller_connections: int = 64
     caller_streams: int = 128
     process_streams: int = 32
@@ -179,14 +183,15 @@ def grpc_error(error: RetinueError) -> GRPCError:
 # ---- the server
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Peer:
-    """The other end of one connection: attested, or why not."""
+    """The other end of one connection: attested, or why not. group: its user and network namespace."""
 
     caller: Caller | None
-    group: Hashable  # user and network namespace
-    denied: NotAttested | None = None
-    give_back: Callable[[], None] = field(default=lambda: None, repr=False)
+    group: Hashable
+    denied: NotAttested | None
+    known: bool
+    give_back: Callable[[], None] = field(repr=False)
 
 
 class WorkloadApi:
@@ -216,8 +221,8 @@ class WorkloadApi:
         server._server = await asyncio.get_running_loop().create_unix_server(server._protocol_factory, sock=listener)
         self._server = server
         self._tasks = [
-            asyncio.create_task(self._follow(), name="workload changes"),
-            asyncio.create_task(self._renew(), name="workload renewals"),
+            asyncio.create_task(self._steadily(self._follow), name="workload changes"),
+            asyncio.create_task(self._steadily(self._renew), name="workload renewals"),
         ]
         return self
 
@@ -252,17 +257,33 @@ class WorkloadApi:
             ceilings["connections", group] = self.limits.caller_connections
         else:
             ceilings["strangers"] = self.limits.strangers
+            if caller is None or caller.uid != 0:
+                ceilings["strangers", caller and caller.uid] = self.limits.user_strangers
         try:
-            return Peer(caller, group, denied, self._tally.take(ceilings))
+            return Peer(caller, group, denied, known, self._tally.take(ceilings))
         except Full:
             if caller is not None:
                 caller.close()
             raise
 
+    def welcome(self, peer: Peer) -> None:
+        """It has an identity by now: its connection is no stranger's any more. Without room for it it stays one."""
+        if not peer.known:
+            with contextlib.suppress(Full):
+                known = self._tally.take({("connections", peer.group): self.limits.caller_connections})
+                peer.give_back()
+                connection = self._tally.take({"connections": self.limits.connections})  # the place just given back
+
+                def give_back() -> None:
+                    known()
+                    connection()
+
+                peer.known, peer.give_back = True, give_back
+
     def open_stream(self, peer: Peer, caller: Caller) -> Callable[[], None]:
         """Count one more stream of the peer. Raises Full."""
         return self._tally.take({
-            ("streams", peer.group): self.limits.caller_streams, ("process", caller.pid, caller.pidfd): self.limits.process_streams,
+            ("streams", peer.group): self.limits.caller_streams, ("process", caller.pid): self.limits.process_streams,
         })  # fmt: skip
 
     # ---- what is told
@@ -310,6 +331,16 @@ class WorkloadApi:
         """Something may have changed: every stream looks."""
         for bell in self._bells:
             bell.set()
+
+    async def _steadily(self, work: Callable[[], Awaitable[None]]) -> None:
+        """`work`, for ever: streams that nobody wakes would tell an old truth."""
+        while True:
+            try:
+                await work()
+            except Exception:
+                log.exception("the Workload API stumbled")
+            self.ring()
+            await asyncio.sleep(1.0)
 
     async def _follow(self) -> None:
         async for _ in self.agent.watch():
@@ -453,6 +484,7 @@ class Service:
             Empty.decode(await read_request(stream))
             async with contextlib.aclosing(self.api.changes(lambda: ask(caller))) as answers:  # type: ignore[type-var]  # it is a generator
                 async for answer in answers:
+                    self.api.welcome(self.peer)
                     await stream.send_message(answer)
                     log.debug("answered", pid=caller.pid, uid=caller.uid, what=type(answer).__name__)
 

@@ -396,6 +396,68 @@ async def test_connections_are_limited_and_given_back(agent, limits):
         writer.close()
 
 
+async def test_a_stranger_that_is_given_an_identity_makes_room_for_others(agent):
+    async with WorkloadApi(agent, Limits(strangers=1)) as api:
+        here, api.own = api.own, NamespaceId(0, 0)
+        channel = Channel(path=str(api.path), codec=RawCodec())
+        assert (await refused(svid_stream(channel)))[0] is Status.PERMISSION_DENIED
+        reader, writer = await asyncio.open_unix_connection(str(api.path))
+        assert await reader.read(9) == b""
+        writer.close()
+        api.own = here
+        async with opened(channel) as stream, opened(channel) as again:  # on the same connection
+            assert await stream.recv_message() == await again.recv_message()
+            assert [c.peer.known for c in api.connections] == [True]
+            api.own = NamespaceId(0, 0)
+            reader, writer = await asyncio.open_unix_connection(str(api.path))
+            assert await reader.read(9)
+            writer.close()
+        channel.close()
+        await until(lambda: not api.connections)
+        assert len(api._tally) == 0
+
+
+async def test_one_user_does_not_take_all_places_of_strangers(agent, monkeypatch):
+    monkeypatch.setattr(workload_api, "attest", lambda _: somebody(1000))
+    async with WorkloadApi(agent, Limits(user_strangers=1)) as api:
+        api.own = NamespaceId(0, 0)
+        first = await asyncio.open_unix_connection(str(api.path))
+        assert await first[0].read(9)
+        second = await asyncio.open_unix_connection(str(api.path))
+        assert await second[0].read(9) == b""
+        monkeypatch.setattr(workload_api, "attest", lambda _: somebody(1001))
+        third = await asyncio.open_unix_connection(str(api.path))
+        assert await third[0].read(9)
+        for _, writer in (first, second, third):
+            writer.close()
+
+
+async def test_a_process_is_limited_over_all_its_connections(agent):
+    async with WorkloadApi(agent, Limits(process_streams=1)) as api:
+        one, two = (Channel(path=str(api.path), codec=RawCodec()) for _ in range(2))
+        async with opened(one) as stream:
+            await stream.recv_message()
+            assert (await refused(svid_stream(two)))[0] is Status.RESOURCE_EXHAUSTED
+        one.close()
+        two.close()
+
+
+async def test_a_stumble_does_not_end_the_pushes(agent, monkeypatch):
+    calls = []
+
+    async def stumble(self):
+        calls.append(1)
+        if len(calls) == 1:
+            raise RuntimeError("a defect")
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(WorkloadApi, "_follow", stumble)
+    async with WorkloadApi(agent), asyncio.timeout(10):
+        while len(calls) < 2:
+            await asyncio.sleep(0.05)
+            assert calls
+
+
 def test_a_tally_takes_all_or_none():
     tally = Tally()
     back = tally.take({"a": 2, "b": 1})
