@@ -18,6 +18,7 @@ PURE = [
     "policy/*",
     "ca/authority.py", "ca/enroll.py", "ca/signer.py", "ca/registry*.py", "ca/scope.py", "ca/feed.py",
     "mesh/compile.py", "mesh/plan.py", "mesh/sync.py", "mesh/snapshot.py", "mesh/state.py", "mesh/devices/uapi.py",
+    "mesh/attestation.py", "mesh/workload_proto.py",
 ]  # fmt: skip
 
 
