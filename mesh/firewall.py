@@ -37,6 +37,7 @@ from policy.ports import ICMP, ICMPV6
 
 Sets = dict[str, set[str]]
 
+PORTED_PROTOCOLS: Final = "meta l4proto { 6, 17, 132 }"
 DENIED_SIZE: Final = 4096
 DENIED_TIMEOUT: Final = 300  # seconds
 COUNTERS: Final = ("accepted", "denied", "strangers", "spoofed", "outside", "invalid")
@@ -330,15 +331,15 @@ def _note(family: int) -> str:
     Protocols are numbers throughout: names need /etc/protocols, which a minimal system does not have.
     """
     ip = "ip" if family == 4 else "ip6"
-    ports = "meta l4proto { 6, 17, 132 }"
     return f"""\
-    {ports} ct direction reply update @denied{family} {{ {ip} daddr . {ip} saddr . meta l4proto . th sport }} return
-    {ports} update @denied{family} {{ {ip} saddr . {ip} daddr . meta l4proto . th dport }} return
+    {PORTED_PROTOCOLS} ct direction reply update @denied{family} {{ {ip} daddr . {ip} saddr . meta l4proto . th sport }} return
+    {PORTED_PROTOCOLS} update @denied{family} {{ {ip} saddr . {ip} daddr . meta l4proto . th dport }} return
     update @denied{family} {{ {ip} saddr . {ip} daddr . meta l4proto . 0 }} return
 """
 
 
 def _verdict(family: int) -> str:
+    """The chains of one family. Port 0 is never permitted, also not by a protocol that is allowed whole."""
     ip = "ip" if family == 4 else "ip6"
     there, back = f"{ip} saddr . {ip} daddr", f"{ip} daddr . {ip} saddr"
     if family == 4:
@@ -354,6 +355,7 @@ def _verdict(family: int) -> str:
         lookups += f"""
 chain {direction}{family} {{
     {ends} . meta l4proto . {port} @pair{family} goto pass
+    {PORTED_PROTOCOLS} {port} 0 return
     {ends} . meta l4proto @proto{family} goto pass
     {ends} . meta l4proto . {port} @range{family} goto pass
     {ends} @rest{family} {ends} . meta l4proto != @except{family} goto pass
