@@ -190,12 +190,18 @@ def run(main: Callable[[], object]) -> NoReturn:
     """
     as_json = wants_json(sys.argv)
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # here, where a closed pipe can still be told from other ends
     except RetinueError as e:
         fail(e, as_json=as_json)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None
+        _closed_pipe()
+    except SystemExit as e:
+        if isinstance(e.__context__, BrokenPipeError):  # click's own exit for it
+            _closed_pipe()
+        raise
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except Exception as e:
@@ -206,3 +212,9 @@ def run(main: Callable[[], object]) -> NoReturn:
             as_json=as_json,
         )
     raise SystemExit(0)
+
+
+def _closed_pipe() -> NoReturn:
+    """The reader has what it wanted: leave as a program killed by SIGPIPE does, without words."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(141) from None

@@ -13,6 +13,7 @@ So there is no moment at which something passes that neither the old nor the new
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -116,13 +117,22 @@ class DataPlane:
     # ---- life
 
     async def start(self) -> None:
-        """Deny everything that is not already allowed, then the device. Raises RetinueError."""
+        """Deny everything that is not already allowed, then the device. Raises RetinueError.
+
+        A first start that fails leaves nothing; a later one leaves in force what was.
+        """
         self.config.run_dir.mkdir(parents=True, exist_ok=True)
         self.firewall.close_v6 = self.host.closes_v6()
-        await self.firewall.start()
-        await self.host.start()
-        await self._choose_device()
-        await self._start_device()
+        found = await self.firewall.start()
+        try:
+            await self.host.start()
+            await self._choose_device()
+            await self._start_device()
+        except RetinueError:
+            if not found:
+                with contextlib.suppress(RetinueError):
+                    await self.stop(clean=True)
+            raise
         self._watcher.start()
         self._guard = asyncio.create_task(self._guarding(), name="data plane guard")
 

@@ -53,15 +53,24 @@ def preflight() -> list[Check]:
     tun = os.path.exists("/dev/net/tun")
     checks = [
         Check("root", root, "run it with sudo: sudo retinue demo"),
-        Check("/dev/net/tun", tun and os.access("/dev/net/tun", os.R_OK | os.W_OK),
-              "load it with modprobe tun; in a container, pass --device /dev/net/tun" if not tun else "run it with sudo"),
+        Check("/dev/net/tun", tun and (not root or os.access("/dev/net/tun", os.R_OK | os.W_OK)),
+              "load it with modprobe tun; in a container, pass --device /dev/net/tun"),
     ]  # fmt: skip
     for tool, package in (("nft", "nftables"), ("ip", "iproute2"), ("nsenter", "util-linux")):
         path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
         checks.append(Check(tool, shutil.which(tool, path=path) is not None, f"install it: apt-get install {package}"))
     if root:
-        checks.append(Check("network namespaces", _may_unshare(), "needs CAP_SYS_ADMIN and CAP_NET_ADMIN (a container: --privileged)"))
+        hint = "needs CAP_SYS_ADMIN and CAP_NET_ADMIN (a container: --privileged)"
+        checks.append(Check("CAP_NET_ADMIN", _may_change_links(), hint))
+        checks.append(Check("network namespaces", _may_unshare(), hint))
     return checks
+
+
+def _may_change_links() -> bool:
+    """CAP_NET_ADMIN (capabilities(7), number 12) among the effective ones."""
+    with open("/proc/self/status") as status:
+        held = next(line for line in status if line.startswith("CapEff:"))
+    return bool(int(held.split()[1], 16) >> 12 & 1)
 
 
 def _may_unshare() -> bool:

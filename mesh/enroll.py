@@ -29,7 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from identity import certs
 from identity.bundle import TrustBundle, open_bundle
 from identity.enrollment import JoinToken, Offer, Proofs, prove
-from identity.errors import BadInput, BadState, Conflict, NotVerified, TimedOut, Unreachable
+from identity.errors import BadInput, BadState, Conflict, NoPrivilege, NotVerified, TimedOut, Unreachable
 from identity.keys import b64, ed25519_public, load_private, private_pem, unb64, write_secret, x25519_public
 from identity.names import SpiffeId, TrustDomain
 from identity.records import EndpointRecord
@@ -294,9 +294,13 @@ def load_enrollment(state_dir: Path) -> Enrollment:
     """Read and verify an enrolment. An expired certificate is no error here: its machine may come back.
 
     Raises Unreachable ``enroll.missing`` when there is none; BadState ``state.*`` for files that are missing, damaged,
-    altered, of another enrolment, or reachable by others.
+    altered, of another enrolment, or reachable by others; NoPrivilege.
     """
-    if not state_dir.exists():
+    try:
+        there = state_dir.exists()
+    except PermissionError:
+        raise NoPrivilege("state.privilege", f"{state_dir} cannot be read", hint="run as root (sudo)") from None
+    if not there:
         raise _missing(state_dir)
     check_dir(state_dir)
     with _locked(state_dir):

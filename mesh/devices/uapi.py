@@ -14,7 +14,7 @@ from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from typing import Final
 
-from identity.errors import BadInput, BadState, Bug, TimedOut, Unreachable
+from identity.errors import BadInput, BadState, Bug, Conflict, RetinueError, TimedOut, Unreachable
 from identity.keys import b64, unb64
 from mesh.devices import DeviceState, PeerChange, PeerState
 from mesh.plan import AES, CHACHA, Cipher
@@ -160,8 +160,11 @@ def _number(text: str) -> int:
         raise BadState("device.answer", f"the engine sent {ascii(text)[:30]} for a number") from None
 
 
-def _failed(value: str) -> Bug:
+def _failed(value: str) -> RetinueError:
     number = abs(_number(value))
+    if number == errno.EADDRINUSE:
+        return Conflict("device.port_taken", "the tunnel's UDP port is in use by another program",
+                        hint="stop that program, or choose another port with --listen-port")  # fmt: skip
     return Bug("device.refused", f"the engine refused the change: {errno.errorcode.get(number, number)} ({os.strerror(number)})")
 
 
