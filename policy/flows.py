@@ -1,0 +1,151 @@
+"""Recorded flows: JSON lines, one flow (or one period of a flow) a line, with names for its ends.
+
+    {"time": 1928534400, "src": "shop/web", "dst": "shop/api", "proto": "tcp", "port": 8443,
+     "packets": 12, "bytes": 9000, "verdict": "allow"}
+
+time is in seconds since the epoch (or an instant such as 2031-02-11T18:00Z); proto is a name or a number; port is left
+out for protocols without ports; packets and bytes may be left out. Keys that this version does not know are passed over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from identity.errors import BadInput
+from policy.ports import MAX_PORT, PORTED, proto_name, proto_number
+from policy.windows import parse_instant
+
+MAX_LINE: Final = 64 * 1024  # characters
+MAX_NAME: Final = 512
+MAX_COUNT: Final = 1 << 63
+MAX_TIME: Final = 253_402_300_799  # the end of the year 9999
+_HINT: Final = "a line holds time, src, dst, proto, port, packets, bytes and verdict"
+
+
+@dataclass(frozen=True, slots=True)
+class FlowRecord:
+    """One recorded flow. `port` is the destination's, None for protocols without ports; `time` in seconds."""
+
+    time: int
+    src: str
+    dst: str
+    proto: int
+    port: int | None
+    packets: int = 0
+    bytes: int = 0
+    verdict: Literal["allow", "deny"] = "allow"
+
+
+def read_flows(file: str, lines: Iterable[str]) -> list[FlowRecord]:
+    """The records of a file; empty lines are passed over. Raises BadInput with file and line; then none may be used."""
+    return [_record(f"{file}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _record(where: str, line: str) -> FlowRecord:
+    if len(line) > MAX_LINE:
+        raise _bad(where, f"the line is longer than {MAX_LINE} characters")
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        raise _bad(where, "not a line of JSON") from None
+    if not isinstance(row, dict):
+        raise _bad(where, "a flow is a map")
+    for key in ("time", "src", "dst", "proto", "verdict"):
+        if key not in row:
+            raise _bad(where, f"the flow has no {key}")
+    for key in ("src", "dst"):
+        if not isinstance(row[key], str) or not 0 < len(row[key]) <= MAX_NAME:
+            raise _bad(where, f"{key} is not a name: {ascii(row[key])[:60]}")
+    if row["verdict"] not in ("allow", "deny"):
+        raise _bad(where, f"verdict is allow or deny, not {ascii(row['verdict'])[:40]}")
+    try:
+        time = parse_instant(row["time"]) if isinstance(row["time"], str) else _count(where, row, "time")
+        proto = proto_number(row["proto"] if isinstance(row["proto"], str | int) else "")
+    except BadInput as error:
+        raise error if error.code == "flows.line" else _bad(where, error.message) from None
+    if time > MAX_TIME:
+        raise _bad(where, f"time is beyond the year 9999: {time}")
+    return FlowRecord(time, row["src"], row["dst"], proto, _port(where, row, proto),
+                      _count(where, row, "packets"), _count(where, row, "bytes"), row["verdict"])  # fmt: skip
+
+
+def _port(where: str, row: dict[str, Any], proto: int) -> int | None:
+    port = row.get("port")
+    if proto not in PORTED:
+        if port is not None:
+            raise _bad(where, f"{proto_name(proto)} has no ports")
+        return None
+    if type(port) is not int or not 1 <= port <= MAX_PORT:
+        raise _bad(where, f"{proto_name(proto)} needs a port from 1 to {MAX_PORT}, not {ascii(port)[:40]}")
+    return port
+
+
+def _count(where: str, row: dict[str, Any], key: str) -> int:
+    value = row.get(key, 0)
+    whole = int(value) if isinstance(value, float) and 0 <= value < MAX_COUNT else value
+    if type(whole) is not int or not 0 <= whole < MAX_COUNT:
+        raise _bad(where, f"{key} is not a whole number: {ascii(value)[:40]}")
+    return whole
+
+
+def _bad(where: str, message: str) -> BadInput:
+    return BadInput("flows.line", f"{where}: {message}", hint=_HINT)
+
+
+def dump_flows(records: Iterable[FlowRecord]) -> str:
+    """Lines that `read_flows` reads back to equal records."""
+    out = []
+    for one in records:
+        row: dict[str, Any] = {
+            "time": one.time,
+            "src": one.src,
+            "dst": one.dst,
+            "proto": proto_name(one.proto),
+        }
+        if one.port is not None:
+            row["port"] = one.port
+        row |= {"packets": one.packets, "bytes": one.bytes, "verdict": one.verdict}
+        out.append(json.dumps(row) + "\n")
+    return "".join(out)
+
+
+@dataclass(slots=True)
+class Seen:
+    """How often something was recorded, and when."""
+
+    count: int = 0
+    packets: int = 0
+    bytes: int = 0
+    first: int = 0
+    last: int = 0
+
+    def add(self, one: FlowRecord) -> None:
+        """Count one record."""
+        self.first = one.time if not self.count else min(self.first, one.time)
+        self.last = one.time if not self.count else max(self.last, one.time)
+        self.count, self.packets, self.bytes = (
+            self.count + 1, self.packets + one.packets, self.bytes + one.bytes
+        )  # fmt: skip
+
+    def merge(self, other: Seen) -> None:
+        """Count all that another counted."""
+        if other.count:
+            self.first = other.first if not self.count else min(self.first, other.first)
+            self.last = other.last if not self.count else max(self.last, other.last)
+        self.count, self.packets, self.bytes = (
+            self.count + other.count, self.packets + other.packets, self.bytes + other.bytes
+        )  # fmt: skip
+
+
+Edge = tuple[str, str, int, int | None]  # src, dst, protocol, port
+
+
+def edges(records: Iterable[FlowRecord]) -> dict[Edge, Seen]:
+    """Distinct flows with their counts, in a fixed order."""
+    out: dict[Edge, Seen] = {}
+    for one in records:
+        out.setdefault((one.src, one.dst, one.proto, one.port), Seen()).add(one)
+    return dict(sorted(out.items(), key=lambda item: (*item[0][:3], item[0][3] or 0)))
