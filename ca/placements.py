@@ -22,7 +22,7 @@ from ca.rows import EndpointRow, InstanceRow
 from identity.errors import Conflict, Refused
 from identity.labels import check_labels
 from identity.names import SpiffeId
-from identity.records import PlacementRecord
+from identity.records import PlacementRecord, unverified
 from identity.wire.admin import WorkloadAdd
 
 
@@ -76,7 +76,7 @@ class Placements:
             tx.execute(
                 insert(store.instances).values(
                     name=request.name, instance=number, spiffe_id=spiffe_id, labels=json.dumps(labels), fence=fence,
-                    overlay=overlay, state="unplaced", epoch=0, epoch_top=0, created=now,
+                    overlay=overlay, state="unplaced", epoch=0, epoch_top=self._desk.store.floor(tx), created=now,
                 )
             )  # fmt: skip
             row = rows.instance(tx, request.name, number)
@@ -142,6 +142,17 @@ class Placements:
         assert row.endpoint is not None
         return self.place(tx, row, rows.endpoint(tx, row.endpoint), now)
 
+    def sign_anew(self, tx: Connection, row: InstanceRow, now: int) -> None:
+        """Publish what the newest record of an instance says at the next epoch, whoever holds it or held it last."""
+        if row.endpoint is not None:
+            self.resign(tx, row, now)
+        elif row.placement is not None:
+            said = unverified(PlacementRecord, row.placement, trust_domain=str(self._desk.trust_domain))
+            epoch = row.epoch_top + 1
+            record = said.model_copy(update={"epoch": epoch, "issued": now})
+            self._swap(tx, row, epoch=epoch, epoch_top=epoch, placement=self._desk.sign(record))
+            self._log(tx, row, now)
+
     # ---- moving
 
     def prepare(self, name: str, instance: int, to: str, now: int, actor: str) -> Prepared:
@@ -202,8 +213,12 @@ class Placements:
         with self._desk.store.write() as tx:
             left = rows.instances(tx, state="moving")
             for row in left:
-                self._abort(tx, row, now, "ca", "restart")
+                self.give_up(tx, row, now, "restart")
             return len(left)
+
+    def give_up(self, tx: Connection, row: InstanceRow, now: int, why: str) -> InstanceRow:
+        """Abort whatever move of the instance is being made ready, inside the caller's transaction."""
+        return self._abort(tx, row, now, "ca", why)
 
     def _abort(self, tx: Connection, row: InstanceRow, now: int, actor: str, why: str) -> InstanceRow:
         state = "unplaced" if row.endpoint is None else "active"
@@ -230,7 +245,7 @@ class Placements:
         for row in held:
             self.withdraw(tx, row, now, final=False)
         for row in rows.instances(tx, target=endpoint):
-            self._abort(tx, row, now, "ca", "target revoked")
+            self.give_up(tx, row, now, "target revoked")
         return [row.key for row in held]
 
     # ---- inside

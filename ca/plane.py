@@ -20,6 +20,8 @@ from ca.desk import Desk
 from ca.enroll import Admitted, Challenges, JoinTokenAttestor, admit
 from ca.enroll import TokenRow as TokenEvidence
 from ca.feed import Feed, Frame
+from ca.highwater import FILE as HIGHWATER
+from ca.highwater import HighWater, Mark
 from ca.mirror import BUNDLE, Mirror
 from ca.placements import Placements
 from ca.policies import Policies
@@ -58,6 +60,7 @@ class Published:
 
     frames: dict[str, Frame]
     closed: frozenset[str]
+    failed: RetinueError | None = None  # nothing committed since may be called done
 
 
 class Plane:
@@ -74,6 +77,7 @@ class Plane:
         self.policies = Policies(desk)
         self.mirror = Mirror(store)
         self.challenges = Challenges()
+        self.water: HighWater
         self.authority: Authority
         self.feed: Feed
         self._issuing_for: str | None = None
@@ -117,21 +121,36 @@ class Plane:
             )
         store = Store.open(directory / DATABASE)
         try:
-            self = cls(directory, store, clock)
-            self.authority = Authority.load(directory, clock(), record_serial=self._record_serial)
-            if self.authority.trust_domain != self.trust_domain:
-                raise BadState(
-                    "ca.foreign",
-                    f"the database is of {self.trust_domain}, the authority of {self.authority.trust_domain}",
-                )
+            water = HighWater(directory / HIGHWATER)
+            check_newest(store, water.mark, directory)
+            self = cls.over(directory, store, clock)
+            self.water = water
             self._refresh_bundle()
             self.placements.abort_all(self.now)
             self.mirror.load(self.now)
+            self._acknowledge()
             self.feed = Feed(self.mirror.world, store.timeline, self.mirror.revision, self._sign_beat)
         except BaseException:
             store.close()
             raise
         return self
+
+    @classmethod
+    def over(cls, directory: Path, store: Store, clock: Callable[[], float]) -> Plane:
+        """Registry and authority over an open store, without mirror and feed. Raises BadState ``ca.*``, ``state.*``."""
+        self = cls(directory, store, clock)
+        self.authority = Authority.load(directory, clock(), record_serial=self._record_serial)
+        if self.authority.trust_domain != self.trust_domain:
+            raise BadState(
+                "ca.foreign",
+                f"the database is of {self.trust_domain}, the authority of {self.authority.trust_domain}",
+                hint="the database belongs to another directory's authority",
+            )
+        return self
+
+    def close(self) -> None:
+        self.store.close()
+        self.water.close()
 
     @property
     def now(self) -> int:
@@ -199,6 +218,11 @@ class Plane:
     def publish(self) -> Published:
         """Bring the mirror and every scope up to date. Raises nothing: what cannot be done now is tried again."""
         try:
+            self._acknowledge()
+        except RetinueError as e:
+            log.critical("a position cannot be acknowledged; nobody is told of it", why=e.message)
+            return Published({}, frozenset(), e)
+        try:
             touched = self.mirror.catch_up(self.now)
         except Exception as e:
             log.critical(
@@ -211,6 +235,18 @@ class Plane:
         for name in gone:
             self.feed.drop(name)
         return Published(self.feed.advance(self.mirror.revision, touched, self.now), gone)
+
+    def _acknowledge(self) -> None:
+        """Put the mark to the newest position, before anybody is told of it.
+
+        Raises BadState ``store.failed`` when it cannot be written; then nothing more is accepted.
+        """
+        with self.store.read() as tx:
+            mark = Mark(self.store.timeline, self.store.revision(tx), int(self.store.get(tx, "base") or 0))
+        try:
+            self.water.raise_to(mark)
+        except OSError as e:
+            raise self.store.fail(f"{self.water.path.name} cannot be written: {e.strerror}") from None
 
     def tick(self) -> None:
         """Once a heartbeat: what changes by the clock alone."""
@@ -321,7 +357,8 @@ class Plane:
                 f"{svid.spiffe_id} is not an endpoint",
                 hint="use the endpoint's own certificate",
             )
-        return self.registry.caller(svid.spiffe_id, svid.serial), svid.not_after
+        row = self.registry.caller(svid.spiffe_id, svid.serial, certs.not_before(svid.leaf))
+        return row, svid.not_after
 
     def renew(self, caller: EndpointRow, request: RenewRequest) -> RenewReply:
         with self._issuing(caller.name):
@@ -373,3 +410,30 @@ class Plane:
                 audit.append(tx, self.now, actor, action, subject, outcome=error.code)
         except RetinueError as e:
             log.critical("a refusal could not be audited", code=e.code)
+
+
+def check_newest(store: Store, mark: Mark | None, directory: Path) -> None:
+    """Is the database the newest there was? Raises BadState ``store.backup``, ``store.old``."""
+    with store.read() as tx:
+        revision, backup = store.revision(tx), store.get(tx, "backup_at")
+        supersedes = (store.get(tx, "supersedes"), int(store.get(tx, "supersedes_revision") or 0))
+    restore = f"retinue-ca restore {directory / DATABASE} --dir {directory} --new-timeline"
+    if backup is not None:
+        raise BadState(
+            "store.backup", f"{directory / DATABASE} is a backup, put there as it is", hint=f"use: {restore}"
+        )
+    if mark is None:
+        return
+    if mark.timeline == store.timeline:
+        if revision < mark.revision:
+            raise BadState(
+                "store.old",
+                f"the database ends at revision {revision}, but revision {mark.revision} was acknowledged",
+                hint=f"put the newest database back; if it is lost: {restore}",
+            )
+    elif supersedes[0] != mark.timeline or supersedes[1] < mark.revision:
+        raise BadState(
+            "store.old",
+            "the database is of another timeline than the one that was served here",
+            hint=f"put the newest database back; if it is lost: {restore}",
+        )

@@ -110,20 +110,26 @@ class Policies:
             revision = current.revision + 1 if current else 1
             row = PolicyRow(revision, policy.digest, list(files), author, now, record="")
             if not dry_run:
-                record = PolicyRecord(
-                    trust_domain=str(self._desk.trust_domain), revision=revision, digest=policy.digest,
-                    files=[PolicyFile(name=n, text=t) for n, t in files], author=author, issued=now,
-                )  # fmt: skip
-                tx.execute(
-                    insert(store.policies).values(
-                        revision=revision, digest=row.digest, author=author, issued=now, record=self._desk.sign(record),
-                        files=json.dumps([{"name": n, "text": t} for n, t in files]),
-                    )
-                )  # fmt: skip
-                self._desk.store.log(tx, now, "policy", "policy")
+                self.insert(tx, revision, row.digest, files, author, now)
                 audit.append(tx, now, actor, "policy.apply", f"revision {revision}", digest=row.digest, author=author,
                              gained=len(gained), lost=len(lost))  # fmt: skip
         return _reply(row).model_copy(update={"gained": gained, "lost": lost, "applied": not dry_run})
+
+    def insert(
+        self, tx: Connection, revision: int, digest: str, files: Files, author: str, now: int
+    ) -> None:
+        """Sign and publish a revision that was checked, inside the caller's transaction."""
+        record = PolicyRecord(
+            trust_domain=str(self._desk.trust_domain), revision=revision, digest=digest,
+            files=[PolicyFile(name=n, text=t) for n, t in files], author=author, issued=now,
+        )  # fmt: skip
+        tx.execute(
+            insert(store.policies).values(
+                revision=revision, digest=digest, author=author, issued=now, record=self._desk.sign(record),
+                files=json.dumps([{"name": n, "text": t} for n, t in files]),
+            )
+        )  # fmt: skip
+        self._desk.store.log(tx, now, "policy", "policy")
 
     @staticmethod
     def _tests(policy: Policy, program: Program, known: dict[str, Subject]) -> None:

@@ -217,7 +217,7 @@ class Registry:
             if present is None:
                 tx.execute(
                     insert(store.endpoints).values(
-                        name=token.endpoint, generation=0, state="pending", **values
+                        name=token.endpoint, generation=self._desk.store.floor(tx), state="pending", **values
                     )
                 )
                 return
@@ -289,8 +289,12 @@ class Registry:
 
     # ---- living endpoints
 
-    def caller(self, spiffe_id: SpiffeId, serial: int) -> EndpointRow:
-        """The endpoint that a verified certificate belongs to. Raises Refused when it, or the certificate, is out."""
+    def caller(self, spiffe_id: SpiffeId, serial: int, issued: int = 0) -> EndpointRow:
+        """The endpoint that a verified certificate belongs to. Raises Refused when it, or the certificate, is out.
+
+        issued: its notBefore. After a restore, a certificate of the lost time has no row: it counts as long as its
+        endpoint has not enrolled anew.
+        """
         with self._desk.store.read() as tx:
             row = rows.endpoint_or_none(tx, spiffe_id.name)
             if row is None or row.spiffe_id != str(spiffe_id) or row.state == "pending":
@@ -304,6 +308,8 @@ class Registry:
                 .mappings()
                 .first()
             )
+            if kept is None and self._lost(tx, row, issued):
+                return row
             if (
                 kept is None
                 or kept["endpoint"] != row.name
@@ -316,6 +322,10 @@ class Registry:
                     hint="enrol it anew with a new token",
                 )
             return row
+
+    def _lost(self, tx: Connection, row: EndpointRow, issued: int) -> bool:
+        since, until = (self._desk.store.get(tx, key) for key in ("lost_from", "lost_until"))
+        return since is not None and until is not None and int(since) <= issued <= int(until) >= row.enrolled
 
     def renew(
         self, name: str, svid_expires: int, underlay: Sequence[str], ciphers: Sequence[str], now: int
@@ -335,6 +345,12 @@ class Registry:
         with self._desk.store.write() as tx:
             row = rows.living_endpoint(tx, name)
             return row if row.underlay == wanted else self._sign(tx, row, now, underlay=wanted)
+
+    def sign_anew(self, tx: Connection, now: int) -> None:
+        """Publish every living endpoint's record at its next generation."""
+        living = select(store.endpoints.c.name).where(store.endpoints.c.state == "enrolled")
+        for name in tx.execute(living).scalars().all():
+            self._sign(tx, rows.living_endpoint(tx, name), now)
 
     def revoke(self, name: str, now: int, actor: str) -> Revoked:
         """Revoke a host with its sidecars: certificates, tunnel keys and placements. Idempotent. Raises NotFound."""

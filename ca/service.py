@@ -81,7 +81,7 @@ class Service:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for stream in list(self.streams.values()):
             stream.close("the control plane stops")
-        await self._loop.run_in_executor(self._worker, self.plane.store.close)
+        await self._loop.run_in_executor(self._worker, self.plane.close)
         self._worker.shutdown(wait=True)
 
     # ---- jobs
@@ -100,6 +100,8 @@ class Service:
                 # Part of a job may be committed before it fails.
                 published = self.plane.publish()
                 self._loop.call_soon_threadsafe(self._deliver, published)
+            if published.failed is not None:
+                raise published.failed
             return result, set(published.frames)
 
         return await self._loop.run_in_executor(self._worker, run)

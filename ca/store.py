@@ -263,6 +263,11 @@ class Store:
             engine.dispose()
             raise
 
+    def fail(self, why: str) -> BadState:
+        """No write is accepted from now on. Returns the error to raise."""
+        self._failed = True
+        return BadState("store.failed", why, hint="check the disk, then start retinue-ca again")
+
     @contextmanager
     def write(self) -> Iterator[Connection]:
         """One write transaction (BEGIN IMMEDIATE). Commits at the end, rolls back on any exception."""
@@ -333,6 +338,10 @@ class Store:
         """Set a value of `meta`."""
         if not tx.execute(update(meta).where(meta.c.key == key).values(value=value)).rowcount:
             tx.execute(insert(meta).values(key=key, value=value))
+
+    def floor(self, tx: Connection) -> int:
+        """Epochs and generations begin above this: lower ones may have been given out on an earlier timeline."""
+        return int(self.get(tx, "floor") or 0)
 
     def take_number(self, tx: Connection, key: str) -> int:
         """The next number of a counter that only grows."""
