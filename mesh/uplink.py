@@ -217,7 +217,8 @@ class Uplink:
                 ciphers = self._instead(record.ciphers) or record.ciphers
                 self.enrollment = await renew(self.enrollment, record.underlay, ciphers, bundle=self.trust)
                 log.info("our certificate was renewed", expires=self.enrollment.svid.not_after)
-                attempt = 0
+                # A CA that kept the promise in the record is asked again, but not at once.
+                attempt = 0 if self._instead(self.enrollment.record.ciphers) is None else attempt + 1
                 self._health.clear("svid.refused")
             except RetinueError as e:
                 attempt += 1

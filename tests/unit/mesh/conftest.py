@@ -28,7 +28,7 @@ from identity.records import (
 )
 from identity.wire import feed
 from mesh.dataplane import Applied, Counters, PlaneConfig
-from mesh.devices import PeerState
+from mesh.devices import Device, PeerState
 from mesh.endpoint import Agent, AgentConfig
 from mesh.enroll import Enrollment
 from mesh.plan import Plan, diff
@@ -231,6 +231,7 @@ class FakePlane:
         self.fail: RetinueError | None = None
         self.failed: dict[InstanceKey, str] = {}
         self.stopped: bool | None = None
+        self.device: Device | None = None
 
     def describe(self) -> str:
         return "fake: a test"

@@ -166,11 +166,15 @@ async def test_joining_with_a_token_of_the_host_agent(tmp_path, monkeypatch, enr
         asked.append((ca, token, state_dir, underlay, ciphers))
         return enrollment
 
+    async def offers():
+        return ["aes-256-gcm", "chacha20poly1305"]
+
     monkeypatch.setattr("mesh.local_client.LocalClient", HostAgent)
+    monkeypatch.setattr("mesh.devices.offers.offers", offers)
     monkeypatch.setattr(companion, "enroll", enroll)
     await companion.join(config(tmp_path, from_agent=tmp_path / "agent.sock", workload="cart"))
     assert asked == [
-        tmp_path / "agent.sock", ("https://[::1]:1", "rt1.t", tmp_path / "s", ["[::1]:51820"], ["chacha20poly1305"]),
+        tmp_path / "agent.sock", ("https://[::1]:1", "rt1.t", tmp_path / "s", ["[::1]:51820"], ["aes-256-gcm", "chacha20poly1305"]),
     ]  # fmt: skip
     await companion.join(config(tmp_path, from_agent=tmp_path / "a", workload="cart", ca="https://127.0.0.1:1", underlay=("192.0.2.1:5",)))
     assert asked[-1][0] == "https://127.0.0.1:1"

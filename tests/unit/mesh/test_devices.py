@@ -16,12 +16,12 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from hypothesis import given
 from hypothesis import strategies as st
 
-from identity.errors import BadInput, BadState, Bug, NoPrivilege, NotFound, Unreachable
+from identity.errors import BadInput, BadState, Bug, Conflict, NoPrivilege, NotFound, Unreachable
 from identity.keys import b64, unb64, x25519_public
 from mesh.devices import DeviceConfig, PeerChange, PeerState, after, peer_changes, uapi
 from mesh.devices import kernel as kernel_module
 from mesh.devices.fake import FakeDevice
-from mesh.devices.kernel import parse_peer, peer_request
+from mesh.devices.kernel import parse_peer, peer_request, peer_requests
 from mesh.devices.userspace import UserspaceDevice, find_engine, start_time, version_of
 from mesh.plan import AES, CHACHA, PeerPlan
 from tests.unit.mesh.plans import tunnel_key
@@ -264,6 +264,25 @@ def test_requests_to_the_kernel() -> None:
     assert peer_request(PeerChange(A, remove=True)) == {"public_key": raw, "remove": True}
 
 
+def test_a_long_list_goes_to_the_kernel_in_several_requests() -> None:
+    addresses = tuple(f"fd00::{n:x}/128" for n in range(1, 2502))
+    whole = PeerChange(A, create=True, underlay="[::1]:5", allowed_ips=addresses, keepalive=25, replace=True)
+    first, *more = peer_requests(whole)
+    assert first == {**peer_request(whole), "allowed_ips": list(addresses[:1000])}
+    assert [set(r) for r in more] == [{"public_key", "update_only", "allowed_ips"}] * 2  # nothing is replaced twice
+    assert [a for r in (first, *more) for a in r["allowed_ips"]] == list(addresses)
+    assert peer_requests(PeerChange(A, remove=True)) == [peer_request(PeerChange(A, remove=True))]
+
+
+@pytest.mark.parametrize("change", [
+    PeerChange(A, allowed_ips=("not an address/32",)), PeerChange(A, underlay="host:5"), PeerChange(A, underlay="192.0.2.1:http"),
+])  # fmt: skip
+def test_a_request_the_kernel_could_not_read_is_refused_before(change: PeerChange) -> None:
+    with pytest.raises(Bug) as refused:
+        peer_request(change)
+    assert refused.value.code == "device.refused"
+
+
 class Attributes(dict[str, Any]):
     def get_attr(self, name: str) -> Any:
         return self.get(name)
@@ -283,6 +302,6 @@ def test_answers_of_the_kernel() -> None:
     assert joined.allowed_ips == {"a", "b"}
 
 
-@pytest.mark.parametrize(("number", "kind"), [(1, NoPrivilege), (19, NotFound), (22, Bug)])
+@pytest.mark.parametrize(("number", "kind"), [(1, NoPrivilege), (19, NotFound), (98, Conflict), (22, Bug)])
 def test_errors_of_the_kernel(number: int, kind: type[Exception]) -> None:
     assert type(kernel_module._failed("do it", OSError(number, "x"))) is kind

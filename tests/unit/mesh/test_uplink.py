@@ -213,6 +213,23 @@ async def test_the_certificate_is_renewed_when_due(rig, monkeypatch, enrollment)
     assert "svid.refused" not in rig.health
 
 
+async def test_a_promise_the_device_cannot_keep_is_taken_back_at_once(rig, monkeypatch, enrollment):
+    asked, twice = [], asyncio.Event()
+
+    async def renew(old, underlay, ciphers, *, bundle):
+        asked.append(list(ciphers))
+        if len(asked) == 2:
+            twice.set()
+        return old  # as a CA that does not take it back
+
+    monkeypatch.setattr(uplink_module, "renew", renew)
+    monkeypatch.setattr(uplink_module, "backoff", lambda *_, **__: 0.0)
+    rig.uplink._instead = lambda promised: ["chacha20poly1305"]
+    async with rig.running():
+        await twice.wait()
+    assert asked[:2] == [["chacha20poly1305"]] * 2
+
+
 async def test_a_certificate_that_is_not_renewed_is_said(rig, monkeypatch, enrollment):
     tried = asyncio.Event()
 
