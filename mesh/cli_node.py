@@ -359,10 +359,10 @@ def show_explanation(e: ExplainReply) -> None:
 
 def ping(
     name: Name,
-    port: Annotated[int, typer.Argument(min=1, max=65535, help="TCP port to connect to.")],
+    port: Annotated[int, typer.Argument(metavar="PORT", min=1, max=65535, help="TCP port to connect to.")],
     source: Annotated[str | None, typer.Option("--as", metavar="NAME", help="Which instance here asks [the only one].")] = None,
-    count: Annotated[int, typer.Option("-c", "--count", metavar="N", min=1, max=1000)] = 3,
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", min=0.01, max=60)] = 2.0,
+    count: Annotated[int, typer.Option("-c", "--count", metavar="N", min=1, max=1000, help="How often, to each address.")] = 3,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", min=0.01, max=60, help="How long to wait for each answer.")] = 2.0,
     run_dir: RunDir = None,
     output: Format = Output.TABLE,
     as_json: Json = False,

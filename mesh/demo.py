@@ -49,12 +49,12 @@ class Check:
 
 def preflight() -> list[Check]:
     """What the demo needs: root, a TUN device, the tools. Looks, and changes nothing."""
-    root = os.geteuid() == 0
+    root, sudo = os.geteuid() == 0, "run it with sudo: sudo retinue demo"
     tun = os.path.exists("/dev/net/tun")
     checks = [
-        Check("root", root, "run it with sudo: sudo retinue demo"),
-        Check("/dev/net/tun", tun and (not root or os.access("/dev/net/tun", os.R_OK | os.W_OK)),
-              "load it with modprobe tun; in a container, pass --device /dev/net/tun"),
+        Check("root", root, sudo),
+        Check("/dev/net/tun", tun and os.access("/dev/net/tun", os.R_OK | os.W_OK),
+              sudo if tun and not root else "load it with modprobe tun; in a container, pass --device /dev/net/tun"),
     ]  # fmt: skip
     for tool, package in (("nft", "nftables"), ("ip", "iproute2"), ("nsenter", "util-linux")):
         path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"

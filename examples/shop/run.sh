@@ -3,11 +3,11 @@
 set -eu
 cd "$(dirname "$0")"
 
-echo '$ retinue policy check -p shop.yaml'
-retinue policy check -p shop.yaml
+echo '$ retinue policy check shop.yaml'
+retinue policy check shop.yaml
 
-echo; echo '$ retinue policy test -p shop.yaml -i inventory.yaml'
-retinue policy test -p shop.yaml -i inventory.yaml
+echo; echo '$ retinue policy test shop.yaml -i inventory.yaml'
+retinue policy test shop.yaml -i inventory.yaml
 
 echo; echo '$ retinue policy matrix -p shop.yaml -i inventory.yaml'
 retinue policy matrix -p shop.yaml -i inventory.yaml
