@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(HOME)/.cargo/bin:$(PATH):/usr/sbin:/sbin
 CARGO := cargo --quiet
 CRATE := --manifest-path mesh/engine/Cargo.toml
 
-.PHONY: help setup demo test check test-unit test-native test-netns bench docs docs-check lock clean
+.PHONY: help setup demo test check test-unit test-native test-netns test-kernel bench docs docs-check lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -38,6 +38,9 @@ test-native: setup  ## the engine's own tests
 
 test-netns: setup  ## real packets in network namespaces (root)
 	@CI=true $(BIN)/python -m pytest tests/netns
+
+test-kernel: setup  ## kernel WireGuard: Debian's kernel under qemu, software emulation, nothing installed but qemu-system-x86 (root)
+	@$(BIN)/python tools/kernel_lane.py $(ARGS)
 
 bench: setup  ## tunnel throughput and latency beside no tunnel and wireguard-go; writes out/bench.json (root)
 	@$(BIN)/python -m tests.bench $(ARGS)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import socket
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -220,6 +221,15 @@ class DataPlane:
         self._peers = None
         self._suspicion.set()
 
+    def _link_is_gone(self) -> bool:
+        if self._device is None or self._device.kind != "kernel":
+            return False
+        try:
+            socket.if_nametoindex(self.config.interface)
+        except OSError:
+            return True
+        return False
+
     async def _guarding(self) -> None:
         while True:
             try:
@@ -249,11 +259,13 @@ class DataPlane:
             # The firewall first: it is what others flush, and what must be back soonest.
             if await self.firewall.verify():
                 notes.append(Note("firewall.restored", "somebody else had changed our firewall table; it is back"))
-            if self._lost_device:
+            # A device of the kernel has no process whose end tells that it is gone.
+            if self._lost_device or self._link_is_gone():
+                self._lost_device, self._peers = True, None
                 await self._start_device()
                 self._lost_device = False
                 self.host.layout = None
-                notes.append(Note("device.restarted", "the tunnel engine had ended; a new one runs"))
+                notes.append(Note("device.restarted", "the tunnel device had gone; a new one is there"))
                 if self.plan is not None:
                     await self._carry_out(self.plan)
             if host:

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Callable, Iterable
 from typing import Any, Final
 
-from identity.errors import Bug, NoPrivilege, NotFound, RetinueError
+from identity.errors import Bug, Conflict, NoPrivilege, NotFound, RetinueError
 from mesh.firewall import slot
 from mesh.layout import LOCAL_RULE, TABLE_LOCAL, TUNNEL_RULE, Route, Rule, family_of, tables
 
@@ -30,6 +30,8 @@ def _refused(what: str, e: Exception) -> RetinueError:
     number = getattr(e, "code", None) or getattr(e, "errno", None) or 0
     if number in {errno.EPERM, errno.EACCES}:
         return NoPrivilege("host.privilege", f"may not {what}", hint="run as root (CAP_NET_ADMIN)")
+    if number == errno.EADDRINUSE:  # a WireGuard device of the kernel binds its port when it is set up
+        return Conflict("device.port_taken", f"cannot {what}: the UDP port is in use", hint="choose another with --port")
     return Bug("host.netlink", f"cannot {what}: {os.strerror(number) if number else e}")
 
 

@@ -169,7 +169,10 @@ def _with_allowed(peer: PeerState, allowed: frozenset[str]) -> PeerState:
 async def choose(
     choice: Choice, config: DeviceConfig, *, on_exit: Callable[[], None] | None = None
 ) -> tuple[Device, str]:
-    """The device to use and why; `on_exit` is called on the loop when an engine ends by itself."""
+    """The device to use and why; `on_exit` is called on the loop when an engine ends by itself.
+
+    An engine that is there is kept where the choice is ours: its tunnels are up, and `stop` has to find it.
+    """
     from mesh.devices.kernel import KernelDevice, probe
     from mesh.devices.userspace import UserspaceDevice
 
@@ -177,7 +180,10 @@ async def choose(
         return KernelDevice(config), "asked for"
     if choice == "userspace":
         return UserspaceDevice(config, on_exit=on_exit), "asked for"
+    userspace = UserspaceDevice(config, on_exit=on_exit)
+    if userspace.left_running():
+        return userspace, "an engine is running already"
     why_not = await probe()
     if not why_not:
         return KernelDevice(config), "the kernel has WireGuard"
-    return UserspaceDevice(config, on_exit=on_exit), why_not
+    return userspace, why_not

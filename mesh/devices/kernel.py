@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Callable, Iterable, Mapping
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_interface
 from typing import Any, Final, Literal, TypeVar
 
-from identity.errors import Bug, NoPrivilege, NotFound, RetinueError
+from identity.errors import Bug, Conflict, NoPrivilege, NotFound, RetinueError
 from identity.keys import b64, unb64
 from mesh.devices import DeviceConfig, DeviceState, PeerChange, PeerState
 from mesh.plan import CHACHA
@@ -16,6 +16,9 @@ from mesh.plan import CHACHA
 T = TypeVar("T")
 
 _PROBE: Final = "rtnprobe"
+_KIND: Final = "wireguard"
+# Allowed IPs in one request. A list is one netlink attribute, whose length has 16 bits; an IPv6 entry takes 40 bytes.
+_AT_ONCE: Final = 1000
 
 
 def _std64(raw: bytes) -> str:
@@ -30,6 +33,8 @@ def _failed(what: str, e: Exception) -> RetinueError:
         return NoPrivilege("device.privilege", f"may not {what}", hint="run as root (CAP_NET_ADMIN)")
     if code in {errno.ENODEV, errno.ENOENT}:
         return NotFound("device.gone", f"cannot {what}: the device is gone")
+    if code == errno.EADDRINUSE:
+        return Conflict("device.port_taken", f"cannot {what}: the UDP port is in use", hint="choose another with --listen-port")
     return Bug("device.refused", f"cannot {what}: {e}")
 
 
@@ -52,7 +57,7 @@ async def probe() -> str:
 
         with IPRoute() as ip:
             try:
-                ip.link("add", ifname=_PROBE, kind="wireguard")
+                ip.link("add", ifname=_PROBE, kind=_KIND)
             except NetlinkError as e:
                 if e.code == errno.EEXIST:
                     return ""
@@ -64,23 +69,42 @@ async def probe() -> str:
 
 
 def peer_request(change: PeerChange) -> dict[str, Any]:
-    """One peer change in pyroute2's form. `cipher` has no meaning here: the kernel speaks ChaCha20-Poly1305 only."""
+    """One peer change in pyroute2's form. `cipher` has no meaning here: the kernel speaks ChaCha20-Poly1305 only.
+
+    Raises Bug for an address that is none: a change is understood as a whole before any of it is carried out.
+    """
     peer: dict[str, Any] = {"public_key": _std64(unb64(change.tunnel_key, length=32))}
     if change.remove:
         return {**peer, "remove": True}
     if not change.create:
         peer["update_only"] = True
-    if change.underlay is not None:
-        host, _, port = change.underlay.rpartition(":")
-        peer["endpoint_addr"] = str(ip_address(host.removeprefix("[").removesuffix("]")))
-        peer["endpoint_port"] = int(port)
-    if change.keepalive is not None:
-        peer["persistent_keepalive"] = change.keepalive
-    if change.replace:
-        peer["replace_allowed_ips"] = True
-    if change.allowed_ips:
-        peer["allowed_ips"] = list(change.allowed_ips)
+    try:
+        if change.underlay is not None:
+            host, _, port = change.underlay.rpartition(":")
+            peer["endpoint_addr"] = str(ip_address(host.removeprefix("[").removesuffix("]")))
+            peer["endpoint_port"] = int(port)
+        if change.keepalive is not None:
+            peer["persistent_keepalive"] = change.keepalive
+        if change.replace:
+            peer["replace_allowed_ips"] = True
+        if change.allowed_ips:
+            peer["allowed_ips"] = [str(ip_interface(address)) for address in change.allowed_ips]
+    except ValueError as e:
+        raise Bug("device.refused", f"cannot change a peer: {e}") from None
     return peer
+
+
+def peer_requests(change: PeerChange) -> list[dict[str, Any]]:
+    """One peer change as requests the kernel can take: a long list of addresses in several, the first with the rest."""
+    first = peer_request(change)
+    addresses = first.get("allowed_ips", [])
+    if len(addresses) <= _AT_ONCE:
+        return [first]
+    more = [
+        {"public_key": first["public_key"], "update_only": True, "allowed_ips": addresses[n : n + _AT_ONCE]}
+        for n in range(_AT_ONCE, len(addresses), _AT_ONCE)
+    ]
+    return [{**first, "allowed_ips": addresses[:_AT_ONCE]}, *more]
 
 
 def parse_peer(attributes: Any) -> tuple[str, PeerState]:
@@ -123,9 +147,15 @@ class KernelDevice:
             from pyroute2 import IPRoute, WireGuard
 
             with IPRoute() as ip:
-                there = bool(ip.link_lookup(ifname=name))
+                kind = _kind_of(ip, name)
+                there = kind is not None
+                if kind not in {None, _KIND}:
+                    raise Conflict(
+                        "device.taken", f"{name} exists and is no WireGuard device of the kernel ({kind})",
+                        hint="retinue down takes away what an engine left; or choose another name with --interface",
+                    )  # fmt: skip
                 if not there:
-                    ip.link("add", ifname=name, kind="wireguard")
+                    ip.link("add", ifname=name, kind=_KIND)
             with WireGuard() as wg:
                 wg.set(name, private_key=_std64(raw), listen_port=self.config.listen_port, fwmark=self.config.fwmark)
             return there
@@ -161,7 +191,7 @@ class KernelDevice:
         return (await self.read()).peers
 
     async def apply(self, changes: Iterable[PeerChange]) -> None:
-        requests = [peer_request(change) for change in changes]
+        requests = [request for change in changes for request in peer_requests(change)]
 
         def work() -> None:
             from pyroute2 import WireGuard
@@ -177,14 +207,25 @@ class KernelDevice:
             from pyroute2 import IPRoute
 
             with IPRoute() as ip:
-                for index in ip.link_lookup(ifname=self.config.interface):
-                    ip.link("del", index=index)
+                # Somebody else's link of that name is not ours to remove.
+                if _kind_of(ip, self.config.interface) == _KIND:
+                    ip.link("del", ifname=self.config.interface)
 
         if clean:
             await _blocking(f"remove {self.config.interface}", work)
 
     def describe(self) -> str:
         return "kernel"
+
+
+def _kind_of(ip: Any, name: str) -> str | None:
+    """The kind of a link ("wireguard", "tun", "" for a physical one), None when there is none of that name."""
+    found = list(ip.link_lookup(ifname=name))
+    if not found:
+        return None
+    links = list(ip.get_links(found[0]))
+    info = links[0].get_attr("IFLA_LINKINFO") if links else None
+    return str(info.get_attr("IFLA_INFO_KIND") or "") if info else ""
 
 
 def _joined(a: PeerState, b: PeerState) -> PeerState:

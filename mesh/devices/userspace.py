@@ -140,15 +140,25 @@ class UserspaceDevice:
         if key is not None or port is not None or mark is not None:
             await uapi.apply(self.socket, uapi.set_request(private_key=key, listen_port=port, fwmark=mark))
 
-    async def _adopt(self) -> bool:
+    def _saved(self) -> tuple[Running, Path, str | None] | None:
+        """The engine of the pid file, when that process still lives."""
         try:
             saved = json.loads(self._pid_file.read_text())
             running, program = Running(int(saved["pid"]), int(saved["started"])), Path(str(saved["program"]))
             version = None if saved["version"] is None else str(saved["version"])
         except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return None if start_time(running.pid) != running.started else (running, program, version)
+
+    def left_running(self) -> bool:
+        """Is there an engine of an earlier agent?"""
+        return self._saved() is not None
+
+    async def _adopt(self) -> bool:
+        saved = self._saved()
+        if saved is None:
             return False
-        if start_time(running.pid) != running.started:
-            return False
+        running, program, version = saved
         self.program, self.running, self.version = program, running, version
         try:
             await uapi.get(self.socket)

@@ -202,6 +202,7 @@ class Rig:
             ip("addr", "add", f"{host.underlay[1]}/64", "dev", "eth0", "nodad", ns=host.ns)
             ip("link", "set", "eth0", "up", ns=host.ns)
             host.launch()
+        for host in self.hosts.values():  # they start side by side
             host.ask("start")
         for name in self.workloads:
             self.attach(name, self.where[name])
