@@ -18,6 +18,7 @@ from identity.errors import BadInput, NotFound
 
 if TYPE_CHECKING:
     from policy.compile import Inactive
+    from policy.lint import Flow
     from policy.model import Policy
     from policy.program import Program, Subject
     from policy.questions import Difference, Row
@@ -39,6 +40,9 @@ MaybeInventory = Annotated[
 ]
 Format = Annotated[Output, typer.Option("--output", "-o", help="How to print the result.")]
 Json = Annotated[bool, typer.Option("--json", help="The same as -o json.")]
+Flows = Annotated[
+    list[Path], typer.Option("--flows", metavar="FILE", help="Recorded flows, JSON lines; may be repeated.")
+]
 At = Annotated[
     str | None,
     typer.Option("--at", metavar="INSTANT", help="Judge as of this instant, such as 2031-02-11T18:00Z (default: now)."),
@@ -368,6 +372,10 @@ def lint(
     policy: MorePolicies = None,
     inventory: MaybeInventory = None,
     at: At = None,
+    flows: Annotated[
+        list[Path] | None,
+        typer.Option("--flows", metavar="FILE", help="Recorded flows, for the lints about what is used."),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Warnings fail too.")] = False,
     output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:
@@ -376,7 +384,7 @@ def lint(
     from policy.lint import lint as findings
 
     loaded = _load(_given(files, policy), at)
-    found = findings(_own(loaded), _subjects(inventory), loaded.now)
+    found = findings(_own(loaded), _subjects(inventory), loaded.now, _used(flows, inventory))
     data = [
         {
             "code": f.code,
@@ -391,6 +399,18 @@ def lint(
     cliout.emit(data, output, columns=("code", "severity", "where", "finding", "fix"), rows=rows)
     if any(f.severity == "error" or (strict and f.severity == "warning") for f in found):
         raise typer.Exit(1)
+
+
+def _used(flows: list[Path] | None, inventory: Path | None) -> list[Flow] | None:
+    """The allowed flows of a recording as the lints read them; None where there is no recording."""
+    from mesh.cli_export import read_flow_files
+    from policy.lint import Flow
+
+    if flows is None:
+        return None
+    if inventory is None:
+        raise BadInput("policy.inventory", "flows are judged with an inventory", hint="add --inventory FILE")
+    return [Flow(f.src, f.dst, f.proto, f.port, f.time) for f in read_flow_files(flows) if f.verdict == "allow"]
 
 
 @app.command(epilog="Example: retinue policy fmt --write shop.yaml")
@@ -456,3 +476,78 @@ def import_(
     rows = [("rules read", rules.get("in")), ("rules written", rules.get("out")), ("subjects", summary.get("subjects")),
             ("not translated", len(summary.get("untranslated", ())))]  # fmt: skip
     cliout.emit(summary, output, columns=("what", "count"), rows=rows)
+
+
+@app.command("export", epilog="Example: retinue policy export kubernetes -p shop.yaml -i inventory.yaml --out native")
+def export_(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="kubernetes or aws.")],
+    policy: Policies,
+    inventory: Inventory,
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder for the native rules and report.json.")
+    ],
+    inside: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--inside", metavar="NET", help="A network of the workloads at the target; may be repeated."
+        ),
+    ] = None,
+    at: At = None,
+    output: Format = Output.TABLE,
+    as_json: Json = False,
+) -> None:
+    """Write the policy as native rules of another system, read them back and compare every pair."""
+    output = Output.JSON if as_json else output
+    from mesh.cli_export import export_policy
+
+    summary = export_policy(kind, _load(policy, at).program, _subjects(inventory), inside or [], out)
+    rows = [(k.replace("_", " "), _word(summary[k])) for k in ("files", "rules", "workloads", "pairs_compared")]
+    cliout.emit(summary, output, columns=("what", "value"), rows=rows)
+    for text in summary["notes"]:
+        cliout.note(text)
+
+
+@app.command(epilog="Example: retinue policy draft --flows flows.jsonl -i inventory.yaml --out draft.yaml")
+def draft(
+    flows: Flows,
+    inventory: Inventory,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write the policy to this file.")
+    ] = None,
+    by: Annotated[
+        list[str] | None,
+        typer.Option("--by", metavar="KEY", help="Label key to tell workloads apart by (default: all)."),
+    ] = None,
+    accept: Annotated[
+        list[str] | None, typer.Option("--accept", metavar="ID", help="Accept a proposal; may be repeated.")
+    ] = None,
+    reject: Annotated[
+        list[str] | None, typer.Option("--reject", metavar="ID", help="Reject a proposal; may be repeated.")
+    ] = None,
+    decisions: Annotated[
+        Path | None,
+        typer.Option("--decisions", metavar="FILE", help="Keeps what was accepted and rejected for the next run."),
+    ] = None,
+    similarity: Annotated[
+        float, typer.Option(help="How alike the members of a proposed group are, up to 1.")
+    ] = 0.6,
+    output: Format = Output.TABLE,
+    as_json: Json = False,
+) -> None:
+    """Draft the least policy for recorded flows, and propose groups; accept or reject each."""
+    output = Output.JSON if as_json else output
+    from mesh.cli_export import draft_policy
+
+    found = draft_policy(
+        flows, _subjects(inventory), by or [], similarity, accept or [], reject or [], decisions, out
+    )  # fmt: skip
+
+    def human() -> None:
+        if out is None:
+            print(found["policy"], end="")
+        else:
+            rows = [(p["id"], p["kind"], p["state"], " | ".join(p["ends"])) for p in found["proposals"]]
+            cliout.table(("id", "kind", "state", "of"), rows)
+
+    cliout.emit(found, output, human=human)
+    cliout.note(f"{found['observed']} flows seen, {found['permitted']} permitted; {found['over_permission']:.1%} of those never seen")  # fmt: skip
