@@ -17,7 +17,7 @@ import structlog
 from aiohttp import web
 
 from ca.feed import Frame
-from ca.http import Buckets, Handler, body, errors, number, reply, text
+from ca.http import Buckets, Handler, body, errors, number, reply, source, text
 from ca.rows import EndpointRow
 from ca.service import Service, Stream
 from identity.errors import Refused, RetinueError
@@ -94,8 +94,8 @@ class _Api:
     async def challenge(self, request: web.Request) -> web.Response:
         self._buckets.take(request.remote or "")
         asked = await body(request, ChallengeRequest)
-        leaf = self._leaf()
-        return reply(await self._service.read(lambda: self._plane.challenge(asked.token_id, leaf)))
+        leaf, origin = self._leaf(), source(request.remote or "")
+        return reply(await self._service.read(lambda: self._plane.challenge(asked.token_id, leaf, origin)))
 
     async def enroll(self, request: web.Request) -> web.Response:
         self._buckets.take(request.remote or "")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 import os
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from dataclasses import dataclass, field
 from typing import Final, Literal, Protocol
 
@@ -23,6 +23,7 @@ from identity.wire.enroll import Challenge, EnrollRequest
 
 CHALLENGE_SECONDS: Final = 60
 MAX_CHALLENGES: Final = 4096  # 64 a second for a minute; beyond it the newcomer waits
+MAX_OF_SOURCE: Final = 512  # so that one address cannot keep the others out
 RECOVERY_SECONDS: Final = 300  # a lost reply may be fetched again for this long
 
 Kind = Literal["host", "sidecar"]
@@ -73,6 +74,7 @@ class OpenChallenge:
     server_leaf: bytes = field(repr=False)
     token_id: str
     expires: float
+    source: str = ""
 
     def to_wire(self, now: float) -> Challenge:
         return Challenge(
@@ -81,27 +83,32 @@ class OpenChallenge:
 
 
 class Challenges:
-    """Nonces handed out and not yet answered: each good once, for CHALLENGE_SECONDS, at most `limit` at a time."""
+    """Nonces handed out and not yet answered: each good once, for CHALLENGE_SECONDS.
 
-    def __init__(self, limit: int = MAX_CHALLENGES) -> None:
-        self._limit = limit
+    At most `limit` at a time, and `of_source` of them for one source.
+    """
+
+    def __init__(self, limit: int = MAX_CHALLENGES, of_source: int = MAX_OF_SOURCE) -> None:
+        self._limit, self._of_source = limit, of_source
         self._open: OrderedDict[bytes, OpenChallenge] = OrderedDict()
+        self._count: Counter[str] = Counter()
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def issue(self, token_id: str, server_leaf: bytes, now: float) -> OpenChallenge:
+    def issue(self, token_id: str, server_leaf: bytes, now: float, source: str = "") -> OpenChallenge:
         """A new nonce; the answer's shape does not depend on whether the token exists.
 
         Raises Unreachable ``enroll.busy`` when too many are open: those already given out keep their turn.
         """
         self._forget(now)
-        if len(self._open) >= self._limit:
+        if len(self._open) >= self._limit or self._count[source] >= self._of_source:
             raise Unreachable("enroll.busy", "too many enrolments are being made", hint="try again in a minute")
         made = OpenChallenge(
-            os.urandom(NONCE_LEN), X25519PrivateKey.generate(), server_leaf, token_id, now + CHALLENGE_SECONDS
+            os.urandom(NONCE_LEN), X25519PrivateKey.generate(), server_leaf, token_id, now + CHALLENGE_SECONDS, source
         )
         self._open[made.nonce] = made
+        self._count[source] += 1
         return made
 
     def take(self, nonce: str, now: float) -> OpenChallenge:
@@ -113,12 +120,18 @@ class Challenges:
             found = None
         if found is None:
             raise NotVerified("enroll.nonce", "the challenge is unknown, used or too old", hint="enrol again")
+        self._closed(found)
         return found
+
+    def _closed(self, challenge: OpenChallenge) -> None:
+        self._count[challenge.source] -= 1
+        if self._count[challenge.source] <= 0:
+            del self._count[challenge.source]
 
     def _forget(self, now: float) -> None:
         # In order of issue, and every one lives as long: the oldest are first.
         while self._open and next(iter(self._open.values())).expires < now:
-            self._open.popitem(last=False)
+            self._closed(self._open.popitem(last=False)[1])
 
 
 class Attestor(Protocol):

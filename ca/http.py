@@ -124,7 +124,7 @@ class Buckets:
 
     def take(self, address: str) -> None:
         """One request. Raises TooMany with the seconds until the next would pass."""
-        now, key = self._clock(), _client(address)
+        now, key = self._clock(), source(address)
         bucket = self._buckets.pop(key, None) or _Bucket(self._burst, now)
         bucket.level = min(self._burst, bucket.level + (now - bucket.at) * self._rate)
         bucket.at = now
@@ -136,7 +136,8 @@ class Buckets:
         bucket.level -= 1
 
 
-def _client(text: str) -> str:
+def source(text: str) -> str:
+    """What counts as one client: an IPv4 address, an IPv6 /64."""
     try:
         address = ip_address(text.partition("%")[0])
     except ValueError:

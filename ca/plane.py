@@ -302,9 +302,9 @@ class Plane:
 
     # ---- enrolment
 
-    def challenge(self, token_id: str, server_leaf: bytes) -> Challenge:
+    def challenge(self, token_id: str, server_leaf: bytes, source: str = "") -> Challenge:
         """A nonce; the same answer whether or not the token exists."""
-        return self.challenges.issue(token_id, server_leaf, self.clock()).to_wire(self.clock())
+        return self.challenges.issue(token_id, server_leaf, self.clock(), source).to_wire(self.clock())
 
     def enroll(self, request: EnrollRequest) -> EnrollReply:
         """Decide, claim, issue, publish. Raises what `ca.enroll.admit` and `Registry.claim` raise."""

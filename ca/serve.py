@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +27,7 @@ from aiohttp import web
 from ca import admin_api, api
 from ca.authority import ServerIdentity
 from ca.client import socket_path
+from ca.listener import Caps, Listener, allow_files
 from ca.plane import Plane
 from ca.service import Service
 from identity import cliout
@@ -35,7 +36,6 @@ from identity.errors import BadInput, BadState, Conflict, NoPrivilege
 
 log = structlog.get_logger("retinue.ca")
 
-HANDSHAKE_S: Final = 10.0
 IDLE_S: Final = 30.0  # a connection without a request, also before its first
 STOP_S: Final = 5.0  # for running requests at the end
 RECHECK_S: Final = 600.0  # how often the TLS certificate is looked at
@@ -49,6 +49,7 @@ class Options:
     listen: str = "[::]:8443"
     heartbeat: float = 2.0
     limits: api.Limits | None = None
+    caps: Caps | None = None
 
 
 # ---- addresses
@@ -238,6 +239,7 @@ class Running:
     service: Service
     listen: str
     admin: Path
+    front: Listener
 
 
 @asynccontextmanager
@@ -257,7 +259,8 @@ async def running(options: Options) -> AsyncIterator[Running]:
             renewing = asyncio.create_task(_renew_tls(service, tls))
             late.callback(renewing.cancel)
             late.callback(_close_streams, service)
-            yield Running(service, show(sock), admin_path)
+            assert tls.front is not None
+            yield Running(service, show(sock), admin_path, tls.front)
 
 
 def _close_streams(service: Service) -> None:
@@ -269,6 +272,7 @@ def _close_streams(service: Service) -> None:
 class _Tls:
     context: ssl.SSLContext
     identity: ServerIdentity
+    front: Listener | None = None
 
 
 async def _listen_tls(
@@ -286,15 +290,11 @@ async def _listen_tls(
     await runner.setup()
     late.push_async_callback(runner.cleanup)
     assert runner.server is not None
-    server = await asyncio.get_running_loop().create_server(
-        runner.server,
-        sock=sock,
-        ssl=tls.context,
-        ssl_handshake_timeout=HANDSHAKE_S,
-        ssl_shutdown_timeout=1.0,
-        backlog=1024,
-    )
-    late.callback(server.close)
+    server, caps = runner.server, options.caps or Caps()
+    caps = replace(caps, established=allow_files(caps.established))
+    front = Listener(sock, server, tls.context, lambda: len(server.connections), caps)
+    late.push_async_callback(front.close)
+    tls.front = front
     return tls
 
 

@@ -245,6 +245,21 @@ def test_challenges_end_and_their_number_is_bounded():
     assert len(table) == 2
 
 
+def test_one_source_does_not_keep_the_others_out():
+    table = Challenges(limit=9, of_source=2)
+    first = table.issue("t", LEAF, NOW, "192.0.2.1")
+    table.issue("t", LEAF, NOW, "192.0.2.1")
+    with pytest.raises(Unreachable):
+        table.issue("t", LEAF, NOW, "192.0.2.1")
+    table.issue("t", LEAF, NOW, "192.0.2.2")
+    table.take(b64(first.nonce), NOW)
+    table.issue("t", LEAF, NOW, "192.0.2.1")
+    later = NOW + CHALLENGE_SECONDS + 1
+    for _ in range(2):
+        table.issue("t", LEAF, later, "192.0.2.1")
+    assert len(table) == 2
+
+
 def test_the_answer_does_not_depend_on_the_token():
     table = Challenges()
     shapes = {
