@@ -529,7 +529,7 @@ def draft(
         typer.Option("--decisions", metavar="FILE", help="Keeps what was accepted and rejected for the next run."),
     ] = None,
     similarity: Annotated[
-        float, typer.Option(help="How alike the members of a proposed group are, up to 1.")
+        float, typer.Option(metavar="SHARE", help="How alike the members of a proposed group are, up to 1.")
     ] = 0.6,
     output: Format = Output.TABLE,
     as_json: Json = False,

@@ -144,7 +144,7 @@ def test_names(ca: Ca, args: list[str], answer: tuple[int, str]) -> None:
     ("tcp/80}", "tcp/0}", "6:"),
     ("allow:", "alow:", "5:5"),
     ("role: web", "rle: web", "6:"),
-    ("meshpolicy: 1", "meshpolicy: [", "2:"),
+    ("meshpolicy: 1", "meshpolicy: [", "3:1"),
 ])  # fmt: skip
 def test_a_malformed_policy_names_its_place_and_changes_nothing(ca: Ca, tmp_path: Path, old: str, new: str, place: str) -> None:
     path = tmp_path / "p.yaml"
