@@ -37,9 +37,9 @@ def draft_text(draft: Draft) -> str:
 def _head(draft: Draft) -> Iterator[str]:
     span = draft.span
     if not span.count:
-        yield "# Drafted from no flow record at all: it permits nothing."
+        yield "# Drafted from no record at all: it permits nothing."
     else:
-        yield f"# Drafted from {span.count} flow records, {show_instant(span.first)} to {show_instant(span.last)}."
+        yield f"# Drafted from {_records(span.count)}, {show_instant(span.first)} to {show_instant(span.last)}."
     yield (
         f"# Seen: {draft.observed} different flows. Permitted: {draft.permitted} "
         f"({draft.over_permission:.1%} of that was never seen)."
@@ -47,7 +47,7 @@ def _head(draft: Draft) -> Iterator[str]:
     if draft.widened:
         yield f"# {draft.widened} different flows that were denied in the recording are permitted here."
     for reason, count in sorted(draft.left_out.items()):
-        yield f"# Left out: {count} records ({reason})."
+        yield f"# Left out: {_records(count)} ({reason})."
     for one in draft.proposals:
         if one.kind == "group" and one.state == "proposed":
             yield f"# Proposed: {one.id}, of {len(one.ends)} kinds of workloads:"
@@ -72,14 +72,18 @@ def _rule_evidence(rule: DraftRule) -> str:
     seen = rule.seen
     state = "accepted; " if rule.state == "accepted" else ""
     return (
-        f"{state}{seen.count} records, {seen.packets} packets, {seen.bytes} bytes, {show_instant(seen.first)} to "
+        f"{state}{_records(seen.count)}, {seen.packets} packets, {seen.bytes} bytes, {show_instant(seen.first)} to "
         f"{show_instant(seen.last)}; {rule.pairs} of {rule.all_pairs} pairs, {rule.flows} of {rule.permitted} flows seen"
     )
 
 
 def _rule(rule: DraftRule) -> str:
-    why = f"seen {rule.seen.count} times, last {show_instant(rule.seen.last)}"
+    why = f"{_records(rule.seen.count)}, last {show_instant(rule.seen.last)}"
     return f"{{id: {rule.id}, from: {_side(rule.src)}, to: {_side(rule.dst)}, on: {_ports(rule.ports)}, why: {quote(why)}}}"
+
+
+def _records(count: int) -> str:
+    return "1 record" if count == 1 else f"{count} records"
 
 
 def _safe(text: str) -> str:

@@ -63,7 +63,7 @@ def test_the_least_policy_with_its_evidence() -> None:
     assert (found.observed, found.permitted) == (5, 7)
     assert found.over_permission == pytest.approx(2 / 7)
     text = draft_text(found)
-    assert "# Drafted from 6 flow records, 1970-01-02T00:00:00Z to 1970-01-04T00:00:00Z." in text
+    assert "# Drafted from 6 records, 1970-01-02T00:00:00Z to 1970-01-04T00:00:00Z." in text
     assert "# Seen: 5 different flows. Permitted: 7 (28.6% of that was never seen)." in text
     assert "# 3 records, 6 packets, 300 bytes, 1970-01-02T00:00:00Z to 1970-01-04T00:00:00Z; 2 of 2 pairs, 2 of 4 flows seen" in text
     assert 'from: {app: shop, not: [{role: "*"}]}' in text  # tools/any, and not all of the shop
@@ -207,7 +207,7 @@ def test_rules_are_accepted_and_rejected_one_by_one() -> None:
     assert permitted(read(without), FLEET[2], FLEET[5]) == NOTHING
     assert without.observed == before.observed - 1
     kept = draft(TRAFFIC, FLEET, accept=[rule.id])
-    assert "# accepted; 1 records" in draft_text(kept)
+    assert "# accepted; 1 record," in draft_text(kept)
 
 
 def test_a_group_does_not_bring_back_what_was_rejected() -> None:
