@@ -27,7 +27,7 @@ from aiohttp import web
 from ca import admin_api, api
 from ca.authority import ServerIdentity
 from ca.client import socket_path
-from ca.listener import Caps, Listener, allow_files
+from ca.listener import Caps, Listener, allow_files, small_buffers
 from ca.plane import Plane
 from ca.service import Service
 from identity import cliout
@@ -290,6 +290,7 @@ async def _listen_tls(
     await runner.setup()
     late.push_async_callback(runner.cleanup)
     assert runner.server is not None
+    small_buffers()
     server, caps = runner.server, options.caps or Caps()
     caps = replace(caps, established=allow_files(caps.established))
     front = Listener(sock, server, tls.context, lambda: len(server.connections), caps)
