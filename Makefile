@@ -39,7 +39,7 @@ test-native: setup  ## the engine's own tests
 test-netns: setup  ## real packets in network namespaces (root)
 	@CI=true $(BIN)/python -m pytest tests/netns
 
-test-kernel: setup  ## kernel WireGuard: Debian's kernel under qemu, software emulation, nothing installed but qemu-system-x86 (root)
+test-kernel: setup  ## the kernel's WireGuard: Debian's kernel booted in qemu, no virtualisation needed (root)
 	@$(BIN)/python tools/kernel_lane.py $(ARGS)
 
 bench: setup  ## tunnel throughput and latency beside no tunnel and wireguard-go; writes out/bench.json (root)

@@ -9,12 +9,22 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.machine import Machine
+from tests.kernel.within import Within
 
 IMAGE = os.environ.get("RETINUE_KERNEL_IMAGE")
 INSIDE = bool(os.environ.get("RETINUE_KERNEL_INSIDE"))  # set in the guest
 collect_ignore_glob = [] if INSIDE else ["inside/*"]
 if not IMAGE:
     collect_ignore_glob.append("test_*.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs in the guest is waited for last: it runs beside the tests from here."""
+    items.sort(key=_waits)
+
+
+def _waits(item: pytest.Item) -> bool:
+    return item.path.name == "test_inside.py"
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +34,14 @@ def machine() -> Iterator[Machine]:
     with Machine(Path(IMAGE)) as booted:
         print(f"\nguest: Linux {booted.kernel}, up after {booted.boot_seconds:.1f} s")
         yield booted
+
+
+@pytest.fixture(scope="session", autouse=True)
+def within(request: pytest.FixtureRequest) -> Iterator[Within | None]:
+    """The tests in the guest, started before the first test from here."""
+    if not any(_waits(item) for item in request.session.items):
+        yield None
+        return
+    run = Within(request.getfixturevalue("machine"))
+    yield run
+    run.close()

@@ -62,6 +62,12 @@ class Command:
         assert self.rc is not None
         return self.rc
 
+    def hang_up(self) -> None:
+        """Close the connection, which kills the command, also under a reader in another thread."""
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+        self._connection.close()
+
     def __enter__(self) -> Command:
         return self
 
