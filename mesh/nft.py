@@ -45,16 +45,21 @@ async def _nft(*args: str, text: str | None = None) -> tuple[int, bytes, bytes]:
         stdin=asyncio.subprocess.DEVNULL if text is None else asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
+    # A task of its own: its output has to be read to the end whatever becomes of the caller, for nft would wait for
+    # that, and we for nft.
+    talk = asyncio.ensure_future(process.communicate(None if text is None else text.encode()))
     try:
         async with asyncio.timeout(TIMEOUT):
-            out, err = await process.communicate(None if text is None else text.encode())
+            out, err = await asyncio.shield(talk)
     except TimeoutError:
         process.kill()
-        await process.wait()
+        await asyncio.wait((talk,))
         raise TimedOut("firewall.slow", f"nft did not finish within {TIMEOUT:.0f} s") from None
     except BaseException:
-        # A cancelled caller must not leave a transaction that may or may not still happen.
-        await process.wait()
+        # A cancelled caller must not leave a transaction that may or may not still happen. A listing changes nothing.
+        if text is None and process.returncode is None:
+            process.kill()
+        await asyncio.wait((talk,))
         raise
     assert process.returncode is not None
     return process.returncode, out, err
