@@ -278,6 +278,31 @@ def test_a_killed_server_starts_again(up: CA) -> None:
     assert [w["name"] for w in up.json("workload", "list")] == ["web"]
 
 
+def test_a_backup_is_restored_after_a_bad_day(up: CA, tmp_path: Path) -> None:
+    up.json("workload", "add", "web", "--label", "role=web")
+    made = up.json("backup", str(tmp_path / "b.db"))
+    assert made["trust_domain"] == "cli.test"
+    up.json("workload", "revoke", "web")
+    status, error = up.fails("restore", str(tmp_path / "b.db"), "--new-timeline")
+    assert (status, error["code"]) == (1, "serve.running")
+    up.stop(signal.SIGKILL)
+    (up.directory / "ca.db").write_bytes((tmp_path / "b.db").read_bytes())
+    for rest in ("ca.db-wal", "ca.db-shm"):
+        (up.directory / rest).unlink(missing_ok=True)
+    status, error = up.fails("serve", "--listen", "127.0.0.1:0")
+    assert (status, error["code"]) == (78, "store.backup")
+    status, error = up.fails("restore", str(tmp_path / "b.db"))
+    assert (status, error["code"]) == (1, "restore.timeline")
+    done = up.run("restore", str(tmp_path / "b.db"), "--new-timeline")
+    assert done.returncode == 0
+    assert "cli.test restored" in done.stdout
+    up.start()
+    assert [w["state"] for w in up.json("workload", "list")] == ["unplaced"]
+    assert up.json("info")["timeline"] not in {made["timeline"], ""}
+    assert any(e["action"] == "restore" for e in up.json("audit", "list"))
+    up.json("audit", "verify")
+
+
 def test_the_service_manager_is_told(ca: CA, tmp_path: Path) -> None:
     ca.json("init", "--trust-domain", "cli.test")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
