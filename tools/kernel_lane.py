@@ -82,7 +82,9 @@ def kernel_package() -> str:
     for attempt in range(2):
         if attempt:
             run(*APT, "update")
-        found = re.search(r"Depends: (linux-image-\S+-amd64)$", run("apt-cache", "depends", META), re.MULTILINE)
+        # Without package lists it knows no package and fails.
+        known = subprocess.run(["apt-cache", "depends", META], check=False, capture_output=True, text=True).stdout
+        found = re.search(r"Depends: (linux-image-\S+-amd64)$", known, re.MULTILINE)
         if found:
             return found[1]
     raise Missing("kernel.package", f"no package source here has {META}", "the lane needs Debian's package sources")
@@ -103,7 +105,7 @@ def packages() -> tuple[Path, Path]:
                 say(f"downloading {name}")
                 with_update(*APT, "download", name, cwd=debs)
             except subprocess.CalledProcessError as e:
-                raise Missing("kernel.package", f"apt-get could not download it: {words_of(e)}", f"or put {pattern} into {debs}") from None
+                raise Missing("kernel.package", f"apt-get could not fetch {pattern}: {words_of(e)}", f"or put {pattern} into {debs}") from None
             there = sorted(debs.glob(pattern))
         found.append(there[-1])
     return found[0], found[1]

@@ -76,12 +76,20 @@ class Command:
         self._connection.close()
 
 
+def _sweep() -> None:
+    """Namespaces of runs that were killed."""
+    for line in subprocess.run(["ip", "netns", "list"], check=True, capture_output=True, text=True).stdout.splitlines():
+        name = line.split()[0] if line.split() else ""
+        if name.startswith("rtkl-") and not Path("/proc", name.removeprefix("rtkl-")).exists():
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
 class Machine:
     """The running guest. `kernel` is its version; `console` what it said."""
 
     def __init__(self, image: Path) -> None:
         self.image = image
-        self.ns = f"rtkl-{os.getpid() % 100000}"
+        self.ns = f"rtkl-{os.getpid()}"
         self.here, self.there = ("10.97.0.1", "fd97::1"), ("10.97.0.2", "fd97::2")
         self.kernel = ""
         self.console: list[str] = []
@@ -108,6 +116,7 @@ class Machine:
         self.close()
 
     def _boot(self) -> None:
+        _sweep()
         subprocess.run(["ip", "netns", "add", self.ns], check=True)
         self.sh("ip", "link", "set", "lo", "up")
         self.sh("ip", "tuntap", "add", "dev", "tap0", "mode", "tap")
@@ -122,7 +131,8 @@ class Machine:
         text = "".join(f"{name}={shlex.quote(value)}\n" for name, value in parameters.items())
         started = time.monotonic()
         self._process = subprocess.Popen(
-            ["ip", "netns", "exec", self.ns, "qemu-system-x86_64",
+            # It ends with us, however we end.
+            ["ip", "netns", "exec", self.ns, "setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64",
              # Hardware virtualisation is not there in most runners, and hangs in some.
              "-accel", "tcg,thread=multi", "-machine", "pc", "-cpu", "max,la57=off", "-smp", "2", "-m", "1024",
              "-nodefaults", "-no-user-config", "-display", "none", "-monitor", "none", "-serial", "stdio", "-no-reboot",
