@@ -43,6 +43,12 @@ def _quiet_link(name: str) -> None:
         netns.sysctl(f"ipv4/conf/{name}/{setting}", value)
 
 
+def _forwards(name: str) -> bool:
+    """Is routing through a link switched on in both families? A link that is not there is none of this."""
+    v6 = netns.sysctl(f"ipv6/conf/{name}/force_forwarding") or netns.sysctl(f"ipv6/conf/{name}/forwarding")
+    return netns.sysctl(f"ipv4/conf/{name}/forwarding") != "0" and v6 != "0"
+
+
 class HostNet:
     """Makes the host look like the layout of the plan last applied. Work runs on a thread of its own."""
 
@@ -303,6 +309,8 @@ class HostNet:
             else:
                 wrong.append(f"the link {name} into {pair.netns} is missing")
         wrong += [f"the leftover link {name}" for name in there.keys() - want.pairs.keys() - self._failed]
+        # net.ipv4.ip_forward=0 by anybody switches it off for every link.
+        wrong += [f"{name} does not forward any more" for name in (self.interface, *(want.pairs.keys() & there)) if not _forwards(name)]
         if nl.local_first():
             wrong.append("the local table stands before our rules")
         have_rules = nl.read_rules(self.interface)
