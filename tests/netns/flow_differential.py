@@ -42,7 +42,10 @@ from tests.netns.plane_rig import TD, Rig, inside
 BATCH = 192  # packets on the wire at once; well below every queue on the way
 TRIES = 5
 OPEN: Files = [("open.yaml", 'meshpolicy: 1\nsegments:\n  - {name: all, allow: [{id: all, from: "*", to: "*", on: any}]}\n')]
-_PATIENT = ("udp_timeout", "udp_timeout_stream", "icmp_timeout", "icmpv6_timeout", "tcp_timeout_syn_sent")
+_PATIENT = (
+    "udp_timeout", "udp_timeout_stream", "icmp_timeout", "icmpv6_timeout", "tcp_timeout_syn_sent", "gre_timeout",
+    "gre_timeout_stream", "generic_timeout",
+)  # fmt: skip
 _SOL_PACKET, _IGNORE_OUTGOING = 263, 23  # linux/if_packet.h
 
 
@@ -390,7 +393,7 @@ def coverage(score: Score) -> list[tuple[Any, ...]]:
 def _patient() -> None:
     # A flow must not be forgotten when a busy machine takes long over a round.
     for name in _PATIENT:
-        netns.sysctl(f"netfilter/nf_conntrack_{name}", "900")
+        netns.sysctl(f"netfilter/nf_conntrack_{name}", "3600")
 
 
 def _run(*words: str) -> str:

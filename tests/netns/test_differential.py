@@ -132,12 +132,13 @@ def test_one_flipped_element_is_noticed(diff: Differential, kind: str, what: str
         if (src, dst) in plan.pairs else plan
         for host, plan in plans.items()
     })  # fmt: skip
-    probes, diff.tries = aimed(), 2
+    probes, diff.tries = aimed(), 3
     diff.flows(150, among=probes)
     diff.settle()
     found = {(d.what, d.probe.number) for d in diff.score.differences}
     assert {(what, p.number) for p in probes} <= found
-    assert {frozenset((d.probe.src, d.probe.dst)) for d in diff.score.differences} == {frozenset(names)}
+    elsewhere = [d for d in diff.score.differences if {d.probe.src, d.probe.dst} != set(names)]
+    assert elsewhere == [], "\n".join(map(str, elsewhere[:20]))
     diff.enforce(plans)
     diff.score, diff.tries = Score(), TRIES
     diff.flows(150, among=aimed())
