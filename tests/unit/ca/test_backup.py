@@ -225,6 +225,8 @@ def test_agents_end_on_the_restored_state(shop: Plane, tmp_path: Path, clock, en
     for agent in agents:
         if agent.name != "b":
             agent.follow(shop)
+            assert agent.machine.objects == shop.mirror.world.view(agent.name).objects
+    assert "placement/new/0" in agents[2].machine.objects
     before = numbers(shop)
     shop.close()
     done = backups.restore(shop.directory, tmp_path / "b.db", int(clock()), new_timeline=True)
@@ -248,6 +250,8 @@ def test_agents_end_on_the_restored_state(shop: Plane, tmp_path: Path, clock, en
     enrol(again, "d")
     move(again, "web", "d")
     again.publish()
+    assert numbers(again)["new/0"] > before["new/0"]
+    assert numbers(again)["endpoint/d"] > before["endpoint/d"]
     for agent in agents[:3]:
         agent.follow(again)
         assert agent.refused == []
@@ -294,7 +298,7 @@ def test_without_the_mark_counters_jump(shop: Plane, tmp_path: Path, clock) -> N
     done = backups.restore(other, tmp_path / "b.db", int(clock()), new_timeline=True)
     assert (done.lost, done.replaced, done.compared) == (None, None, False)
     again = Plane.open(other, clock)
-    assert again.placements.get("web", 0).epoch > backups.UNKNOWN
+    assert again.placements.get("web", 0).epoch > 1 << 32
     again.close()
 
 
@@ -404,3 +408,18 @@ def test_the_mark_of_the_restored_timeline_is_taken_up(shop: Plane, tmp_path: Pa
     mark = HighWater(shop.directory / "highwater").mark
     assert mark is not None
     assert (mark.timeline, mark.revision >= done.revision) == (done.timeline, True)
+
+
+def test_a_database_of_another_line_is_not_served(shop: Plane, tmp_path: Path, clock) -> None:
+    """The database of before a restore, put back after it."""
+    backups.backup(shop.directory, tmp_path / "b.db", shop.now)
+    shop.placements.revoke("api", 0, shop.now, "t")
+    shop.publish()
+    shop.close()
+    done = backups.restore(shop.directory, tmp_path / "b.db", int(clock()), new_timeline=True)
+    Plane.open(shop.directory, clock).close()
+    assert done.replaced is not None
+    shutil.copy(shop.directory / done.replaced, shop.directory / "ca.db")
+    with pytest.raises(BadState) as e:
+        Plane.open(shop.directory, clock)
+    assert (e.value.code, "another timeline" in e.value.message) == ("store.old", True)
