@@ -19,9 +19,9 @@ def register(app: typer.Typer) -> None:
 
 def run(
     command: Annotated[list[str], typer.Argument(metavar="-- COMMAND [ARG]...", help="The program and its arguments.")],
-    name: Annotated[str, typer.Option("--as", help="The workload to be, such as web or shop/api.")],
+    name: Annotated[str, typer.Option("--as", metavar="NAME", help="The workload to be, such as web or shop/api.")],
     instance: Instance = 0,
-    wait: Annotated[float, typer.Option("--wait", min=0, help="Seconds to wait until the instance is active here.")] = 15.0,
+    wait: Annotated[float, typer.Option("--wait", metavar="SECONDS", min=0, help="Seconds to wait until the instance is active here.")] = 15.0,
     no_svid: Annotated[bool, typer.Option("--no-svid", help="Without certificate files.")] = False,
     no_names: Annotated[bool, typer.Option("--no-names", help="Leave /etc/hosts as it is.")] = False,
     run_dir: RunDir = None,
