@@ -183,7 +183,7 @@ def test_a_workload_certificate_is_no_endpoint(mesh: Any, member: Caller, tmp_pa
         .add_extension(x509.SubjectAlternativeName([x509.UniformResourceIdentifier(f"spiffe://{mesh.lab.trust_domain}/ep/host-b")]), critical=True)
         .sign(key, hashes.SHA256())
     )  # fmt: skip
-    pem = lambda c: c.public_bytes(serialization.Encoding.PEM).decode()  # noqa: E731
+    pem = lambda c: c.public_bytes(serialization.Encoding.PEM).decode()
     chain_file.write_text(pem(forged) + "".join(said["chain"]))
     key_file.write_bytes(forged_key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
     assert Caller(node, ca, chain=chain_file, key=key_file).ask("GET", "/v1/feed")[0] in {0, 401, 403}
@@ -196,7 +196,7 @@ async def test_a_false_report_wins_no_move(mesh: Any, member: Caller) -> None:
     assert member.ask("POST", "/v1/report", lie)[0] == 200, "it may say so of itself"
     assert member.ask("POST", "/v1/report", lie | {"endpoint": "host-a"})[0] == 400
     assert member.ask("POST", "/v1/report", lie | {"timeline": "other"})[0] == 409
-    with pytest.raises(ProcessFailed, match="move.not_ready"):
+    with pytest.raises(ProcessFailed, match=r"move\.not_ready"):
         await mesh.lab.aca("workload", "move", "api", "--to", "host-a", "--wait", "0.5")
     placed = {w["name"]: (w["host"], w["state"]) for w in await mesh.lab.aca("workload", "list")}
     assert placed["api"] == ("host-b", "active")

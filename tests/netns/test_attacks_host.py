@@ -90,7 +90,7 @@ class Watch:
         self.field, self.v6 = field, v6
         self.stack = contextlib.ExitStack()
         self.src, self.dst = (field.mesh.addresses[n][v6] for n in ("mal", "api"))
-        keep = lambda thing: self.stack.enter_context(contextlib.closing(thing))  # noqa: E731
+        keep = lambda thing: self.stack.enter_context(contextlib.closing(thing))
         self.taps = {
             "db": keep(Tap(field.spaces["db"], "rtn0")), "web": keep(Tap(field.spaces["web"], "rtn0")),
             "batch": keep(Tap(field.spaces["batch"], "rtn0")), "host-b eth0": keep(Tap(field.b.netns, "eth0", outgoing=True)),
@@ -196,7 +196,7 @@ def test_echo_permitted_one_way_is_not_permitted_back(field: Any) -> None:
             forged = [at.echo(api, web, 77), at.echo(api, web, 78, reply=True)]
             seen: list[bytes] = []
 
-            def asked(src: str = web, dst: str = api, tap: Tap = tap, seen: list[bytes] = seen) -> bool:
+            def asked(src: str = web, dst: str = api, tap: Tap = tap, seen: list[bytes] = seen, mac: dict[str, bytes] = mac) -> bool:
                 emit(field.spaces["web"], "rtn0", [at.echo(src, dst, 77)], mac=mac["web"])
                 seen.extend(tap.frames())
                 return any(MARKER in frame for frame in seen)

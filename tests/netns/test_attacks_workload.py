@@ -8,8 +8,8 @@ import os
 import socket
 import struct
 import subprocess
-from pathlib import Path
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -109,7 +109,7 @@ def test_its_own_marks_and_its_own_tunnels_do_not_leave_the_namespace(mesh: Any,
     """Every bit of the mark, an own table with accept, VLAN, GRE and IPIP to the host side: packets are judged all the same."""
     space, own, api = mesh.spaces["batch"], mesh.addresses["batch"][v6], mesh.addresses["api"][v6]
     subprocess.run(["ip", "netns", "exec", space, "nft", "-f", "-"], check=True, input=(
-        "table inet retinue { chain o { type filter hook output priority 300; meta mark set 0xffffffff; accept; }; }").encode())  # fmt: skip
+        b"table inet retinue { chain o { type filter hook output priority 300; meta mark set 0xffffffff; accept; }; }"))  # fmt: skip
     mac = at.gateway_mac(space)
     with quiet(mesh, v6):
         for bit in (0xFFFFFFFF, *(1 << n for n in range(32))):
