@@ -163,7 +163,7 @@ def help_text(command: Any, context: Any) -> str:
     for param in command.params:
         if param.param_type_name == "argument" and param.metavar:
             shown = param.metavar if param.required else f"[{param.metavar.strip('[]')}]"
-            param.display_type_rich = lambda _ctx: None
+            param.display_type_rich = lambda **_: None
             param._usage_display_name = lambda shown=shown: shown
     return str(command.get_help(context))
 
