@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(HOME)/.cargo/bin:$(PATH):/usr/sbin:/sbin
 CARGO := cargo --quiet
 CRATE := --manifest-path mesh/engine/Cargo.toml
 
-.PHONY: help setup demo test check test-unit test-native test-netns test-kernel bench docs docs-check lock clean
+.PHONY: differential help setup demo test check test-unit test-native test-netns test-kernel bench docs docs-check lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -41,6 +41,9 @@ test-netns: setup  ## real packets in network namespaces (root)
 
 test-kernel: setup  ## the kernel's WireGuard: Debian's kernel booted in qemu, no virtualisation needed (root)
 	@$(BIN)/python tools/kernel_lane.py $(ARGS)
+
+differential: setup  ## 100,000 random flows, evaluator against packets (root)
+	@CI=true RETINUE_FLOWS=100000 $(BIN)/python -m pytest -s tests/netns/test_differential.py
 
 bench: setup  ## tunnel throughput and latency beside no tunnel and wireguard-go; writes out/bench.json (root)
 	@$(BIN)/python -m tests.bench $(ARGS)
