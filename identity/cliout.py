@@ -183,6 +183,15 @@ def _usage(error: Exception, name: str) -> BaseException:
     return BadInput("usage", error.format_message().replace("Value error, ", ""), hint=f"see: {where} --help")
 
 
+def _unfit(error: Exception) -> BadInput | None:
+    """A word that does not fit the message it was put in (identity.wire) is its user's mistake. Never its value."""
+    core = sys.modules.get("pydantic_core")
+    if core is None or not isinstance(error, core.ValidationError):
+        return None
+    first = error.errors(include_input=False, include_url=False)[0]
+    return BadInput("usage", f"{'.'.join(map(str, first['loc'])) or 'input'}: {first['msg']}")
+
+
 def run(main: Callable[[], object]) -> NoReturn:
     """Run a command line's body and map whatever it raises to a message and an exit status.
 
@@ -208,7 +217,7 @@ def run(main: Callable[[], object]) -> NoReturn:
         if os.environ.get("RETINUE_DEBUG"):
             raise
         fail(
-            Bug("bug", f"{type(e).__name__}: this is a defect in Retinue", hint="run again with RETINUE_DEBUG=1 and report the trace"),
+            _unfit(e) or Bug("bug", f"{type(e).__name__}: this is a defect in Retinue", hint="run again with RETINUE_DEBUG=1 and report the trace"),
             as_json=as_json,
         )
     raise SystemExit(0)
