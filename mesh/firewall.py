@@ -33,7 +33,7 @@ from typing import Any, Final
 from identity.errors import BadInput
 from mesh import nft
 from mesh.plan import AttachmentPlan, Elements, PairPlan, Plan, diff, elements_of
-from policy.ports import ICMP, ICMPV6
+from policy.ports import ICMP, ICMPV6, proto_name, proto_number
 
 Sets = dict[str, set[str]]
 
@@ -549,4 +549,4 @@ def _flow(element: Any) -> DeniedFlow | None:
     if not isinstance(concat, list) or len(concat) != 4:
         return None
     packets = body.get("counter", {}).get("packets", 0) if isinstance(body, dict) else 0
-    return DeniedFlow(str(concat[0]), str(concat[1]), str(concat[2]), int(concat[3]), int(packets))
+    return DeniedFlow(str(concat[0]), str(concat[1]), proto_name(proto_number(concat[2])), int(concat[3]), int(packets))

@@ -92,7 +92,7 @@ async def list_objects(*what: str) -> list[dict[str, Any]]:
 
 
 async def _list(*what: str) -> list[dict[str, Any]] | None:
-    code, out, err = await _nft("-j", "list", *what)
+    code, out, err = await _nft("-j", "-p", "list", *what)
     if code != 0:
         if b"No such file" in err:
             return None

@@ -370,7 +370,7 @@ async def test_counters_and_denied_flows(monkeypatch: pytest.MonkeyPatch) -> Non
     async def listed(*what: str) -> list[dict[str, Any]]:
         if what[0] == "counters":
             return [{"metainfo": {}}, {"counter": {"name": "denied", "packets": 4}}]
-        flow = {"val": {"concat": ["100.64.0.2", "100.64.0.1", "tcp", 80]}, "counter": {"packets": 3}}
+        flow = {"val": {"concat": ["100.64.0.2", "100.64.0.1", 6, 80]}, "counter": {"packets": 3}}
         return [{"set": {"elem": [{"elem": flow}, "odd", {"elem": {"val": {}}}]}}] if what[-1] == "denied4" else [{"set": {}}]
 
     monkeypatch.setattr(nft, "list_objects", listed)

@@ -14,6 +14,7 @@ from mesh import nft
 _SCRIPT = """#!/bin/sh
 cat > /dev/null
 : > "$0.started"
+while [ ! -e "$0.go" ]; do sleep 0.01; done
 head -c 2000000 /dev/zero | tr '\\0' ' ' >&%s
 %s
 : > "$0.ended"
@@ -37,6 +38,8 @@ async def _cancelled(work, started: Path) -> None:
     while not started.exists():  # noqa: ASYNC110 -- another process makes it
         await asyncio.sleep(0.01)
     task.cancel()
+    await asyncio.sleep(0)  # it has been told before the program goes on
+    started.with_suffix(".go").touch()
     done, _ = await asyncio.wait((task,), timeout=20)
     assert done, "it hangs"
     assert task.cancelled()
@@ -56,6 +59,6 @@ async def test_a_cancelled_transaction_is_waited_for_however_much_it_says(instal
 
 async def test_one_that_does_not_finish_is_ended(install, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nft, "TIMEOUT", 0.2)
-    install(1, "exec sleep 1000")
+    Path(f"{install(1, 'exec sleep 1000')}.go").touch()
     with pytest.raises(TimedOut):
         await nft.list_table("t")
