@@ -27,6 +27,14 @@ from spiffe._proto import workload_pb2 as pb, workload_pb2_grpc as rpc
 
 what, uid = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 0
 if uid:
+    # What is imported late is imported now: another user may not be able to read this checkout.
+    from grpc import _channel, _interceptor
+    os.environ["SPIFFE_ENDPOINT_SOCKET"], real = "unix:///nowhere", os.environ["SPIFFE_ENDPOINT_SOCKET"]
+    try:
+        with WorkloadApiClient() as client:
+            client.fetch_x509_context(timeout=0.1)
+    except Exception:
+        os.environ["SPIFFE_ENDPOINT_SOCKET"] = real
     os.chdir(os.path.dirname(os.environ["SPIFFE_ENDPOINT_SOCKET"].removeprefix("unix://")))
     os.setgroups([]); os.setgid(uid); os.setuid(uid)
     os.environ["SPIFFE_ENDPOINT_SOCKET"] = "unix:///proc/self/cwd/workload.sock"
