@@ -28,7 +28,8 @@ READING = """\
 
 `retinue-engine --low-power` never spins; `--spin-us N` sets how long it polls after traffic; `--no-tun-offload`, `--no-udp-gso` and
 `--no-udp-gro` turn one kernel offload off each (the engine tests them when it starts and falls back by itself). AES-256-GCM is used between two
-endpoints that both enrolled with `--cipher aes-256-gcm`; anybody else gets ChaCha20-Poly1305.
+endpoints whose signed records both offer it, which `retinue enroll` does where our engine will be used and the CPU has vector AES;
+anybody else gets ChaCha20-Poly1305.
 """
 
 
