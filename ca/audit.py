@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, insert, select
 
-from ca import store
+from ca import schema
 from ca.store import Store
 from identity.errors import BadState
 
@@ -52,7 +52,7 @@ def append(
 ) -> None:
     """Append one entry inside the caller's transaction."""
     last = tx.execute(
-        select(store.audit.c.seq, store.audit.c.hash).order_by(store.audit.c.seq.desc()).limit(1)
+        select(schema.audit.c.seq, schema.audit.c.hash).order_by(schema.audit.c.seq.desc()).limit(1)
     ).first()
     seq, prev = (last.seq + 1, last.hash) if last else (1, GENESIS)
     row: dict[str, Any] = {
@@ -60,15 +60,15 @@ def append(
         "detail": json.dumps(detail, sort_keys=True, separators=(",", ":")), "prev": prev,
     }  # fmt: skip
     digest = _hash(row)
-    tx.execute(insert(store.audit).values(**row, hash=digest))
+    tx.execute(insert(schema.audit).values(**row, hash=digest))
     Store.put(tx, HEAD, digest)
 
 
 def entries(tx: Connection, *, after: int = 0, limit: int = 1000, subject: str | None = None) -> list[Entry]:
     """Entries with a sequence number above `after`, oldest first."""
-    query = select(store.audit).where(store.audit.c.seq > after).order_by(store.audit.c.seq).limit(limit)
+    query = select(schema.audit).where(schema.audit.c.seq > after).order_by(schema.audit.c.seq).limit(limit)
     if subject is not None:
-        query = query.where(store.audit.c.subject == subject)
+        query = query.where(schema.audit.c.subject == subject)
     return [Entry(**{**row, "detail": json.loads(row["detail"])}) for row in tx.execute(query).mappings()]
 
 
@@ -77,7 +77,7 @@ def verify(tx: Connection, noted: str | None = None) -> Verified:
     rows are missing at the end: before the recorded head, or before a head that was `noted` elsewhere.
     """
     seq, prev, seen = 0, GENESIS, noted in {None, GENESIS}
-    for row in tx.execute(select(store.audit).order_by(store.audit.c.seq)).mappings().yield_per(1000):
+    for row in tx.execute(select(schema.audit).order_by(schema.audit.c.seq)).mappings().yield_per(1000):
         if row["seq"] != seq + 1 or row["prev"] != prev or _hash(dict(row)) != row["hash"]:
             raise BadState(
                 "audit.broken",

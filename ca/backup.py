@@ -22,7 +22,7 @@ from uuid import uuid4
 
 from sqlalchemy import Connection, select, update
 
-from ca import audit, rows, store
+from ca import audit, rows, schema
 from ca.highwater import FILE as HIGHWATER
 from ca.highwater import HighWater, Mark
 from ca.plane import DATABASE, NOBODY, Plane
@@ -128,7 +128,7 @@ def restore(directory: Path, source: Path, now: int, *, new_timeline: bool) -> R
             if new_timeline:
                 _begin(plane, water.mark, lost, now)
             with database.write() as tx:
-                tx.execute(store.meta.delete().where(store.meta.c.key == "backup_at"))
+                tx.execute(schema.meta.delete().where(schema.meta.c.key == "backup_at"))
                 revision = database.revision(tx)
                 timeline = database.get(tx, "timeline") or ""
         finally:
@@ -243,7 +243,7 @@ def _compare(old: Path, database: Store) -> _Missing:
 
 
 def _states(tx: Connection) -> tuple[dict[str, str], dict[str, str]]:
-    c = store.endpoints.c
+    c = schema.endpoints.c
     hosts = {row.name: row.state for row in tx.execute(select(c.name, c.state))}
     return hosts, {row.key: row.state for row in rows.instances(tx)}
 
@@ -260,7 +260,7 @@ def _begin(plane: Plane, mark: Mark | None, lost: int | None, now: int) -> None:
         floor = max(top, mark.top) + 1 if mark is not None else top + UNKNOWN
         spare = lost if lost is not None else mark.revision if mark is not None else ADDRESSES
         made_at = database.get(tx, "backup_at")
-        newest_change = tx.execute(select(store.changes.c.at).order_by(store.changes.c.revision.desc()).limit(1))
+        newest_change = tx.execute(select(schema.changes.c.at).order_by(schema.changes.c.revision.desc()).limit(1))
         values = {
             "timeline": str(uuid4()), "floor": floor, "base": floor - revision,
             "overlay_next": int(database.get(tx, "overlay_next") or 1) + spare,
@@ -271,8 +271,8 @@ def _begin(plane: Plane, mark: Mark | None, lost: int | None, now: int) -> None:
             values |= {"supersedes": mark.timeline, "supersedes_revision": mark.revision}
         for key, value in values.items():
             database.put(tx, key, str(value))
-        tx.execute(update(store.instances).values(epoch_top=floor))
-        tx.execute(update(store.endpoints).values(generation=floor))
+        tx.execute(update(schema.instances).values(epoch_top=floor))
+        tx.execute(update(schema.endpoints).values(generation=floor))
         _sign_anew(plane, tx, floor, now)
         audit.append(tx, now, NOBODY, "restore", f"revision {revision}", earlier=database.timeline, lost=lost)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import structlog
 from sqlalchemy import Connection, select
 
-from ca import store
+from ca import schema
 from ca.policies import InForce, PolicyRow, newest_raw, parse_row
 from ca.rows import EndpointRow, InstanceRow
 from ca.scope import EndpointFact, InstanceFact, Touched, World
@@ -43,8 +43,8 @@ class Mirror:
         with self._store.read() as tx:
             self.revision = self._store.revision(tx)
             things: list[Thing] = [(BUNDLE, BUNDLE)]
-            things += [("endpoint", name) for name in tx.execute(select(store.endpoints.c.name)).scalars()]
-            columns = store.instances.c
+            things += [("endpoint", name) for name in tx.execute(select(schema.endpoints.c.name)).scalars()]
+            columns = schema.instances.c
             things += [
                 ("instance", f"{n}/{i}") for n, i in tx.execute(select(columns.name, columns.instance))
             ]
@@ -118,18 +118,18 @@ class Mirror:
                 return None if row is None else lambda: self._set_policy(parse_row(row), now)
             case "endpoint":
                 raw = (
-                    tx.execute(select(store.endpoints).where(store.endpoints.c.name == key)).mappings().one()
+                    tx.execute(select(schema.endpoints).where(schema.endpoints.c.name == key)).mappings().one()
                 )
                 return lambda: world.set_endpoint(endpoint_fact(EndpointRow.of(raw)))
             case "instance":
                 name, _, number = key.rpartition("/")
-                c = store.instances.c
+                c = schema.instances.c
                 found = (
-                    tx.execute(select(store.instances).where(c.name == name, c.instance == int(number)))
+                    tx.execute(select(schema.instances).where(c.name == name, c.instance == int(number)))
                     .mappings()
                     .one()
                 )
-                h = store.holdings.c
+                h = schema.holdings.c
                 former = (
                     tx.execute(select(h.endpoint).where(h.name == name, h.instance == int(number)))
                     .scalars()

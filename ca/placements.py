@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, CursorResult, insert, select, update
 
-from ca import audit, rows, store
+from ca import audit, rows, schema
 from ca.desk import Desk
 from ca.rows import EndpointRow, InstanceRow
 from identity.errors import Conflict, Refused
@@ -74,7 +74,7 @@ class Placements:
             overlay = self._desk.store.take_number(tx, "overlay_next")
             self._desk.trust_domain.overlay(overlay)  # raises when the range is used up
             tx.execute(
-                insert(store.instances).values(
+                insert(schema.instances).values(
                     name=request.name, instance=number, spiffe_id=spiffe_id, labels=json.dumps(labels), fence=fence,
                     overlay=overlay, state="unplaced", epoch=0, epoch_top=self._desk.store.floor(tx), created=now,
                 )
@@ -307,9 +307,9 @@ class Placements:
     @staticmethod
     def _swap(tx: Connection, row: InstanceRow, **values: Any) -> None:
         """The compare-and-swap: nothing is written unless the row is as it was read. Raises Conflict."""
-        c = store.instances.c
+        c = schema.instances.c
         result: CursorResult[Any] = tx.execute(
-            update(store.instances)
+            update(schema.instances)
             .where(c.name == row.name, c.instance == row.instance, c.state == row.state, c.epoch == row.epoch,
                    c.epoch_top == row.epoch_top, c.endpoint.is_not_distinct_from(row.endpoint),
                    c.target.is_not_distinct_from(row.target))
@@ -321,9 +321,9 @@ class Placements:
     @staticmethod
     def _hold(tx: Connection, row: InstanceRow, endpoint: str) -> None:
         key = {"endpoint": endpoint, "name": row.name, "instance": row.instance}
-        known = select(store.holdings.c.endpoint).filter_by(**key)
+        known = select(schema.holdings.c.endpoint).filter_by(**key)
         if tx.execute(known).first() is None:
-            tx.execute(insert(store.holdings).values(**key))
+            tx.execute(insert(schema.holdings).values(**key))
 
     def _log(self, tx: Connection, row: InstanceRow, now: int) -> int:
         return self._desk.store.log(tx, now, "instance", row.key)

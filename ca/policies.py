@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, insert, select
 
-from ca import audit, rows, store
+from ca import audit, rows, schema
 from ca.desk import Desk
 from ca.rows import InstanceRow
 from ca.store import any_of
@@ -53,7 +53,7 @@ def newest(tx: Connection) -> PolicyRow | None:
 def newest_raw(tx: Connection) -> dict[str, Any] | None:
     """The same, not parsed yet."""
     row = (
-        tx.execute(select(store.policies).order_by(store.policies.c.revision.desc()).limit(1))
+        tx.execute(select(schema.policies).order_by(schema.policies.c.revision.desc()).limit(1))
         .mappings()
         .first()
     )
@@ -124,7 +124,7 @@ class Policies:
             files=[PolicyFile(name=n, text=t) for n, t in files], author=author, issued=now,
         )  # fmt: skip
         tx.execute(
-            insert(store.policies).values(
+            insert(schema.policies).values(
                 revision=revision, digest=digest, author=author, issued=now, record=self._desk.sign(record),
                 files=json.dumps([{"name": n, "text": t} for n, t in files]),
             )
@@ -155,7 +155,7 @@ class Policies:
             if revision is None or revision == current.revision:
                 return _reply(current)
             row = (
-                tx.execute(select(store.policies).where(store.policies.c.revision == revision))
+                tx.execute(select(schema.policies).where(schema.policies.c.revision == revision))
                 .mappings()
                 .first()
             )
@@ -169,7 +169,7 @@ class Policies:
 
     def history(self) -> list[PolicyReply]:
         """Every revision without its files' texts, newest first."""
-        c = store.policies.c
+        c = schema.policies.c
         query = select(c.revision, c.digest, c.author, c.issued).order_by(c.revision.desc())
         with self._desk.store.read() as tx:
             return [PolicyReply(files=[], **row) for row in tx.execute(query).mappings()]

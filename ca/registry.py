@@ -16,7 +16,7 @@ from typing import Any, Final, Literal
 from sqlalchemy import Connection, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from ca import audit, rows, store
+from ca import audit, rows, schema
 from ca.desk import Desk
 from ca.enroll import RECOVERY_SECONDS
 from ca.placements import Placements
@@ -103,9 +103,9 @@ class Registry:
         self, token_id: str, public_key: str, grant: Grant, tx: Connection, now: int, actor: str
     ) -> None:
         """Store a token: its public key only."""
-        tx.execute(delete(store.tokens).where(store.tokens.c.expires < now - KEEP_TOKENS_S))
+        tx.execute(delete(schema.tokens).where(schema.tokens.c.expires < now - KEEP_TOKENS_S))
         tx.execute(
-            insert(store.tokens).values(
+            insert(schema.tokens).values(
                 id=token_id, public_key=public_key, endpoint=grant.endpoint, kind=grant.kind, workload=grant.workload,
                 asked_by=grant.asked_by, replace=grant.replace, created=now, expires=grant.expires,
             )
@@ -124,7 +124,7 @@ class Registry:
     def token(self, token_id: str) -> TokenRow | None:
         """A token by its public part; None when there is none."""
         with self._desk.store.read() as tx:
-            row = tx.execute(select(store.tokens).where(store.tokens.c.id == token_id)).mappings().first()
+            row = tx.execute(select(schema.tokens).where(schema.tokens.c.id == token_id)).mappings().first()
             return None if row is None else TokenRow.of(row)
 
     def claimant(self, token: TokenRow) -> EndpointRow | None:
@@ -143,14 +143,14 @@ class Registry:
         then the token is not spent.
         """
         underlay = check_underlay(applicant.underlay)
-        c = store.tokens.c
+        c = schema.tokens.c
         with self._desk.store.write() as tx:
             won = tx.execute(
-                update(store.tokens)
+                update(schema.tokens)
                 .where(c.id == token_id, c.used_at.is_(None), c.expires > now)
                 .values(used_at=now, enroll_key=applicant.enroll_key)
             ).rowcount
-            found = tx.execute(select(store.tokens).where(c.id == token_id)).mappings().first()
+            found = tx.execute(select(schema.tokens).where(c.id == token_id)).mappings().first()
             if found is None:
                 raise refused()
             token = TokenRow.of(found)
@@ -216,7 +216,7 @@ class Registry:
         try:
             if present is None:
                 tx.execute(
-                    insert(store.endpoints).values(
+                    insert(schema.endpoints).values(
                         name=token.endpoint, generation=self._desk.store.floor(tx), state="pending", **values
                     )
                 )
@@ -225,8 +225,8 @@ class Registry:
             # An enrolled host stays so while its keys are replaced: its placements keep their record until the new one.
             state = "enrolled" if present.state == "enrolled" else "pending"
             tx.execute(
-                update(store.endpoints)
-                .where(store.endpoints.c.name == token.endpoint)
+                update(schema.endpoints)
+                .where(schema.endpoints.c.name == token.endpoint)
                 .values(state=state, **values)
             )
         except IntegrityError:
@@ -258,7 +258,7 @@ class Registry:
         """The instance that a new sidecar takes over: placed on the asking host (or a sidecar of it), else unplaced."""
         found = rows.instances(tx, name=workload)
         if not found:
-            known = tx.execute(select(store.instances.c.name).distinct()).scalars().all()
+            known = tx.execute(select(schema.instances.c.name).distinct()).scalars().all()
             raise NotFound(
                 "workload.unknown",
                 f"no workload named {ascii(workload)[:80]}",
@@ -304,7 +304,7 @@ class Registry:
                     "caller.revoked", f"{row.name} was revoked", hint="enrol it anew with a new token"
                 )
             kept = (
-                tx.execute(select(store.serials).where(store.serials.c.serial == f"{serial:x}"))
+                tx.execute(select(schema.serials).where(schema.serials.c.serial == f"{serial:x}"))
                 .mappings()
                 .first()
             )
@@ -348,7 +348,7 @@ class Registry:
 
     def sign_anew(self, tx: Connection, now: int) -> None:
         """Publish every living endpoint's record at its next generation."""
-        living = select(store.endpoints.c.name).where(store.endpoints.c.state == "enrolled")
+        living = select(schema.endpoints.c.name).where(schema.endpoints.c.state == "enrolled")
         for name in tx.execute(living).scalars().all():
             self._sign(tx, rows.living_endpoint(tx, name), now)
 
@@ -357,7 +357,7 @@ class Registry:
         with self._desk.store.write() as tx:
             if rows.endpoint(tx, name).state == "revoked":
                 return Revoked([], [])
-            columns = store.endpoints.c
+            columns = schema.endpoints.c
             children = tx.execute(
                 select(columns.name)
                 .where(columns.parent == name, columns.state != "revoked")
@@ -368,7 +368,7 @@ class Registry:
             for one in gone:
                 instances += self._placements.leave(tx, one, now)
                 self._revoke_serials(tx, one, now)
-                tx.execute(update(store.endpoints).where(columns.name == one).values(state="revoked"))
+                tx.execute(update(schema.endpoints).where(columns.name == one).values(state="revoked"))
                 self._desk.store.log(tx, now, "endpoint", one)
                 audit.append(tx, now, actor, "host.revoke", one, instances=instances if one == name else [])
             return Revoked(gone, instances)
@@ -377,9 +377,9 @@ class Registry:
         """Endpoints that are or were enrolled, by name."""
         with self._desk.store.read() as tx:
             query = (
-                select(store.endpoints)
-                .where(store.endpoints.c.state != "pending")
-                .order_by(store.endpoints.c.name)
+                select(schema.endpoints)
+                .where(schema.endpoints.c.state != "pending")
+                .order_by(schema.endpoints.c.name)
             )
             return [EndpointRow.of(row) for row in tx.execute(query).mappings()]
 
@@ -396,7 +396,7 @@ class Registry:
         try:
             with self._desk.store.write() as tx:
                 tx.execute(
-                    insert(store.serials).values(
+                    insert(schema.serials).values(
                         serial=f"{serial:x}", issuer=issuer, profile=profile, spiffe_id=spiffe_id, spki=spki,
                         endpoint=endpoint, issued=issued, not_after=not_after,
                     )
@@ -416,16 +416,16 @@ class Registry:
 
     @staticmethod
     def _revoke_serials(tx: Connection, endpoint: str, now: int) -> None:
-        c = store.serials.c
+        c = schema.serials.c
         tx.execute(
-            update(store.serials).where(c.endpoint == endpoint, c.revoked_at.is_(None)).values(revoked_at=now)
+            update(schema.serials).where(c.endpoint == endpoint, c.revoked_at.is_(None)).values(revoked_at=now)
         )
 
     def _sign(self, tx: Connection, row: EndpointRow, now: int, **changed: Any) -> EndpointRow:
         """Write the changed columns with a newly signed record of the next generation."""
         stored = {k: json.dumps(v) if isinstance(v, list) else v for k, v in changed.items()}
-        mine = store.endpoints.c.name == row.name
-        tx.execute(update(store.endpoints).where(mine).values(generation=row.generation + 1, **stored))
+        mine = schema.endpoints.c.name == row.name
+        tx.execute(update(schema.endpoints).where(mine).values(generation=row.generation + 1, **stored))
         new = rows.endpoint_or_none(tx, row.name)
         assert new is not None
         record = self._desk.sign(
@@ -435,7 +435,7 @@ class Registry:
                 generation=new.generation, issued=now, expires=max(new.svid_expires, now),
             )
         )  # fmt: skip
-        tx.execute(update(store.endpoints).where(mine).values(record=record))
+        tx.execute(update(schema.endpoints).where(mine).values(record=record))
         self._desk.store.log(tx, now, "endpoint", row.name)
         return rows.living_endpoint(tx, row.name)
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from sqlalchemy import Connection, RowMapping, select
 
-from ca import store
+from ca import schema
 from ca.store import any_of
 from identity.errors import NotFound, Refused
 from identity.names import TrustDomain
@@ -95,7 +95,7 @@ class TokenRow:
 
 
 def endpoint_or_none(tx: Connection, name: str) -> EndpointRow | None:
-    row = tx.execute(select(store.endpoints).where(store.endpoints.c.name == name)).mappings().first()
+    row = tx.execute(select(schema.endpoints).where(schema.endpoints.c.name == name)).mappings().first()
     return None if row is None else EndpointRow.of(row)
 
 
@@ -104,7 +104,7 @@ def endpoint(tx: Connection, name: str) -> EndpointRow:
     row = endpoint_or_none(tx, name)
     if row is None or row.state == "pending":
         known = (
-            tx.execute(select(store.endpoints.c.name).where(store.endpoints.c.state == "enrolled"))
+            tx.execute(select(schema.endpoints.c.name).where(schema.endpoints.c.state == "enrolled"))
             .scalars()
             .all()
         )
@@ -130,9 +130,9 @@ def living_endpoint(tx: Connection, name: str) -> EndpointRow:
 
 def instance(tx: Connection, name: str, number: int) -> InstanceRow:
     """One instance. Raises NotFound naming what is known."""
-    columns = store.instances.c
+    columns = schema.instances.c
     row = (
-        tx.execute(select(store.instances).where(columns.name == name, columns.instance == number))
+        tx.execute(select(schema.instances).where(columns.name == name, columns.instance == number))
         .mappings()
         .first()
     )
@@ -152,7 +152,7 @@ def instance(tx: Connection, name: str, number: int) -> InstanceRow:
 
 def instances(tx: Connection, **where: Any) -> list[InstanceRow]:
     """Instances whose columns equal the given values, by name and number."""
-    query = select(store.instances).order_by(store.instances.c.name, store.instances.c.instance)
+    query = select(schema.instances).order_by(schema.instances.c.name, schema.instances.c.instance)
     for column, value in where.items():
-        query = query.where(store.instances.c[column] == value)
+        query = query.where(schema.instances.c[column] == value)
     return [InstanceRow.of(row) for row in tx.execute(query).mappings()]

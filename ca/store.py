@@ -1,4 +1,4 @@
-"""The store: one schema through SQLAlchemy Core, SQLite (WAL, synchronous=FULL) as the embedded engine.
+"""The store: the schema of ca/schema.py through SQLAlchemy Core, SQLite (WAL, synchronous=FULL) as the embedded engine.
 
 Rules kept here:
     every change of what endpoints may be sent is a row of `changes`, written in the same transaction; a position is
@@ -20,159 +20,13 @@ from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
 
-from sqlalchemy import (
-    BigInteger,
-    Boolean,
-    CheckConstraint,
-    Column,
-    Connection,
-    Engine,
-    ForeignKey,
-    Index,
-    Integer,
-    MetaData,
-    PrimaryKeyConstraint,
-    String,
-    Table,
-    Text,
-    create_engine,
-    event,
-    func,
-    insert,
-    select,
-    update,
-)
+from sqlalchemy import Connection, Engine, create_engine, event, func, insert, select, update
 from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
 
+from ca.schema import SCHEMA_VERSION, append_only, changes, meta, metadata
 from identity.errors import BadInput, BadState, RetinueError, Unreachable
 
-SCHEMA_VERSION: Final = 1
 BUSY_MS: Final = 5000  # how long one writer waits for another process
-
-Big = BigInteger().with_variant(Integer, "sqlite")  # SQLite autoincrements only INTEGER
-
-metadata = MetaData()
-meta = Table(
-    "meta", metadata,
-    Column("key", String(32), primary_key=True),
-    Column("value", Text, nullable=False),
-)  # fmt: skip
-changes = Table(
-    "changes", metadata,
-    Column("revision", Big, primary_key=True, autoincrement=True),
-    Column("at", BigInteger, nullable=False),
-    Column("kind", String(16), nullable=False),  # endpoint, instance, policy, bundle
-    Column("key", String(320), nullable=False),
-    sqlite_autoincrement=True,
-)  # fmt: skip
-endpoints = Table(
-    "endpoints", metadata,
-    Column("name", String(63), primary_key=True),
-    Column("kind", String(8), nullable=False),
-    Column("spiffe_id", String(2048), nullable=False, unique=True),
-    Column("workload", String(255)),  # a sidecar's service
-    Column("parent", ForeignKey("endpoints.name")),  # the host that asked for a sidecar's token
-    Column("tunnel_key", String(64), nullable=False),
-    Column("enroll_key", String(64), nullable=False),
-    Column("underlay", Text, nullable=False),
-    Column("ciphers", Text, nullable=False),
-    Column("generation", BigInteger, nullable=False),
-    Column("state", String(8), nullable=False),
-    Column("enrolled", BigInteger, nullable=False),
-    Column("svid_expires", BigInteger, nullable=False),
-    Column("record", Text),
-    CheckConstraint("state in ('pending', 'enrolled', 'revoked')", name="endpoint_state"),
-    CheckConstraint("kind in ('host', 'sidecar')", name="endpoint_kind"),
-    # one tunnel key speaks for one living endpoint
-    Index("endpoint_tunnel_key", "tunnel_key", unique=True, sqlite_where=Column("state") != "revoked",
-          postgresql_where=Column("state") != "revoked"),
-)  # fmt: skip
-tokens = Table(
-    "tokens", metadata,
-    Column("id", String(64), primary_key=True),
-    Column("public_key", String(64), nullable=False),  # Ed25519; the secret is its seed and is not here
-    Column("endpoint", String(63), nullable=False),
-    Column("kind", String(8), nullable=False),
-    Column("workload", String(255)),
-    Column("asked_by", ForeignKey("endpoints.name")),  # the host agent that asked for a sidecar's token
-    Column("replace", Boolean, nullable=False),
-    Column("created", BigInteger, nullable=False),
-    Column("expires", BigInteger, nullable=False),
-    Column("used_at", BigInteger),
-    Column("enroll_key", String(64)),  # who used it: a lost reply is repeated to this key only
-)  # fmt: skip
-serials = Table(
-    "serials", metadata,
-    Column("serial", String(40), primary_key=True),  # lower hex
-    Column("issuer", String(64), nullable=False),  # its key identifier: (issuer, serial) names a certificate for ever
-    Column("profile", String(16), nullable=False),
-    Column("spiffe_id", String(2048), nullable=False),
-    Column("spki", String(64), nullable=False),
-    Column("endpoint", ForeignKey("endpoints.name")),
-    Column("issued", BigInteger, nullable=False),
-    Column("not_after", BigInteger, nullable=False),
-    Column("revoked_at", BigInteger),
-    Index("serial_endpoint", "endpoint"),
-)  # fmt: skip
-instances = Table(
-    "instances", metadata,
-    Column("name", String(255), nullable=False),
-    Column("instance", BigInteger, nullable=False),
-    Column("spiffe_id", String(2048), nullable=False),
-    Column("labels", Text, nullable=False),
-    Column("fence", String(16), nullable=False),
-    Column("overlay", BigInteger, nullable=False, unique=True),  # address number, kept for life, never given again
-    Column("state", String(16), nullable=False),
-    Column("endpoint", ForeignKey("endpoints.name")),
-    Column("epoch", BigInteger, nullable=False),  # of the record in force; 0 before the first
-    Column("epoch_top", BigInteger, nullable=False),  # highest ever signed, so that no epoch is signed twice
-    Column("target", ForeignKey("endpoints.name")),  # of a move being prepared
-    Column("target_epoch", BigInteger),
-    Column("placement", Text),
-    Column("prepare", Text),
-    Column("created", BigInteger, nullable=False),
-    PrimaryKeyConstraint("name", "instance"),
-    CheckConstraint("state in ('unplaced', 'active', 'moving', 'revoked')", name="instance_state"),
-    CheckConstraint("(target is null) = (prepare is null)", name="instance_prepare"),
-    Index("instance_endpoint", "endpoint"),
-)  # fmt: skip
-holdings = Table(
-    "holdings", metadata,
-    Column("endpoint", ForeignKey("endpoints.name"), nullable=False),
-    Column("name", String(255), nullable=False),
-    Column("instance", BigInteger, nullable=False),
-    PrimaryKeyConstraint("endpoint", "name", "instance"),
-    Index("holding_instance", "name", "instance"),
-)  # fmt: skip
-policies = Table(
-    "policies", metadata,
-    Column("revision", BigInteger, primary_key=True),
-    Column("digest", String(64), nullable=False),
-    Column("files", Text, nullable=False),
-    Column("author", String(255), nullable=False),
-    Column("issued", BigInteger, nullable=False),
-    Column("record", Text, nullable=False),
-)  # fmt: skip
-audit = Table(
-    "audit", metadata,
-    Column("seq", Big, primary_key=True),
-    Column("at", BigInteger, nullable=False),
-    Column("actor", String(255), nullable=False),
-    Column("action", String(64), nullable=False),
-    Column("subject", String(320), nullable=False),
-    Column("outcome", String(64), nullable=False),
-    Column("detail", Text, nullable=False),
-    Column("prev", String(64), nullable=False),
-    Column("hash", String(64), nullable=False, unique=True),
-)  # fmt: skip
-
-# Enforced by the engine too, so that a slip in this program cannot rewrite the past.
-_APPEND_ONLY = [
-    f"CREATE TRIGGER {table}_no_{verb} BEFORE {verb} ON {table} BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
-    for table in ("audit", "changes")
-    for verb in ("update", "delete")
-]
-
 
 @dataclass(frozen=True, slots=True)
 class Change:
@@ -203,7 +57,7 @@ class Store:
         timeline = str(uuid4())
         with _translated(), engine.begin() as tx:
             metadata.create_all(tx)
-            for statement in _APPEND_ONLY:
+            for statement in append_only("sqlite"):
                 tx.exec_driver_sql(statement)
             rows = {
                 "schema_version": SCHEMA_VERSION,

@@ -6,7 +6,7 @@ import pytest
 from sqlalchemy import select, text
 
 from ca import audit
-from ca import store as tables
+from ca import schema as tables
 from ca.plane import MAX_REFUSALS, Plane
 from identity.errors import BadInput, BadState, Conflict, NotVerified, Refused, RetinueError, Unreachable
 from identity.names import TrustDomain

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import select
 
-from ca import store as tables
+from ca import schema as tables
 from ca.enroll import RECOVERY_SECONDS
 from ca.registry import check_underlay
 from identity.errors import BadInput, Conflict, NotFound, NotVerified, Refused, RetinueError

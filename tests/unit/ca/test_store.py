@@ -9,8 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import insert, text
 
-from ca import store as tables
-from ca.store import SCHEMA_VERSION, Store, any_of
+from ca import schema as tables
+from ca.schema import SCHEMA_VERSION
+from ca.store import Store, any_of
 from identity.errors import BadInput, BadState, Unreachable
 
 
