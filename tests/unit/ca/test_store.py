@@ -192,7 +192,7 @@ def test_counters_only_grow(path: Path) -> None:
 
 
 def test_a_busy_database_says_so(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tables, "BUSY_MS", 20)
+    monkeypatch.setattr("ca.store.BUSY_MS", 20)
     store = Store.open(path)
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("begin immediate")
