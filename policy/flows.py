@@ -5,13 +5,22 @@
 
 time is in seconds since the epoch (or an instant such as 2031-02-11T18:00Z); proto is a name or a number; port is left
 out for protocols without ports; packets and bytes may be left out. Keys that this version does not know are passed over.
+
+verdict is allow, deny, or audit: forwarded, but denied once its audit ends. What an agent records says more:
+    first                        the first time it was seen in this record; `time` is the last
+    count                        connections (or refused attempts) this record stands for
+    by                           the rule that allowed, denied or would deny it; "default"; left out when not known
+    src_instance, dst_instance   which instance; left out where the end is an address that no known workload has
+    host                         the endpoint that recorded it
+    src_process, dst_process     who used the socket at an end on that host: {"executable", "unit", "uid"}; what could
+                                 not be found out is "unknown"
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from identity.errors import BadInput
@@ -24,10 +33,25 @@ MAX_COUNT: Final = 1 << 63
 MAX_TIME: Final = 253_402_300_799  # the end of the year 9999
 _HINT: Final = "a line holds time, src, dst, proto, port, packets, bytes and verdict"
 
+Verdict = Literal["allow", "deny", "audit"]
+VERDICTS: Final[tuple[Verdict, ...]] = ("allow", "deny", "audit")
+UNKNOWN: Final = "unknown"
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessInfo:
+    """Who used a socket. `executable` is a path and `unit` a systemd unit or control group; each may be "unknown"."""
+
+    executable: str = UNKNOWN
+    unit: str = UNKNOWN
+    uid: int | None = None
+
 
 @dataclass(frozen=True, slots=True)
 class FlowRecord:
-    """One recorded flow. `port` is the destination's, None for protocols without ports; `time` in seconds."""
+    """One recorded flow. `port` is the destination's, None for protocols without ports; `time` in seconds (the last
+    time it was seen; `first` is None where only one instant is known).
+    """
 
     time: int
     src: str
@@ -36,7 +60,55 @@ class FlowRecord:
     port: int | None
     packets: int = 0
     bytes: int = 0
-    verdict: Literal["allow", "deny"] = "allow"
+    verdict: Verdict = "allow"
+    first: int | None = None
+    count: int = 1
+    by: str = ""
+    src_instance: int | None = None
+    dst_instance: int | None = None
+    host: str = ""
+    src_process: ProcessInfo | None = None  # None: this end is not on the recording host
+    dst_process: ProcessInfo | None = None
+
+    @property
+    def started(self) -> int:
+        """The first time it was seen."""
+        return self.time if self.first is None else self.first
+
+
+@dataclass(frozen=True, slots=True)
+class FlowSummary:
+    """What many records of one kind say together: one row of an upload. Instances, processes and hosts are left out.
+
+    first, last: seconds since the epoch; count: connections or refused attempts; `by` as in FlowRecord.
+    """
+
+    src: str
+    dst: str
+    proto: int
+    port: int | None
+    verdict: Verdict
+    by: str = ""
+    count: int = 0
+    packets: int = 0
+    bytes: int = 0
+    first: int = 0
+    last: int = 0
+
+
+def summarize(records: Iterable[FlowRecord]) -> list[FlowSummary]:
+    """One row per (source, destination, protocol, port, verdict, by), the most frequent first."""
+    rows: dict[tuple[object, ...], FlowSummary] = {}
+    for one in records:
+        key = (one.src, one.dst, one.proto, one.port, one.verdict, one.by)
+        old = rows.get(key)
+        if old is None:
+            old = FlowSummary(one.src, one.dst, one.proto, one.port, one.verdict, one.by, first=one.started)
+        rows[key] = replace(
+            old, count=old.count + one.count, packets=old.packets + one.packets, bytes=old.bytes + one.bytes,
+            first=min(old.first, one.started), last=max(old.last, one.time),
+        )  # fmt: skip
+    return sorted(rows.values(), key=lambda r: (-r.count, r.src, r.dst, r.proto, r.port or 0, r.verdict, r.by))
 
 
 def read_flows(file: str, lines: Iterable[str]) -> list[FlowRecord]:
@@ -59,8 +131,8 @@ def _record(where: str, line: str) -> FlowRecord:
     for key in ("src", "dst"):
         if not isinstance(row[key], str) or not 0 < len(row[key]) <= MAX_NAME:
             raise _bad(where, f"{key} is not a name: {ascii(row[key])[:60]}")
-    if row["verdict"] not in ("allow", "deny"):
-        raise _bad(where, f"verdict is allow or deny, not {ascii(row['verdict'])[:40]}")
+    if row["verdict"] not in VERDICTS:
+        raise _bad(where, f"verdict is allow, deny or audit, not {ascii(row['verdict'])[:40]}")
     try:
         time = parse_instant(row["time"]) if isinstance(row["time"], str) else _count(where, row, "time")
         proto = proto_number(row["proto"] if isinstance(row["proto"], str | int) else "")
@@ -68,8 +140,35 @@ def _record(where: str, line: str) -> FlowRecord:
         raise error if error.code == "flows.line" else _bad(where, error.message) from None
     if time > MAX_TIME:
         raise _bad(where, f"time is beyond the year 9999: {time}")
-    return FlowRecord(time, row["src"], row["dst"], proto, _port(where, row, proto),
-                      _count(where, row, "packets"), _count(where, row, "bytes"), row["verdict"])  # fmt: skip
+    first = _count(where, row, "first") if "first" in row else None
+    return FlowRecord(
+        time, row["src"], row["dst"], proto, _port(where, row, proto), _count(where, row, "packets"),
+        _count(where, row, "bytes"), row["verdict"], first, _count(where, row, "count") if "count" in row else 1,
+        _text(where, row, "by"), _instance(where, row, "src_instance"), _instance(where, row, "dst_instance"),
+        _text(where, row, "host"), _process(where, row, "src_process"), _process(where, row, "dst_process"),
+    )  # fmt: skip
+
+
+def _text(where: str, row: dict[str, Any], key: str) -> str:
+    value = row.get(key, "")
+    if not isinstance(value, str) or len(value) > MAX_NAME:
+        raise _bad(where, f"{key} is not a short text: {ascii(value)[:60]}")
+    return value
+
+
+def _instance(where: str, row: dict[str, Any], key: str) -> int | None:
+    return None if row.get(key) is None else _count(where, row, key)
+
+
+def _process(where: str, row: dict[str, Any], key: str) -> ProcessInfo | None:
+    value = row.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise _bad(where, f"{key} is not a map")
+    uid = None if value.get("uid") in (None, UNKNOWN) else _count(where, value, "uid")
+    texts = [_text(where, {name: UNKNOWN, **value}, name) or UNKNOWN for name in ("executable", "unit")]
+    return ProcessInfo(texts[0], texts[1], uid)
 
 
 def _port(where: str, row: dict[str, Any], proto: int) -> int | None:
@@ -108,8 +207,22 @@ def dump_flows(records: Iterable[FlowRecord]) -> str:
         if one.port is not None:
             row["port"] = one.port
         row |= {"packets": one.packets, "bytes": one.bytes, "verdict": one.verdict}
-        out.append(json.dumps(row) + "\n")
+        out.append(json.dumps(row | _more(one)) + "\n")
     return "".join(out)
+
+
+def _more(one: FlowRecord) -> dict[str, Any]:
+    """What an agent records beyond the plain flow; only what says something."""
+    given = {"first": one.first, "by": one.by or None, "src_instance": one.src_instance, "dst_instance": one.dst_instance,
+             "host": one.host or None}  # fmt: skip
+    row: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    if one.count != 1:
+        row["count"] = one.count
+    for key, process in (("src_process", one.src_process), ("dst_process", one.dst_process)):
+        if process is not None:
+            uid = UNKNOWN if process.uid is None else process.uid
+            row[key] = {"executable": process.executable, "unit": process.unit, "uid": uid}
+    return row
 
 
 @dataclass(slots=True)

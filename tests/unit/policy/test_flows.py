@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from identity.errors import BadInput
-from policy.flows import FlowRecord, Seen, dump_flows, edges, read_flows
+from policy.flows import FlowRecord, ProcessInfo, Seen, dump_flows, edges, read_flows, summarize
 
 ROW: dict[str, Any] = {"time": 1928534400, "src": "shop/web", "dst": "shop/api", "proto": "tcp", "port": 8443,
                        "packets": 12, "bytes": 9000, "verdict": "allow"}  # fmt: skip
@@ -60,8 +61,8 @@ def test_the_documented_line() -> None:
         ({"proto": "icmp"}, "icmp has no ports"),
         ({"bytes": "many"}, "bytes is not a whole number"),
         ({"packets": 1 << 63}, "packets is not a whole number"),
-        ({"verdict": "maybe"}, "verdict is allow or deny, not 'maybe'"),
-        ({"verdict": []}, "verdict is allow or deny"),
+        ({"verdict": "maybe"}, "verdict is allow, deny or audit, not 'maybe'"),
+        ({"verdict": []}, "verdict is allow, deny or audit"),
     ],
 )
 def test_a_bad_line_is_refused_with_its_place(change: dict[str, Any], words: str) -> None:
@@ -96,3 +97,31 @@ def test_merging_counts_is_counting_all(one: list[FlowRecord], other: list[FlowR
     merged = count(one)
     merged.merge(count(other))
     assert merged == count([*one, *other])
+
+
+FULL = FlowRecord(200, "a", "b", 6, 80, 3, 900, "audit", 100, 4, "default", 0, 1, "h1", ProcessInfo("/bin/x", "x.service", 5), ProcessInfo())
+
+
+def test_what_an_agent_records_reads_back() -> None:
+    assert read_flows("f", dump_flows([FULL]).splitlines()) == [FULL]
+    row = json.loads(dump_flows([FULL]))
+    assert row["dst_process"] == {"executable": "unknown", "unit": "unknown", "uid": "unknown"}
+    assert (FULL.started, FlowRecord(7, "a", "b", 1, None).started) == (100, 7)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"by": 7}, "by is not"), ({"host": "x" * 513}, "host is not"), ({"count": -1}, "count is not"), ({"first": "x"}, "first is not"),
+     ({"src_process": []}, "src_process is not a map"), ({"src_process": {"uid": -1}}, "uid is not"),
+     ({"dst_process": {"unit": 4}}, "unit is not"), ({"src_instance": 1.5e300}, "src_instance is not")],
+)  # fmt: skip
+def test_what_an_agent_records_is_checked(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadInput, match=words):
+        read_flows("f", [json.dumps({**ROW, **change})])
+
+
+def test_a_summary_adds_up() -> None:
+    other = replace(FULL, time=300, first=None, src_instance=5, host="h2", count=1)
+    rows = summarize([FULL, other, replace(FULL, verdict="deny"), replace(FULL, by="r1", count=9)])
+    assert [(r.verdict, r.by, r.count) for r in rows] == [("audit", "r1", 9), ("audit", "default", 5), ("deny", "default", 4)]
+    assert (rows[1].first, rows[1].last, rows[1].packets, rows[1].bytes) == (100, 300, 6, 1800)
