@@ -149,7 +149,8 @@ class Mirror:
 
 def endpoint_fact(row: EndpointRow) -> EndpointFact:
     """A revoked endpoint has no record to show."""
-    return EndpointFact(row.name, row.record if row.state == "enrolled" else None)
+    living = row.state == "enrolled"
+    return EndpointFact(row.name, row.record if living else None, row.entries if living else None)
 
 
 def instance_fact(row: InstanceRow, held: frozenset[str]) -> InstanceFact:

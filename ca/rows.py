@@ -33,6 +33,8 @@ class EndpointRow:
     enrolled: int
     svid_expires: int
     record: str | None
+    entries: str | None = None
+    entries_generation: int = 0
 
     @classmethod
     def of(cls, row: RowMapping) -> EndpointRow:
@@ -58,6 +60,8 @@ class InstanceRow:
     placement: str | None
     prepare: str | None
     created: int
+    ends_at: int | None = None
+    ends_with: str | None = None
 
     @classmethod
     def of(cls, row: RowMapping) -> InstanceRow:

@@ -58,6 +58,8 @@ endpoints = Table(
     Column("enrolled", BigInteger, nullable=False),
     Column("svid_expires", BigInteger, nullable=False),
     Column("record", Text),
+    Column("entries", Text),  # version 2: the signed registration entries of this endpoint; none before the first
+    Column("entries_generation", BigInteger, nullable=False, server_default="0"),  # version 2
     CheckConstraint("state in ('pending', 'enrolled', 'revoked')", name="endpoint_state"),
     CheckConstraint("kind in ('host', 'sidecar')", name="endpoint_kind"),
     # one tunnel key speaks for one living endpoint
@@ -108,6 +110,8 @@ instances = Table(
     Column("placement", Text),
     Column("prepare", Text),
     Column("created", BigInteger, nullable=False),
+    Column("ends_at", BigInteger),  # version 2: when it is over by itself; null is never
+    Column("ends_with", String(255)),  # version 2: the workload whose end is its own
     PrimaryKeyConstraint("name", "instance"),
     CheckConstraint("state in ('unplaced', 'active', 'moving', 'revoked')", name="instance_state"),
     CheckConstraint("(target is null) = (prepare is null)", name="instance_prepare"),
@@ -141,6 +145,46 @@ audit = Table(
     Column("detail", Text, nullable=False),
     Column("prev", String(64), nullable=False),
     Column("hash", String(64), nullable=False, unique=True),
+)  # fmt: skip
+
+entries = Table(  # version 2
+    "entries", metadata,
+    Column("id", String(32), primary_key=True),
+    Column("name", String(255), nullable=False),  # the workload
+    Column("parent", String(63), nullable=False),  # endpoint name or pattern
+    Column("selectors", Text, nullable=False),
+    Column("labels", Text, nullable=False),
+    Column("hint", String(128), nullable=False),
+    Column("ttl", BigInteger),  # of certificates, seconds
+    Column("ends_at", BigInteger),
+    Column("ends_with", String(255)),
+    Column("created", BigInteger, nullable=False),
+    Column("created_by", String(255), nullable=False),
+    Index("entry_name", "name"),
+)  # fmt: skip
+admins = Table(  # version 2
+    "admins", metadata,
+    Column("name", String(63), primary_key=True),
+    Column("role", String(16), nullable=False),
+    Column("scopes", Text, nullable=False),  # subtrees, JSON; empty is everything
+    Column("created", BigInteger, nullable=False),
+    Column("created_by", String(255), nullable=False),
+    Column("revoked_at", BigInteger),
+)  # fmt: skip
+approvals = Table(  # version 2
+    "approvals", metadata,
+    Column("id", String(32), primary_key=True),
+    Column("asked_by", String(255), nullable=False),
+    Column("asked_at", BigInteger, nullable=False),
+    Column("expires", BigInteger, nullable=False),
+    Column("role", String(16), nullable=False),  # what the second person has to have as well
+    Column("act", String(320), nullable=False),  # method and path
+    Column("digest", String(64), nullable=False),  # SHA-256 of act and body: one request and no other
+    Column("summary", Text, nullable=False),
+    Column("approved_by", String(255)),
+    Column("approved_at", BigInteger),
+    Column("used_at", BigInteger),
+    Index("approval_digest", "digest"),
 )  # fmt: skip
 
 APPEND_ONLY: Final = ("audit", "changes")  # enforced by the engine too: a slip in this program cannot rewrite the past

@@ -27,6 +27,7 @@ from policy.program import Program, Subject
 
 BUNDLE = "bundle"
 POLICY = "policy"
+ENTRIES = "entries"
 
 Before = dict[str, str | None]  # object key -> what was shown under it before a step
 
@@ -37,6 +38,7 @@ class EndpointFact:
 
     name: str
     record: str | None
+    entries: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -400,7 +402,10 @@ class World:
 
     def _own(self, endpoint: str) -> dict[str, str]:
         """The objects an endpoint sees whatever policy says."""
-        out = {f"endpoint/{endpoint}": self._record(endpoint)}
+        fact_of_it = self.endpoints.get(endpoint)
+        out = {
+            f"endpoint/{endpoint}": self._record(endpoint), ENTRIES: fact_of_it.entries if fact_of_it is not None else None
+        }  # fmt: skip
         for key in self._holds[endpoint]:
             fact = self.instances[key]
             out[f"placement/{key}"] = fact.placement

@@ -77,6 +77,7 @@ class PlacementRecord(Payload):
     labels: dict[str, str]
     fence: Literal["available", "strict"] = "available"
     issued: Seconds
+    ends: Seconds | None = None  # from then on nobody holds it, whether or not a newer record says so
 
 
 class PolicyFile(BaseModel):
@@ -120,6 +121,15 @@ class SignerChain(BaseModel):
     chain: list[str] = Field(min_length=1, max_length=4)
 
 
+class JwtAuthority(BaseModel):
+    """A P-256 key that signs JWT-SVIDs, by its coordinates (b64, 32 bytes each)."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+    kid: str = Field(min_length=1, max_length=64)
+    x: str = Field(max_length=43)
+    y: str = Field(max_length=43)
+
+
 class BundleRecord(Payload):
     """The trust bundle: the roots of one trust domain and the keys that may sign records. `sequence` only grows."""
 
@@ -130,6 +140,7 @@ class BundleRecord(Payload):
     roots: list[str] = Field(min_length=1, max_length=8)  # PEM
     signers: list[SignerChain] = Field(max_length=8)
     issued: Seconds
+    jwt_authorities: list[JwtAuthority] = Field(default=[], max_length=8)
 
 
 P = TypeVar("P", bound=Payload)

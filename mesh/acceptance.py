@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from identity.bundle import TrustBundle
+from identity.entries import EntriesRecord
 from identity.errors import NotVerified, RetinueError
 from identity.names import OVERLAY_V4, SpiffeId, TrustDomain
 from identity.records import EndpointRecord, Payload, PlacementRecord, PolicyRecord
 from mesh.snapshot import InstanceKey, addresses, instance_key
 
 TAKEN: Final = "placement.address_taken"
+ENTRIES: Final = InstanceKey("entries")  # object key, and where its mark is kept: no instance is called so
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,7 @@ class Rules:
     marks: dict[InstanceKey, Mark]
     policy_mark: Mark | None
     check_policy: Callable[[PolicyRecord], None] | None = None
+    endpoint: str = ""
 
     def record(self, trust: TrustBundle, key: str, envelope: str, old: Held | None) -> Held:
         """Verify one object; `old` is what is in force under its key. Raises RetinueError; changes nothing."""
@@ -54,6 +57,13 @@ class Rules:
                 if self.check_policy is not None:
                     self.check_policy(policy)
                 return Held(envelope, policy)
+            case "entries" if not rest:
+                entries = trust.verify(EntriesRecord, envelope)
+                if entries.endpoint != self.endpoint:
+                    raise NotVerified("entries.endpoint", "registration entries of another endpoint")
+                body = hashlib.sha256(entries.model_dump_json(exclude={"issued"}).encode()).hexdigest()
+                _not_behind(self.marks.get(ENTRIES), entries.generation, body, "entries", "generation")
+                return Held(envelope, entries)
             case "endpoint":
                 endpoint = trust.verify(EndpointRecord, envelope)
                 _same_key(rest, endpoint.endpoint)
@@ -102,6 +112,9 @@ class Rules:
             match one.payload:
                 case PlacementRecord() as p if key.startswith("placement/"):
                     self.marks[instance_key(p.name, p.instance)] = Mark(p.epoch, placement_body(p))
+                case EntriesRecord() as p:
+                    body = hashlib.sha256(p.model_dump_json(exclude={"issued"}).encode()).hexdigest()
+                    self.marks[ENTRIES] = Mark(p.generation, body)
                 case PolicyRecord() as p:
                     self.policy_mark = Mark(p.revision, p.digest)
 
@@ -137,7 +150,7 @@ def settle_addresses(held: dict[str, Held], base: Mapping[str, Held]) -> dict[st
 
 def placement_body(record: PlacementRecord) -> str:
     """SHA-256 (hex) of what a placement says, without when it was signed: equal for a mere re-signing."""
-    return hashlib.sha256(record.model_dump_json(exclude={"issued"}).encode()).hexdigest()
+    return hashlib.sha256(record.model_dump_json(exclude={"issued"}, exclude_none=True).encode()).hexdigest()
 
 
 def _address_clashes(

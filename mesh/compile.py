@@ -61,6 +61,7 @@ class LocalFacts:
 
     held:   instances whose addresses were active here before; elsewhere now, they are `fenced`, not `waiting`
     fenced: instances withheld from the snapshot because it is too old to trust (mesh.sync.View)
+    ended:  instances withheld because their end has come
     """
 
     endpoint: str
@@ -70,6 +71,7 @@ class LocalFacts:
     attachments: Mapping[InstanceKey, LocalAttachment] = field(default_factory=dict)
     held: frozenset[InstanceKey] = frozenset()
     fenced: frozenset[InstanceKey] = frozenset()
+    ended: frozenset[InstanceKey] = frozenset()
     keepalive: int = KEEPALIVE
 
 
@@ -388,8 +390,10 @@ class _Compilation:
             record, state, why = coming, "prepared", f"a move to here is being made ready, epoch {coming.epoch}"
         else:
             gone = self.snapshot.placements.get(key)
-            state = "fenced" if key in self.facts.held or key in self.facts.fenced else "waiting"
-            if key in self.facts.fenced:
+            state = "fenced" if key in self.facts.held | self.facts.fenced | self.facts.ended else "waiting"
+            if key in self.facts.ended:
+                why = "its end has come"
+            elif key in self.facts.fenced:
                 why = "the newest sign of life of the control plane is too old"
             elif gone is None:
                 why = "no placement is known"

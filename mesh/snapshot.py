@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address
 from typing import NewType
 
+from identity.entries import Entry
 from identity.records import EndpointRecord, PlacementRecord, PolicyRecord
 
 InstanceKey = NewType("InstanceKey", str)  # "<workload>/<instance>", e.g. "shop/api/0"
@@ -34,6 +35,7 @@ class Snapshot:
     prepares: Mapping[InstanceKey, PlacementRecord] = field(default_factory=dict)
     endpoints: Mapping[str, EndpointRecord] = field(default_factory=dict)
     state_hash: str = ""
+    entries: tuple[Entry, ...] = ()
 
 
 def addresses(record: PlacementRecord) -> tuple[IPv4Address, IPv6Address]:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from identity.bundle import TrustBundle
+from identity.entries import EntriesRecord, Entry
 from identity.errors import BadInput, BadState, NotVerified, RetinueError
 from identity.records import (
     BundleRecord,
@@ -29,7 +30,7 @@ from identity.records import (
     state_hash,
 )
 from identity.wire import feed
-from mesh.acceptance import TAKEN, Held, Mark, Rules, overtaken, settle_addresses
+from mesh.acceptance import ENTRIES, TAKEN, Held, Mark, Rules, overtaken, settle_addresses
 from mesh.snapshot import InstanceKey, Snapshot, instance_key
 
 LEASE: Final = 30.0  # seconds without a newer heartbeat until `fence: strict` instances are gone
@@ -92,13 +93,15 @@ Event = Accepted | RecordRefused | FrameRefused | NeedSnapshot | Refreshed
 class View:
     """What may be acted on now. `fenced` are instances withheld because the state is too old to trust.
 
-    deadline: the `mono` at which the view changes by itself, None when it does not.
+    deadline: the `mono` at which the view changes by itself, None when it does not. `ended` are instances whose end
+    has come.
     """
 
     snapshot: Snapshot
     fenced: frozenset[InstanceKey]
     age: float | None
     deadline: float | None
+    ended: frozenset[InstanceKey] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +133,7 @@ class SyncMachine:
     ) -> None:
         self.trust = trust
         self.endpoint = endpoint
-        self.rules = Rules(trust.trust_domain, dict(marks or {}), policy_mark, check_policy)
+        self.rules = Rules(trust.trust_domain, dict(marks or {}), policy_mark, check_policy, endpoint)
         self.position: Position | None = None
         self.heartbeat: Held | None = None  # the newest
         self.proof: Held | None = None  # the one that came with the position
@@ -180,6 +183,7 @@ class SyncMachine:
         prepares: dict[InstanceKey, PlacementRecord] = {}
         endpoints: dict[str, EndpointRecord] = {}
         policy: PolicyRecord | None = None
+        entries: tuple[Entry, ...] = ()
         for key, held in self._held.items():
             match held.payload:
                 case PlacementRecord() as p if key.startswith("prepare/"):
@@ -190,6 +194,8 @@ class SyncMachine:
                     endpoints[e.endpoint] = e
                 case PolicyRecord() as policy_record:
                     policy = policy_record
+                case EntriesRecord() as entries_record:
+                    entries = tuple(entries_record.entries)
         deadlines: list[float] = []
         fenced: set[InstanceKey] = set()
         for instance, placement in list(placements.items()):
@@ -200,8 +206,15 @@ class SyncMachine:
                 prepares.pop(instance, None)
             else:
                 deadlines.append(self.heard + limit)
+        # What ends by time is measured on the CA's own signed clock, so a step of ours neither extends nor ends it.
+        signed_now = self._signed_now(age)
+        ended = {key for key, p in placements.items() if p.ends is not None and p.ends <= signed_now}
+        for one in (placements, prepares):
+            for instance in [key for key, p in one.items() if p.ends is not None and p.ends <= signed_now]:
+                del one[instance]
+        ends = [*(p.ends for p in (*placements.values(), *prepares.values())), *(e.ends for e in entries)]
+        deadlines.extend(mono + end - signed_now for end in ends if end is not None and end > signed_now)
         for name, record in list(endpoints.items()):
-            # Expiry is measured on the CA's own signed clock, so a step of ours neither extends nor ends it.
             left = record.expires - self._signed_now(age)
             if left <= 0 and name != self.endpoint:
                 del endpoints[name]
@@ -216,8 +229,9 @@ class SyncMachine:
             prepares=prepares,
             endpoints=endpoints,
             state_hash=self.received_hash,
+            entries=tuple(e for e in entries if e.ends is None or e.ends > signed_now),
         )
-        return View(snapshot, frozenset(fenced), age, min(deadlines, default=None))
+        return View(snapshot, frozenset(fenced), age, min(deadlines, default=None), frozenset(ended))
 
     def _signed_now(self, age: float | None) -> float:
         payload = self.heartbeat.payload if self.heartbeat else None
@@ -408,7 +422,7 @@ class SyncMachine:
         return [NeedSnapshot(reason)]
 
     def _indispensable(self) -> set[str]:
-        own = {"bundle", f"endpoint/{self.endpoint}"}
+        own = {"bundle", f"endpoint/{self.endpoint}"} | ({str(ENTRIES)} if ENTRIES in self.rules.marks else set())
         return own | {"policy"} if self.policy_mark else own
 
     def _complete(self, objects: Mapping[str, str]) -> None:
