@@ -42,6 +42,7 @@ ROOT_LIFETIME: Final = 3652 * DAY
 INTERMEDIATE_LIFETIME: Final = 90 * DAY
 ENDPOINT_LIFETIME: Final = DAY
 WORKLOAD_LIFETIME: Final = 4 * 3600
+ADMIN_LIFETIME: Final = 8 * 3600
 SERVER_LIFETIME: Final = DAY
 SIGNER_LIFETIME: Final = 30 * DAY
 BACKDATE: Final = 60  # tolerated skew of the receiver's clock
@@ -76,6 +77,10 @@ ENDPOINT: Final = Profile("endpoint", ENDPOINT_LIFETIME, kinds=("host", "sidecar
 WORKLOAD: Final = Profile("workload", WORKLOAD_LIFETIME, kinds=("wl",))
 SERVER: Final = Profile("server", SERVER_LIFETIME, kinds=("cp",))
 SIGNER: Final = Profile("signer", SIGNER_LIFETIME, tls=False, kinds=("cp",))
+ADMIN: Final = Profile("admin", ADMIN_LIFETIME, kinds=("admin",))
+# One root's word on another (RFC 4210 section 4.4, new with old and old with new). It says that both are roots of one
+# trust domain and is no step of any path: its path length lets it issue no authority.
+LINK: Final = Profile("link", ROOT_LIFETIME, path_length=0, tls=False)
 
 # What the library raises for a certificate or request that cannot be read; fields are parsed when asked for.
 _UNREADABLE: Final = (
@@ -225,12 +230,13 @@ def build(
         raise Bug("cert.profile", f"a {profile.name} certificate {'has no' if profile.ca else 'needs a'} SPIFFE ID")
     if spiffe_id is not None and (spiffe_id.kind not in profile.kinds or spiffe_id.trust_domain != trust_domain):
         raise Bug("cert.profile", f"{spiffe_id} is not a name for a {profile.name} certificate of {trust_domain}")
-    start, end = int(now) - BACKDATE, int(now) + profile.lifetime
+    start, end = int(now) - backdate(profile), int(now) + profile.lifetime
     if issuer is not None:
         start, end = max(start, not_before(issuer)), min(end, not_after(issuer))
     identifier = key_id(key)
+    kind = ROOT.name if profile.name == LINK.name else profile.name
     subject = x509.Name(
-        [x509.NameAttribute(NameOID.COMMON_NAME, f"retinue {profile.name} {identifier[:8].hex()}")] if profile.ca else []
+        [x509.NameAttribute(NameOID.COMMON_NAME, f"retinue {kind} {identifier[:8].hex()}")] if profile.ca else []
     )
     uri = f"spiffe://{trust_domain}" if spiffe_id is None else str(spiffe_id)
     names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(uri), *(x509.IPAddress(a) for a in addresses)]
@@ -252,6 +258,11 @@ def build(
     if profile.tls:
         builder = builder.add_extension(x509.ExtendedKeyUsage(sorted(_TLS_USAGES, key=str)), critical=False)
     return builder
+
+
+def backdate(profile: Profile) -> int:
+    """Seconds by which a certificate starts before it is made: BACKDATE, or a tenth of a shorter life."""
+    return min(BACKDATE, profile.lifetime // 10)
 
 
 def _at(seconds: float) -> datetime:
@@ -404,6 +415,17 @@ def claimed_id(cert: x509.Certificate) -> SpiffeId:
         return SpiffeId.parse(uris[0])
     except BadInput as e:
         raise NotVerified("cert.spiffe_id", e.message) from None
+
+
+def check_link(link: x509.Certificate, issuer: x509.Certificate, trust_domain: TrustDomain, now: float) -> None:
+    """Does the root `issuer` vouch in this certificate for another root? Raises NotVerified ``cert.*``."""
+    _check_readable(link)
+    _check_ca(link, trust_domain)
+    _check_time(link, now)
+    try:
+        link.verify_directly_issued_by(issuer)
+    except _UNREADABLE:
+        raise NotVerified("cert.link", "a root is vouched for by no root that is known") from None
 
 
 def check_root(cert: x509.Certificate, trust_domain: TrustDomain, now: float) -> None:

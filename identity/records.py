@@ -23,6 +23,7 @@ SIGNATURE_LEN: Final = 64
 
 # Our limits, bytes of the whole envelope.
 MAX_SMALL: Final = 16 * 1024
+MAX_BUNDLE: Final = 512 * 1024
 MAX_POLICY: Final = 12 * 1024 * 1024
 
 Seconds = Annotated[int, Field(ge=0, le=1 << 40)]  # seconds since the epoch, UTC
@@ -88,8 +89,28 @@ class PolicyFile(BaseModel):
     text: str
 
 
+class PolicyTrial(BaseModel):
+    """Another policy that decides every flow with at least one end in the canary; all other flows stay with the record's own.
+
+    The canary are the identities in `names`, those that carry all of `labels`, or `everybody`. `parts` as in the record.
+    """
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+    id: str = Field(max_length=64)
+    digest: str
+    files: list[PolicyFile]
+    parts: list[str] = []
+    names: list[str] = Field(default=[], max_length=20_000)
+    labels: dict[str, str] = {}
+    everybody: bool = False
+
+
 class PolicyRecord(Payload):
-    """The policy in force: its source files and the SHA-256 digest that names it."""
+    """The policy in force: its source files and the SHA-256 digest that names it.
+
+    authority, parts: what operators signed (identity/records_policy.py), as texts; empty where no authority exists
+    trial:            a policy that is being rolled out beside this one
+    """
 
     typ: ClassVar[str] = "policy"
     role: ClassVar[str] = "policy"
@@ -100,6 +121,9 @@ class PolicyRecord(Payload):
     files: list[PolicyFile]
     author: str
     issued: Seconds
+    authority: list[str] = Field(default=[], max_length=256)
+    parts: list[str] = Field(default=[], max_length=200)
+    trial: PolicyTrial | None = None
 
 
 class Heartbeat(Payload):
@@ -130,17 +154,34 @@ class JwtAuthority(BaseModel):
     y: str = Field(max_length=43)
 
 
+class Taint(BaseModel):
+    """An authority on its way out: what hangs from it is renewed at a moment of its own between `since` and `until`."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+    key: str = Field(pattern=r"^[0-9a-f]{64}$")  # SHA-256 of its SubjectPublicKeyInfo
+    since: Seconds
+    until: Seconds
+
+
 class BundleRecord(Payload):
-    """The trust bundle: the roots of one trust domain and the keys that may sign records. `sequence` only grows."""
+    """The trust bundle: the roots of one trust domain and the keys that may sign records. `sequence` only grows.
+
+    links: certificates by which one root vouches for another; a root that is new to the receiver needs one from a root
+    it knows. revoked: entries of identity.revocation.
+    """
 
     typ: ClassVar[str] = "bundle"
     role: ClassVar[str] = "records"
+    limit: ClassVar[int] = MAX_BUNDLE
 
     sequence: Count
     roots: list[str] = Field(min_length=1, max_length=8)  # PEM
     signers: list[SignerChain] = Field(max_length=8)
     issued: Seconds
     jwt_authorities: list[JwtAuthority] = Field(default=[], max_length=8)
+    links: list[str] = Field(default=[], max_length=16)  # PEM
+    tainted: list[Taint] = Field(default=[], max_length=16)
+    revoked: list[str] = Field(default=[], max_length=2048)
 
 
 P = TypeVar("P", bound=Payload)
