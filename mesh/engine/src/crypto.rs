@@ -13,6 +13,20 @@ use zeroize::{Zeroize, Zeroizing};
 /// Length of every AEAD tag used here, in bytes.
 pub const TAG_LEN: usize = 16;
 pub type Key = [u8; 32];
+/// A key that stays where it is: moving the box leaves no copy behind, dropping it wipes the key.
+pub type Secret = Box<Zeroizing<Key>>;
+
+/// An all-zero key to be filled in place.
+pub fn blank_secret() -> Secret {
+    Box::new(Zeroizing::new([0; 32]))
+}
+
+/// Overwrites the stack below the caller: key material that moves and register spills left there.
+#[inline(never)]
+pub fn burn_stack() {
+    let mut words = [0u64; 3072];
+    std::hint::black_box(&mut words);
+}
 
 /// Transport cipher of a session; the handshake itself always uses ChaCha20-Poly1305.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -325,6 +339,55 @@ mod tests {
     #[test]
     fn hmac_with_a_long_message_equals_parts() {
         assert_eq!(*hmac(b"k", &[b"ab", b"c"]), *hmac(b"k", &[b"abc"]));
+    }
+
+    /// Computed with CPython's hmac and hashlib.
+    #[test]
+    fn hmac_and_kdf_vectors() {
+        let fox = b"The quick brown fox jumps over the lazy dog";
+        assert_eq!(
+            hmac(b"key", &[fox]).to_vec(),
+            hex("f93215bb90d4af4c3061cd932fb169fb8bb8a91d0b4022baea1271e1323cd9a0")
+        );
+        let counting: Vec<u8> = (0..200).collect();
+        let key: Key = std::array::from_fn(|i| i as u8);
+        let cases: [(Key, &[u8], [&str; 3]); 3] = [
+            (
+                key,
+                b"wireguard",
+                [
+                    "a011c5c91070042675cfd928591ae86bc328db3401844dfe636849847b77f12f",
+                    "789a16a3efc975932db7ca3493d2e555a0d50821d160f686eb4caf578fa14e83",
+                    "f886b70b72ba2b331d8d568f66bd5d8b319afea67c488688c7d371b3b4cc1655",
+                ],
+            ),
+            (
+                [0xff; 32],
+                b"",
+                [
+                    "2242fd0f7a754a7597f2b500c91e28b9ccdad38b7b341d867eaeaf1e5f0768ec",
+                    "6b767b8871518e98ddb3bac72e12e89d5b7f3a42b289a82ad66551c4b893b6b5",
+                    "e9e562cb794059bcfdbf8abf3c3669b42c8d9cc47134773311ff467e00619339",
+                ],
+            ),
+            (
+                [0; 32],
+                &counting,
+                [
+                    "4761dc1c82598fa6af4e87cedaf4de7e48b690dc59b9421e65f38bfe0a5c19be",
+                    "9b42a2b55a3ca7bb81f0e80dd779e1254a0c72069dc00f8d74a4dfc3a4c0d9e7",
+                    "6e695df6918fa2ac98b35b77c2789fceeed92065ac0887e99c5e7e38ddb51ca9",
+                ],
+            ),
+        ];
+        for (key, input, want) in cases {
+            let got = kdf::<3>(&key, input);
+            for (g, w) in got.iter().zip(want) {
+                assert_eq!(g.to_vec(), hex(w));
+            }
+            assert_eq!(kdf::<1>(&key, input)[0], got[0]);
+            assert_eq!(kdf::<2>(&key, input)[1], got[1]);
+        }
     }
 
     #[test]

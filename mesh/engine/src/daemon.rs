@@ -2,10 +2,11 @@
 
 use std::io;
 use std::io::Write as _;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::Arc;
 
+use crate::crypto::burn_stack;
 use crate::device::Core;
 use crate::engine::Engine;
 use crate::error::{EngineError, Result, EXIT_FAILURE};
@@ -13,7 +14,9 @@ use crate::events;
 use crate::log::{configure, log, Level};
 use crate::netlink::{self, LinkEvent, LinkSettings, LinkWatch};
 use crate::server::Server;
-use crate::sys::{harden_process, now, now_ms, termination_signals, Epoll, EventFd, Ready};
+use crate::sys::{
+    detach, exit_now, fork, harden_process, now, now_ms, pipe, termination_signals, Epoll, EventFd, Ready,
+};
 use crate::tun;
 use crate::tx::Tx;
 use crate::udp::{self_test, UdpOptions};
@@ -40,6 +43,9 @@ Options:
 
 Environment:
   WG_UAPI_DIR           directory of the UAPI socket (default /var/run/wireguard)
+  RETINUE_ENGINE_OPTIONS
+                        options put before those of the command line, separated by spaces: how to
+                        reach an engine that an agent starts (the agent hands it on)
 
 Examples:
   retinue-engine wg0 && wg setconf wg0 wg0.conf && ip link set wg0 up
@@ -156,6 +162,12 @@ pub fn parse_args(args: &[String]) -> Result<Command> {
     Ok(Command::Run(o))
 }
 
+const OPTIONS_VARIABLE: &str = "RETINUE_ENGINE_OPTIONS";
+
+fn environment_options(value: &str) -> Vec<String> {
+    value.split_whitespace().map(str::to_owned).collect()
+}
+
 /// Runs the engine with `args` (without the program name); returns the exit status.
 pub fn main(args: &[String]) -> i32 {
     // One line whatever happens: a panic is a fault of ours, not the user's business.
@@ -163,7 +175,9 @@ pub fn main(args: &[String]) -> i32 {
         let at = info.location().map(|l| format!("{}:{}", l.file(), l.line())).unwrap_or_default();
         eprintln!("retinue-engine: internal error at {at} (hint: please report it)");
     }));
-    let run = || match parse_args(args)? {
+    let mut all = environment_options(&std::env::var(OPTIONS_VARIABLE).unwrap_or_default());
+    all.extend_from_slice(args);
+    let run = || match parse_args(&all)? {
         Command::Help => {
             print_out(HELP);
             Ok(0)
@@ -204,16 +218,10 @@ fn os_failure(what: &str) -> impl Fn(io::Error) -> EngineError + '_ {
 
 /// Forks; the parent returns when the child's UAPI socket answers or its set-up failed.
 fn daemonise(o: &Options) -> Result<i32> {
-    let mut fds = [0; 2];
-    // SAFETY: `fds` has room for the two descriptors.
-    crate::sys::check(unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC) })
-        .map_err(os_failure("pipe"))?;
-    // SAFETY: pipe2 just returned both descriptors to us.
-    let (reader, writer) = unsafe { (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1])) };
-    // SAFETY: no other thread of ours runs yet; the child only goes on in this function.
-    match unsafe { libc::fork() } {
-        -1 => Err(os_failure("fork")(io::Error::last_os_error())),
-        0 => {
+    let (reader, writer) = pipe().map_err(os_failure("pipe"))?;
+    // No other thread of ours runs yet; the child only goes on in this function.
+    match fork().map_err(os_failure("fork"))? {
+        true => {
             drop(reader);
             let writer = std::fs::File::from(writer);
             detach(writer.as_raw_fd());
@@ -232,10 +240,9 @@ fn daemonise(o: &Options) -> Result<i32> {
                     e.exit
                 }
             };
-            // SAFETY: ends the child without running the parent's exit handlers.
-            unsafe { libc::_exit(code) }
+            exit_now(code)
         }
-        _ => {
+        false => {
             drop(writer);
             let mut text = Vec::new();
             let mut r = io::BufReader::new(std::fs::File::from(reader));
@@ -250,28 +257,6 @@ fn daemonise(o: &Options) -> Result<i32> {
                 None => {
                     Err(EngineError::failure("start", "the engine ended during set-up", "try --foreground"))
                 }
-            }
-        }
-    }
-}
-
-/// Leaves the session and closes everything inherited but `keep`: a caller that waits for the end
-/// of a pipe must not wait for the daemon.
-fn detach(keep: i32) {
-    // SAFETY: plain calls with constant arguments; /dev/null replaces the standard streams; no
-    // descriptor above 2 other than `keep` belongs to a live value of this process yet.
-    unsafe {
-        libc::syscall(libc::SYS_close_range, 3u32, (keep - 1) as u32, 0u32);
-        libc::syscall(libc::SYS_close_range, (keep + 1) as u32, u32::MAX, 0u32);
-        libc::setsid();
-        libc::chdir(c"/".as_ptr());
-        let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR);
-        if null >= 0 {
-            for fd in 0..3 {
-                libc::dup2(null, fd);
-            }
-            if null > 2 {
-                libc::close(null);
             }
         }
     }
@@ -374,6 +359,8 @@ fn control(engine: &Arc<Engine>, server: &Server, name: &str, signals: i32) -> i
         let t = now();
         core.tick(t, &mut actions);
         engine.execute(&mut actions, &mut tx, t.ms);
+        // Handshakes leave copies of what they derived.
+        burn_stack();
     }
     Ok(())
 }
@@ -439,5 +426,14 @@ mod tests {
             assert_eq!(e.exit, 2, "{bad}");
             assert!(!e.to_string().contains('\n'));
         }
+    }
+
+    #[test]
+    fn options_of_the_environment_come_first() {
+        let mut all = environment_options("  --no-udp-gso --spin-us 7\n--low-power ");
+        all.extend(args("-f --spin-us 9 wg0"));
+        let Ok(Command::Run(o)) = parse_args(&all) else { panic!("valid") };
+        assert!(!o.udp_gso && o.low_power && o.foreground);
+        assert_eq!((o.spin_us, o.name.as_str()), (9, "wg0"), "the command line has the last word");
     }
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
 use arc_swap::ArcSwap;
-use zeroize::Zeroizing;
+use zeroize::Zeroize;
 
 use crate::cookie::{Checker, RateLimiter, COOKIE_REPLY_LEN};
 use crate::crypto::{random_u32, Key, SecretKey};
@@ -55,6 +55,8 @@ impl Message {
 pub enum Action {
     /// Send to the peer's endpoint.
     ToPeer(Arc<Peer>, Message),
+    /// Send to where this peer's initiation came from.
+    Answer(Arc<Peer>, Endpoint, Message),
     /// Send to an address that is not (yet) a peer's: a cookie reply.
     ToAddress(Endpoint, Message),
     /// Seal and send what waits for a session; nothing waiting: a keepalive when the flag is set.
@@ -185,7 +187,7 @@ impl Core {
         lock(&peer.staged).take();
         // A wheel entry may keep the record for minutes: its secrets go now.
         let mut h = lock(&peer.handshake);
-        h.psk = Zeroizing::new([0; 32]);
+        h.psk.zeroize();
         h.static_static = None;
     }
 
@@ -513,7 +515,7 @@ impl Core {
         }
         let Some(ss) = h.static_static.clone() else { return };
         let Ok(stamp) = rx.timestamp(&ss) else { return };
-        if stamp <= h.last_timestamp {
+        if !h.stamps.fresh(&stamp, now.wall_secs) {
             return;
         }
         if h.last_initiation.is_some_and(|l| now.ms.saturating_sub(l) < INITIATION_SPACING_MS) {
@@ -527,18 +529,19 @@ impl Core {
             self.free_index(index);
             return;
         };
-        h.last_timestamp = stamp;
+        h.stamps.record(&stamp, now.wall_secs);
         h.last_initiation = Some(now.ms);
         h.cookies.add_macs(now.ms, &peer.public, &mut reply);
         drop(h);
         self.install(&peer, Session::new(peer.clone(), index, remote, keys, false, now.ms));
         peer.rx_bytes.fetch_add(INITIATION_LEN as u64, Relaxed);
-        peer.seen_at(from);
         self.session_derived(&peer, now.ms);
         if let Some(at) = peer.timers.traversal(now.ms) {
             self.arm(&peer, at);
         }
-        out.push(Action::ToPeer(peer, Message::new(&reply)));
+        // Answered where it came from; roaming waits for a packet under the new keys. An initiation
+        // recorded before a restart of ours would else turn the tunnel away from its peer.
+        out.push(Action::Answer(peer, *from, Message::new(&reply)));
     }
 
     fn receive_response(

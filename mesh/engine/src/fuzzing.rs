@@ -4,7 +4,8 @@
 use std::io::BufReader;
 use std::sync::Arc;
 
-use crate::noise::{TYPE_DATA, TYPE_INITIATION};
+use crate::cookie::Sender;
+use crate::noise::{TYPE_COOKIE, TYPE_DATA, TYPE_INITIATION, TYPE_RESPONSE};
 use crate::offload::{outbound, Buffers, Coalescer, Segmenter, Span, VnetHdr, VNET_LEN};
 use crate::packet::{parse, transport, transport_sum_ok};
 use crate::server::{read_request, Request};
@@ -52,6 +53,53 @@ pub fn datagrams(mut data: &[u8]) {
     assert_eq!(net.nodes[1].delivered.len(), seen, "delivered forged data");
     let replayed = |b: &Datagram| b.bytes.first() == Some(&TYPE_INITIATION) && recorded.contains(&b.bytes);
     assert!(net.nodes[1].wire.sent.is_empty() || batch.iter().any(replayed), "answered a stranger");
+}
+
+/// Handshake messages whose mac1 is right, so that they reach the Diffie-Hellman and the AEADs:
+/// without the peer's static key none is believed. Each piece is laid over a genuine message.
+pub fn handshake(mut data: &[u8]) {
+    let mut net = Net::pair();
+    net.nodes[0].send(net.now, &inner(0, 1));
+    net.nodes[0].pump(net.now);
+    let genuine = net.nodes[0].wire.sent.pop().expect("an initiation");
+    let index: [u8; 4] = genuine.bytes[4..8].try_into().expect("4 bytes");
+    let targets = [net.nodes[1].public, net.nodes[0].public];
+    for round in 0..8 {
+        let Some(piece) = take(&mut data) else { break };
+        // To node 1 initiations, to node 0 (which waits for one) responses and cookie replies.
+        let (to, mut bytes) = match piece.first().map_or(0, |b| b % 3) {
+            0 => (1, genuine.bytes.clone()),
+            1 => (0, [&[TYPE_RESPONSE, 0, 0, 0, 9, 9, 9, 9][..], &index, &[0; 80]].concat()),
+            _ => (0, [&[TYPE_COOKIE, 0, 0, 0][..], &index, &[0; 56]].concat()),
+        };
+        let laid = piece.get(1..).unwrap_or_default();
+        for (b, x) in bytes[8..].iter_mut().zip(laid) {
+            *b ^= x;
+        }
+        if bytes[0] != TYPE_COOKIE {
+            Sender::default().add_macs(net.now, &targets[1 - to], &mut bytes);
+        }
+        if bytes == genuine.bytes {
+            continue;
+        }
+        let peers = [B, A];
+        net.nodes[to].receive(
+            net.now + round,
+            &[Datagram {
+                from: peers[to].parse().expect("an address"),
+                to: peers[1 - to].parse().expect("an address"),
+                bytes,
+            }],
+        );
+        net.nodes[to].pump(net.now + round);
+        assert!(net.nodes[to].wire.sent.is_empty(), "answered a forged handshake");
+    }
+    assert!(net.nodes.iter().all(|n| n.delivered.is_empty()));
+    assert!(!net.session_up(0) && !net.session_up(1), "a session from a forged handshake");
+    // It still takes the genuine one.
+    net.nodes[1].receive(net.now + 100, &[genuine]);
+    net.nodes[1].pump(net.now + 100);
+    assert_eq!(net.nodes[1].wire.sent.len(), 1);
 }
 
 /// A read from the TUN: virtio header and packet. Every segment is a packet of its own.
@@ -161,8 +209,9 @@ pub fn command_line(data: &[u8]) {
 pub type Target = fn(&[u8]);
 
 /// All targets, by the name of their corpus folder.
-pub const TARGETS: [(&str, Target); 5] = [
+pub const TARGETS: [(&str, Target); 6] = [
     ("datagrams", datagrams),
+    ("handshake", handshake),
     ("tun_read", tun_read),
     ("coalesce", coalesce),
     ("uapi", uapi),

@@ -327,6 +327,60 @@ mod tests {
         assert_eq!(&buf[..n], b"hello");
     }
 
+    /// The bytes on the wire, against an independent Noise with the same ephemeral keys and an
+    /// independent reading of the framing and of mac1.
+    #[test]
+    fn handshake_bytes_are_stock_wireguard_s_whatever_cipher_is_wanted() {
+        use blake2::digest::Digest;
+        for cipher in [Cipher::ChaCha20Poly1305, Cipher::Aes256Gcm] {
+            let p = pair();
+            let (pa, pb) = (p.a.public(), p.b.public());
+            let ss = p.a.dh(&pb).unwrap();
+            let (ea, eb) = (SecretKey::random(), SecretKey::random());
+            let ts = tai64n(1_700_000_000, 7 << 24);
+            let psk = psk_for(cipher, &p.psk);
+            assert_eq!(*psk == p.psk, cipher == Cipher::ChaCha20Poly1305);
+            let builder = |key: &SecretKey, e: &SecretKey| {
+                snow::Builder::new(PARAMS.parse().unwrap())
+                    .local_private_key(key.expose())
+                    .unwrap()
+                    .prologue(IDENTIFIER)
+                    .unwrap()
+                    .psk(2, &psk)
+                    .unwrap()
+                    .fixed_ephemeral_key_for_testing_only(&e.expose()[..])
+                    .remote_public_key(&pb)
+                    .unwrap()
+                    .build_initiator()
+                    .unwrap()
+            };
+            let mut theirs = builder(&p.a, &ea);
+            let mut noise = [0u8; 200];
+            let n = theirs.write_message(&ts, &mut noise).unwrap();
+            assert_eq!(n, 108);
+            let mut want = vec![1, 0, 0, 0, 0x44, 0x33, 0x22, 0x11];
+            want.extend_from_slice(&noise[..n]);
+            let key = blake2::Blake2s256::new().chain_update(b"mac1----").chain_update(pb).finalize();
+            want.extend_from_slice(&crate::crypto::mac16(&key, &[&want.clone()]));
+            want.extend_from_slice(&[0; 16]);
+
+            let mut m1 = [0u8; INITIATION_LEN];
+            let init = write_initiation(&pa, &pb, &ss, ea, &ts, 0x1122_3344, &mut m1).unwrap();
+            crate::cookie::Sender::default().add_macs(1, &pb, &mut m1);
+            assert_eq!(m1.to_vec(), want, "{cipher:?}");
+
+            let mut rx = read_initiation(&p.b, &pb, &m1).unwrap();
+            rx.timestamp(&ss).unwrap();
+            let mut m2 = [0u8; RESPONSE_LEN];
+            let e_public = eb.public();
+            rx.write_response(&p.psk, cipher, eb, 0x5566_7788, &mut m2).unwrap();
+            assert_eq!(m2[..12], [2, 0, 0, 0, 0x88, 0x77, 0x66, 0x55, 0x44, 0x33, 0x22, 0x11]);
+            assert_eq!(m2[12..44], e_public);
+            assert_eq!(theirs.read_message(&m2[12..60], &mut noise).unwrap(), 0, "{cipher:?}");
+            assert!(init.read_response(&p.a, &p.psk, cipher, &m2).is_ok());
+        }
+    }
+
     #[test]
     fn timestamps_order_as_bytes() {
         assert!(tai64n(10, 0) < tai64n(10, 1 << 24));

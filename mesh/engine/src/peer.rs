@@ -9,11 +9,12 @@ use arc_swap::ArcSwapOption;
 use zeroize::Zeroizing;
 
 use crate::cookie::Sender;
-use crate::crypto::{Aead, Cipher, Key};
-use crate::noise::{Initiation, Timestamp};
+use crate::crypto::{blank_secret, Aead, Cipher, Key, Secret};
+use crate::noise::Initiation;
 use crate::offload::VnetHdr;
 use crate::replay::Replay;
 use crate::router::Prefix;
+use crate::stamps::Stamps;
 use crate::timers::{PeerTimers, REJECT_AFTER_MESSAGES, REJECT_AFTER_MS};
 
 /// Locks without poisoning: a panic elsewhere must not stop the tunnel.
@@ -113,14 +114,14 @@ pub struct Keypairs {
 
 /// Handshake state, touched by the control side only.
 pub struct Handshake {
-    pub psk: Zeroizing<Key>,
+    pub psk: Secret,
     pub cipher: Cipher,
     /// Whether the cipher was named over UAPI, so that `get` says it.
     pub cipher_named: bool,
     /// DH of both static keys, made on first use.
     pub static_static: Option<Zeroizing<Key>>,
     pub pending: Option<Box<Initiation>>,
-    pub last_timestamp: Timestamp,
+    pub stamps: Stamps,
     /// When an initiation from this peer was last worked on.
     pub last_initiation: Option<u64>,
     pub cookies: Sender,
@@ -185,12 +186,12 @@ impl Peer {
         Arc::new(Self {
             public,
             handshake: Mutex::new(Handshake {
-                psk: Zeroizing::new([0; 32]),
+                psk: blank_secret(),
                 cipher: Cipher::default(),
                 cipher_named: false,
                 static_static: None,
                 pending: None,
-                last_timestamp: [0; 12],
+                stamps: Stamps::default(),
                 last_initiation: None,
                 cookies: Sender::default(),
             }),

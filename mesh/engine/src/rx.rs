@@ -122,11 +122,14 @@ impl Rx {
         }
         let peer = &session.peer;
         peer.rx_bytes.fetch_add(bytes as u64, Relaxed);
+        if !peer.dead.load(Relaxed) {
+            // Before the confirmation, which sends what waited.
+            peer.seen_at(&run.from);
+        }
         if !session.confirmed.load(Relaxed) {
             core.confirm(session, now);
         }
         if !peer.dead.load(Relaxed) {
-            peer.seen_at(&run.from);
             core.touch_received(session, now.ms, data);
         }
     }

@@ -1,6 +1,6 @@
 //! The UAPI socket: one line protocol per connection, bounded in size, number and time.
 
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, BufRead, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -11,9 +11,10 @@ use std::time::Duration;
 
 use zeroize::{Zeroize, Zeroizing};
 
+use crate::crypto::burn_stack;
 use crate::engine::Engine;
 use crate::error::{EngineError, Result};
-use crate::sys::now_ms;
+use crate::sys::{now_ms, with_umask};
 use crate::uapi::{apply, parse_set, report, Errno};
 
 const DEFAULT_DIR: &str = "/var/run/wireguard";
@@ -65,11 +66,7 @@ impl Server {
             _ => {}
         }
         // Born with 0600: no moment in which others could connect.
-        // SAFETY: umask takes and returns plain integers.
-        let old = unsafe { libc::umask(0o177) };
-        let listener = UnixListener::bind(&path);
-        // SAFETY: as above.
-        unsafe { libc::umask(old) };
+        let listener = with_umask(0o177, || UnixListener::bind(&path));
         let listener = listener.map_err(fail)?;
         listener.set_nonblocking(true).map_err(fail)?;
         Ok(Self { listener, path, live: Arc::new(AtomicUsize::new(0)) })
@@ -87,6 +84,8 @@ impl Server {
                 std::thread::Builder::new().name("uapi".into()).stack_size(256 * 1024).spawn(move || {
                     // A client that goes away is no event.
                     let _ = serve(&engine, stream);
+                    // The stack may be another thread's next.
+                    burn_stack();
                     live.fetch_sub(1, Relaxed);
                 });
             if started.is_err() {
@@ -105,6 +104,43 @@ impl AsRawFd for Server {
 impl Drop for Server {
     fn drop(&mut self) {
         let _ = std::fs::remove_file(&self.path);
+    }
+}
+
+/// A buffered reader that wipes what was read from it.
+struct WipedReader<R> {
+    inner: R,
+    buf: Zeroizing<Vec<u8>>,
+    start: usize,
+    end: usize,
+}
+
+impl<R: Read> WipedReader<R> {
+    fn new(inner: R) -> Self {
+        Self { inner, buf: Zeroizing::new(vec![0; 64 * 1024]), start: 0, end: 0 }
+    }
+}
+
+impl<R: Read> Read for WipedReader<R> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let n = self.fill_buf()?.read(out)?;
+        self.consume(n);
+        Ok(n)
+    }
+}
+
+impl<R: Read> BufRead for WipedReader<R> {
+    fn fill_buf(&mut self) -> io::Result<&[u8]> {
+        if self.start == self.end {
+            self.start = 0;
+            self.end = self.inner.read(&mut self.buf)?;
+        }
+        Ok(&self.buf[self.start..self.end])
+    }
+
+    fn consume(&mut self, n: usize) {
+        self.buf[self.start..self.start + n].zeroize();
+        self.start += n;
     }
 }
 
@@ -165,7 +201,7 @@ fn serve(engine: &Engine, stream: UnixStream) -> io::Result<()> {
     stream.set_read_timeout(Some(IDLE))?;
     stream.set_write_timeout(Some(IDLE))?;
     let mut out = stream.try_clone()?;
-    let mut input = BufReader::with_capacity(64 * 1024, stream);
+    let mut input = WipedReader::new(stream);
     loop {
         let errno = match read_request(&mut input) {
             Ok(Request::End) => return Ok(()),

@@ -127,6 +127,60 @@ pub fn termination_signals() -> io::Result<OwnedFd> {
     }
 }
 
+/// A pipe: its reading and its writing end.
+pub fn pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    let mut fds = [0; 2];
+    // SAFETY: `fds` has room for the two descriptors.
+    check(unsafe { libc::pipe2(fds.as_mut_ptr(), libc::O_CLOEXEC) })?;
+    // SAFETY: pipe2 just returned both descriptors to us.
+    Ok(unsafe { (OwnedFd::from_raw_fd(fds[0]), OwnedFd::from_raw_fd(fds[1])) })
+}
+
+/// Forks before any thread was started; true in the child.
+pub fn fork() -> io::Result<bool> {
+    // SAFETY: only the calling thread exists in the child; the caller has started no other, so no
+    // lock is left held by one that is gone.
+    check(unsafe { libc::fork() }).map(|pid| pid == 0)
+}
+
+/// Ends a forked child without running the parent's exit handlers.
+pub fn exit_now(code: i32) -> ! {
+    // SAFETY: ends the process; nothing runs afterwards.
+    unsafe { libc::_exit(code) }
+}
+
+/// Leaves the session and closes everything inherited but `keep`: a caller that waits for the end
+/// of a pipe must not wait for the daemon.
+pub fn detach(keep: RawFd) {
+    // SAFETY: plain calls with constant arguments; /dev/null replaces the standard streams; no
+    // descriptor above 2 other than `keep` belongs to a live value of this process yet.
+    unsafe {
+        libc::syscall(libc::SYS_close_range, 3u32, (keep - 1) as u32, 0u32);
+        libc::syscall(libc::SYS_close_range, (keep + 1) as u32, u32::MAX, 0u32);
+        libc::setsid();
+        libc::chdir(c"/".as_ptr());
+        let null = libc::open(c"/dev/null".as_ptr(), libc::O_RDWR);
+        if null >= 0 {
+            for fd in 0..3 {
+                libc::dup2(null, fd);
+            }
+            if null > 2 {
+                libc::close(null);
+            }
+        }
+    }
+}
+
+/// Runs `make` under this umask; other threads that create files meanwhile share it.
+pub fn with_umask<T>(mask: libc::mode_t, make: impl FnOnce() -> T) -> T {
+    // SAFETY: umask takes and returns plain integers.
+    let old = unsafe { libc::umask(mask) };
+    let made = make();
+    // SAFETY: as above.
+    unsafe { libc::umask(old) };
+    made
+}
+
 /// Keeps keys out of core dumps and away from ptrace by the same user.
 pub fn harden_process() {
     // SAFETY: plain calls with constant arguments and a valid rlimit.

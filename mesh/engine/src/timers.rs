@@ -167,9 +167,21 @@ impl<T> Wheel<T> {
         if self.len == 0 {
             return None;
         }
-        (0..=SLOTS as u64).map(|i| self.tick + i).find_map(|t| {
-            let slot = (t % SLOTS as u64) as usize;
-            (self.occupied[slot / 64] & (1 << (slot % 64)) != 0).then(|| (t.max(self.tick + 1)) * TICK_MS)
+        // A word at a time, from the present slot once around to the part of its word before it.
+        let start = (self.tick % SLOTS as u64) as usize;
+        let words = SLOTS / 64;
+        (0..=words).find_map(|i| {
+            let word = (start / 64 + i) % words;
+            let bits = match i {
+                0 => self.occupied[word] & (u64::MAX << (start % 64)),
+                n if n == words => self.occupied[word] & !(u64::MAX << (start % 64)),
+                _ => self.occupied[word],
+            };
+            (bits != 0).then(|| {
+                let slot = word * 64 + bits.trailing_zeros() as usize;
+                let ahead = ((slot + SLOTS - start) % SLOTS) as u64;
+                (self.tick + ahead.max(1)) * TICK_MS
+            })
         })
     }
 }

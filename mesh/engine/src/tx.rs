@@ -280,6 +280,10 @@ pub fn execute(core: &Core, actions: &mut Vec<Action>, tx: &mut Tx, io: &mut imp
                 }
                 peer.tx_bytes.fetch_add(b.len() as u64, Relaxed);
             }
+            Action::Answer(peer, to, m) => {
+                io.transmit(&to, m.bytes(), m.bytes().len());
+                peer.tx_bytes.fetch_add(m.bytes().len() as u64, Relaxed);
+            }
             Action::ToAddress(to, m) => {
                 io.transmit(&to, m.bytes(), m.bytes().len());
             }

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use zeroize::{Zeroize, Zeroizing};
 
-use crate::crypto::{Cipher, Key, SecretKey};
+use crate::crypto::{blank_secret, Cipher, Key, Secret, SecretKey};
 use crate::device::{Control, Core, Identity};
 use crate::engine::Engine;
 use crate::events::Event;
@@ -34,7 +34,7 @@ pub struct PeerChange {
     pub public: Key,
     pub remove: bool,
     pub update_only: bool,
-    pub psk: Option<Zeroizing<Key>>,
+    pub psk: Option<Secret>,
     pub endpoint: Option<SocketAddr>,
     pub keepalive: Option<u16>,
     pub cipher: Option<Cipher>,
@@ -46,15 +46,15 @@ pub struct PeerChange {
 /// A whole `set`, checked.
 #[derive(Default)]
 pub struct Change {
-    pub private: Option<Zeroizing<Key>>,
+    pub private: Option<Secret>,
     pub port: Option<u16>,
     pub mark: Option<u32>,
     pub replace_peers: bool,
     pub peers: Vec<PeerChange>,
 }
 
-fn hex_key(s: &str) -> Result<Zeroizing<Key>, Errno> {
-    let mut out = Zeroizing::new([0u8; 32]);
+fn hex_key(s: &str) -> Result<Secret, Errno> {
+    let mut out = blank_secret();
     if s.len() != 64 {
         return Err(EINVAL);
     }
@@ -109,7 +109,7 @@ pub fn parse_set<'a>(lines: impl Iterator<Item = &'a str>) -> Result<Change, Err
     for line in lines {
         let (key, value) = line.split_once('=').ok_or(EINVAL)?;
         if key == "public_key" {
-            c.peers.push(PeerChange { public: *hex_key(value)?, ..PeerChange::default() });
+            c.peers.push(PeerChange { public: **hex_key(value)?, ..PeerChange::default() });
             continue;
         }
         let Some(p) = c.peers.last_mut() else {
@@ -378,6 +378,7 @@ pub fn report_core(core: &Core, port: u16, mark: u32, out: &mut impl Write) -> i
 }
 
 fn report_peer(p: &Peer, s: &mut String, out: &mut impl Write) -> io::Result<()> {
+    flush_full(s, out)?;
     put_hex(s, "public_key", &p.public);
     {
         let h = lock(&p.handshake);
@@ -404,11 +405,17 @@ fn report_peer(p: &Peer, s: &mut String, out: &mut impl Write) -> io::Result<()>
     let allowed: Vec<Prefix> = lock(&p.allowed).iter().copied().collect();
     for a in allowed {
         let _ = writeln!(s, "allowed_ip={}/{}", a.addr(), a.len());
-        if s.len() > CHUNK {
-            out.write_all(s.as_bytes())?;
-            s.as_mut_str().zeroize();
-            s.clear();
-        }
+        flush_full(s, out)?;
+    }
+    Ok(())
+}
+
+/// Sends a full chunk on: the buffer never grows, which would leave keys in freed memory.
+fn flush_full(s: &mut String, out: &mut impl Write) -> io::Result<()> {
+    if s.len() > CHUNK {
+        out.write_all(s.as_bytes())?;
+        s.as_mut_str().zeroize();
+        s.clear();
     }
     Ok(())
 }
