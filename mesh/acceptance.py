@@ -12,6 +12,7 @@ from identity.entries import EntriesRecord
 from identity.errors import NotVerified, RetinueError
 from identity.names import OVERLAY_V4, SpiffeId, TrustDomain
 from identity.records import EndpointRecord, Payload, PlacementRecord, PolicyRecord
+from mesh.policy_trust import PolicyTrust
 from mesh.snapshot import InstanceKey, addresses, instance_key
 
 TAKEN: Final = "placement.address_taken"
@@ -39,6 +40,7 @@ class Rules:
     """The marks and the checks that need them.
 
     check_policy: raises RetinueError for a signed policy that cannot be used here.
+    policy_trust: the operators whose signatures a policy needs, where they are known (mesh/policy_trust.py)
     """
 
     domain: TrustDomain
@@ -46,6 +48,7 @@ class Rules:
     policy_mark: Mark | None
     check_policy: Callable[[PolicyRecord], None] | None = None
     endpoint: str = ""
+    policy_trust: PolicyTrust | None = None
 
     def record(self, trust: TrustBundle, key: str, envelope: str, old: Held | None) -> Held:
         """Verify one object; `old` is what is in force under its key. Raises RetinueError; changes nothing."""
@@ -54,6 +57,8 @@ class Rules:
             case "policy" if not rest:
                 policy = trust.verify(PolicyRecord, envelope)
                 _not_behind(self.policy_mark, policy.revision, policy.digest, "policy", "revision")
+                if self.policy_trust is not None:
+                    self.policy_trust.check(policy)
                 if self.check_policy is not None:
                     self.check_policy(policy)
                 return Held(envelope, policy)
@@ -117,6 +122,8 @@ class Rules:
                     self.marks[ENTRIES] = Mark(p.generation, body)
                 case PolicyRecord() as p:
                     self.policy_mark = Mark(p.revision, p.digest)
+                    if self.policy_trust is not None:
+                        self.policy_trust.note(p)
 
 
 def overtaken(held: Mapping[str, Held], key: str) -> bool:

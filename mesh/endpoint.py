@@ -24,7 +24,7 @@ from identity.records import PolicyRecord
 from identity.wire.enroll import Cipher
 from identity.wire.feed import Report
 from identity.wire.local import Attach
-from mesh import svid_files
+from mesh import broker, policy_trust, svid_files
 from mesh.attachments import Attachments
 from mesh.compile import Compiler, LocalAttachment, LocalFacts
 from mesh.dataplane import DataPlane, PlaneConfig
@@ -67,6 +67,7 @@ class AgentConfig:
     forget_epochs: bool = False
     lease: float = LEASE
     stale_max: float = STALE_MAX
+    broker: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,7 @@ class Agent:
         self.machine = SyncMachine(
             enrollment.bundle, enrollment.endpoint, marks=marks, policy_mark=policy_mark,
             check_policy=self._check_policy, lease=config.lease, stale_max=config.stale_max,
+            policy_trust=policy_trust.load(config.state_dir, enrollment.trust_domain.name),
         )  # fmt: skip
         self.attachments = Attachments(state, self.boot, self._process_ended)
         self.uplink = Uplink(
@@ -102,6 +104,7 @@ class Agent:
         self.plane = DataPlane(PlaneConfig(
             interface=config.interface, listen_port=config.listen_port, private_key=self._private_key, run_dir=config.run_dir,
             mtu=config.mtu, device=config.device, engine=config.engine, on_event=self._on_plane_event,
+            places=None if config.broker is None else broker.use(config.broker),
         ))  # fmt: skip
         self.in_force: InForce | None = None
         self.changed = asyncio.Condition()
@@ -205,8 +208,11 @@ class Agent:
         from policy.language import digest
 
         files = [(f.name, f.text) for f in record.files]
-        if digest(files) != record.digest:
-            raise BadInput("policy.digest", f"policy revision {record.revision} does not have the digest it states")
+        trial = record.trial
+        beside = [] if trial is None else [([(f.name, f.text) for f in trial.files], trial.digest)]
+        for texts, stated in [(files, record.digest), *beside]:
+            if digest(texts) != stated:
+                raise BadInput("policy.digest", f"policy revision {record.revision} does not have the digest it states")
         self.compiler.classes(record, int(time.time()))
 
     # ---- to the data plane
@@ -277,6 +283,7 @@ class Agent:
         return LocalFacts(
             endpoint=self.enrollment.endpoint, tunnel_key=self.enrollment.tunnel_public, interface=self.config.interface,
             mtu=self.config.mtu, attachments=self.places(view.snapshot), held=frozenset(self._held), fenced=view.fenced,
+            ended=view.ended,
         )  # fmt: skip
 
     def places(self, snapshot: Snapshot) -> dict[InstanceKey, LocalAttachment]:

@@ -43,6 +43,7 @@ from identity.wire.enroll import (
     RenewReply,
     RenewRequest,
 )
+from mesh import policy_trust
 from mesh.control import ClientFiles, ControlClient, RootPin, check_url
 from mesh.state import check_dir, read_owned
 
@@ -117,13 +118,14 @@ class Enrollment:
 
 async def enroll(
     ca_url: str, token_text: str, state_dir: Path, underlay: Sequence[str], ciphers: Sequence[Cipher],
-    *, replace: bool = False, clock: Clock = time.time,
+    *, replace: bool = False, clock: Clock = time.time, policy_authority: str | None = None,
 ) -> Enrollment:  # fmt: skip
     """Join with a token: make all keys here, prove them, verify everything that comes back, store it as one.
 
     underlay: ``address:port`` hints where peers may reach this endpoint; ciphers: what its engine offers.
     A reply lost on the way is fetched again by running this once more with the same token within five minutes: the
     keys of the attempt are kept until it succeeded.
+    policy_authority: fingerprint that the CA's policy authority must have (default: the one it shows is pinned).
     Raises BadInput ``token.malformed``, ``ca.url``, ``underlay.form``; Conflict ``enroll.exists``, ``enroll.running``;
     NotVerified ``ca.fingerprint`` and ``cert.*`` before anything secret was sent; what the CA answered; BadState.
     """
@@ -139,9 +141,21 @@ async def enroll(
             reply = await _ask(client, token, keys, hints, ciphers)
             trust_domain = client.server.spiffe_id.trust_domain
         files = _accept(reply, keys, url, token, trust_domain, int(clock()))
+        _pin_authority(state_dir, trust_domain, reply.authority, policy_authority)
         _commit(state_dir, files)
         shutil.rmtree(state_dir / ".pending", ignore_errors=True)
     return load_enrollment(state_dir)
+
+
+def _pin_authority(state_dir: Path, trust_domain: TrustDomain, chain: Sequence[str], fingerprint: str | None) -> None:
+    """Who may sign policy, from now on. What this machine knew of the same trust domain is never given up for less."""
+    try:
+        known = policy_trust.load(state_dir, trust_domain.name)
+    except BadState:
+        if fingerprint is None:
+            raise
+        known = None  # of another trust domain, or damaged: the operator names what is right
+    policy_trust.save(state_dir, policy_trust.pin(trust_domain.name, chain, fingerprint, known))
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
     snapshot.json     envelopes in force and their position; every envelope is verified again when it is loaded
     epochs.json       highest epoch of every instance and highest policy revision; outlives removals
+    policy-authority.json  who may sign policy, and the newest part of each scope; only where there is an authority
     attachments.json  instances attached on this host
 
 Written in that order: a crash between two files leaves the marks behind the signed records, never ahead of them, so
@@ -26,6 +27,7 @@ from identity.errors import BadInput, BadState, Conflict
 from identity.keys import write_secret
 from identity.wire import parse
 from identity.wire.local import Attach
+from mesh import policy_trust
 from mesh.acceptance import Mark
 from mesh.snapshot import InstanceKey
 from mesh.sync import Position, SyncMachine
@@ -172,6 +174,9 @@ class StateDir:
             epochs={key: _saved(mark) for key, mark in sorted(machine.marks.items())},
         )
         self._write("epochs.json", marks.model_copy(update={"check": marks.digest()}))
+        authority = machine.policy_trust.saved()
+        if authority is not None:
+            self._write(policy_trust.FILE, authority)
 
     def load_marks(self) -> tuple[dict[InstanceKey, Mark], Mark | None]:
         """Highest epoch of each instance, and of the policy. Raises BadState ``state.epochs`` rather than forget them."""
@@ -216,7 +221,7 @@ class StateDir:
 
     # ---- files
 
-    def _write(self, name: str, content: _File) -> None:
+    def _write(self, name: str, content: BaseModel) -> None:
         try:
             write_secret(self.path / name, content.model_dump_json().encode() + b"\n")
         except OSError as e:

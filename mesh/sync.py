@@ -31,6 +31,7 @@ from identity.records import (
 )
 from identity.wire import feed
 from mesh.acceptance import ENTRIES, TAKEN, Held, Mark, Rules, overtaken, settle_addresses
+from mesh.policy_trust import PolicyTrust
 from mesh.snapshot import InstanceKey, Snapshot, instance_key
 
 LEASE: Final = 30.0  # seconds without a newer heartbeat until `fence: strict` instances are gone
@@ -118,6 +119,7 @@ class SyncMachine:
 
     check_policy: raises RetinueError for a signed policy this version cannot compile; it is then refused and the
     policy before stays in force.
+    policy_trust: the operators whose signatures a policy needs, as this endpoint knows them.
     """
 
     def __init__(
@@ -130,10 +132,14 @@ class SyncMachine:
         check_policy: Callable[[PolicyRecord], None] | None = None,
         lease: float = LEASE,
         stale_max: float = STALE_MAX,
+        policy_trust: PolicyTrust | None = None,
     ) -> None:
         self.trust = trust
         self.endpoint = endpoint
-        self.rules = Rules(trust.trust_domain, dict(marks or {}), policy_mark, check_policy, endpoint)
+        self.policy_trust = policy_trust or PolicyTrust(trust.trust_domain.name)
+        self.rules = Rules(
+            trust.trust_domain, dict(marks or {}), policy_mark, check_policy, endpoint, self.policy_trust
+        )
         self.position: Position | None = None
         self.heartbeat: Held | None = None  # the newest
         self.proof: Held | None = None  # the one that came with the position

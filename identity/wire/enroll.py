@@ -56,6 +56,7 @@ class EnrollReply(Message):
     chain: list[str]  # PEM, leaf first, without the root
     bundle: str  # BundleRecord envelope
     record: str  # EndpointRecord envelope
+    authority: list[str] = Field(default=[], max_length=256)  # the policy authority, identity/records_policy.py
 
 
 class RenewRequest(Message):
