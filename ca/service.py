@@ -17,6 +17,7 @@ from typing import Final, TypeVar
 import structlog
 
 from ca.feed import Frame
+from ca.handover import HAND_OVER_S, Handover
 from ca.placements import Prepared
 from ca.plane import Plane, Published
 from ca.rows import EndpointRow, InstanceRow
@@ -43,12 +44,22 @@ class Stream:
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     why: str = ""
     turn: int = 0
+    held: list[Frame] | None = None  # frames that wait for their turn in a handover, oldest first
 
     def put(self, frame: Frame) -> None:
+        if self.held is not None:
+            self.held.append(frame)
+            return
         try:
             self.queue.put_nowait(frame)
         except asyncio.QueueFull:
             self.close("too slow")
+
+    def release(self) -> None:
+        """Let through what is held."""
+        held, self.held = self.held, None
+        for frame in held or ():
+            self.put(frame)
 
     def close(self, why: str) -> None:
         if not self.closed.is_set():
@@ -67,6 +78,7 @@ class Service:
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="retinue-ca")
         self._loop: asyncio.AbstractEventLoop
         self._tasks: list[asyncio.Task[None]] = []
+        self._handovers: set[asyncio.Task[None]] = set()
         self._news: asyncio.Event
 
     async def start(self) -> None:
@@ -76,9 +88,10 @@ class Service:
 
     async def stop(self) -> None:
         """End the streams, finish running jobs, close the store."""
-        for task in self._tasks:
+        tasks = [*self._tasks, *self._handovers]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         for stream in list(self.streams.values()):
             stream.close("the control plane stops")
         await self._loop.run_in_executor(self._worker, self.plane.close)
@@ -90,7 +103,7 @@ class Service:
         """Run a job that changes nothing."""
         return await self._loop.run_in_executor(self._worker, job)
 
-    async def change(self, job: Callable[[], T]) -> tuple[T, set[str]]:
+    async def change(self, job: Callable[[], T], order: Handover | None = None) -> tuple[T, set[str]]:
         """Run a job that may change the store, then publish. Returns its result and who was sent a frame."""
 
         def run() -> tuple[T, set[str]]:
@@ -99,19 +112,40 @@ class Service:
             finally:
                 # Part of a job may be committed before it fails.
                 published = self.plane.publish()
-                self._loop.call_soon_threadsafe(self._deliver, published)
+                self._loop.call_soon_threadsafe(self._deliver, published, order, self.plane.feed.revision)
             if published.failed is not None:
                 raise published.failed
             return result, set(published.frames)
 
         return await self._loop.run_in_executor(self._worker, run)
 
-    def _deliver(self, published: Published) -> None:
+    def _deliver(self, published: Published, order: Handover | None, revision: int) -> None:
+        held: dict[str, Stream] = {}
         for name, frame in published.frames.items():
-            if name in self.streams:
-                self.streams[name].put(frame)
+            if (stream := self.streams.get(name)) is not None:
+                stream.release()  # nothing that comes later waits behind an earlier handover
+                if order is not None and name != order.new:
+                    stream.held, held[name] = [], stream
+                stream.put(frame)
+        if order is not None:
+            task = asyncio.create_task(self._hand_over(order, revision, held))
+            self._handovers.add(task)
+            task.add_done_callback(self._handovers.discard)
         self._close(published.closed, "revoked")
         self._tell()
+
+    async def _hand_over(self, order: Handover, revision: int, held: dict[str, Stream]) -> None:
+        """Tell the receivers once the new holder serves, and the old holder once they have followed; none waits long."""
+        try:
+            await self._until(lambda: not self._lagging({order.new}, revision), HAND_OVER_S)
+            told = {name for name in held if name != order.old}
+            for name in told:
+                held[name].release()
+            if order.old in held:
+                await self._until(lambda: not self._lagging(told & self.streams.keys(), revision), HAND_OVER_S)
+        finally:
+            for stream in held.values():
+                stream.release()
 
     def _close(self, names: Iterable[str], why: str) -> None:
         for name in names:
@@ -199,9 +233,10 @@ class Service:
                 )  # fmt: skip
             prepared_ms = _since(began) if ready else None
             forced = {"forced": True} if request.force and not ready else {}
+            order = Handover(prepared.target, prepared.holder) if ready else None
             (row, revision), told = await asyncio.shield(
                 asyncio.ensure_future(
-                    self.change(lambda: plane.placements.commit(prepared, plane.now, actor, **forced))
+                    self.change(lambda: plane.placements.commit(prepared, plane.now, actor, **forced), order)
                 )
             )
         except BaseException as e:
@@ -269,6 +304,7 @@ class Service:
         return Workload(
             name=row.name, instance=row.instance, spiffe_id=row.spiffe_id, labels=dict(row.labels), host=row.endpoint,
             epoch=row.epoch, state=row.state, addresses=row.addresses(self.plane.trust_domain), fence=row.fence,
+            ends_at=row.ends_at, ends_with=row.ends_with,
         )  # fmt: skip
 
     # ---- upkeep
