@@ -13,7 +13,8 @@ import structlog
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
-from ca import audit
+from ca import admin_entries, audit
+from ca.principals import ACTOR
 from ca.http import Handler, body, errors, number, reply, text
 from ca.service import Service
 from identity.errors import BadInput, NoPrivilege, RetinueError
@@ -34,7 +35,6 @@ log = structlog.get_logger("retinue.ca.admin")
 MAX_BODY: Final = 16 * 1024 * 1024  # a policy
 MAX_AUDIT: Final = 10_000  # entries in one answer
 
-ACTOR = web.RequestKey("actor", str)
 _UCRED = struct.Struct("3i")  # pid, uid, gid: struct ucred, unix(7)
 
 
@@ -51,6 +51,7 @@ def make_app(service: Service, listen: Callable[[], str]) -> web.Application:
         web.post("/v1/workloads", admin.add),
         web.post("/v1/workloads/move", admin.move),
         web.post("/v1/workloads/revoke", admin.revoke),
+        *admin_entries.routes(service),
         web.get("/v1/policy", admin.policy),
         web.post("/v1/policy", admin.apply),
         web.get("/v1/policy/history", admin.history),
@@ -156,6 +157,7 @@ class _Admin:
         row, _ = await self._service.change(
             lambda: plane.placements.revoke(asked.name, asked.instance, plane.now, actor)
         )
+        await self._service.change(plane.expire)  # what ends with it
         return reply(self._service.workload(row))
 
     # ---- policy

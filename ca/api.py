@@ -30,6 +30,7 @@ from identity.wire.enroll import (
     UnderlayUpdate,
 )
 from identity.wire.feed import Report
+from identity.wire.jwt import JwtRequest
 
 log = structlog.get_logger("retinue.ca.api")
 
@@ -61,6 +62,7 @@ def make_app(
         web.post("/v1/enroll", api.enroll),
         web.post("/v1/renew", api.member(api.renew)),
         web.post("/v1/svid", api.member(api.svid)),
+        web.post("/v1/jwt", api.member(api.jwt)),
         web.post("/v1/sidecar-token", api.member(api.sidecar_token)),
         web.post("/v1/underlay", api.member(api.underlay)),
         web.post("/v1/report", api.member(api.report)),
@@ -141,6 +143,10 @@ class _Api:
     async def svid(self, request: web.Request, caller: EndpointRow) -> web.Response:
         asked = await body(request, SvidRequest)
         return reply(await self._service.read(lambda: self._plane.svid(caller, asked)))
+
+    async def jwt(self, request: web.Request, caller: EndpointRow) -> web.Response:
+        asked = await body(request, JwtRequest)
+        return reply(await self._service.read(lambda: self._plane.jwt_svid(caller, asked)))
 
     async def sidecar_token(self, request: web.Request, caller: EndpointRow) -> web.Response:
         asked = await body(request, SidecarTokenRequest)

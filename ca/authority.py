@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cryptography import x509
@@ -36,7 +36,7 @@ from identity.certs import (
 from identity.errors import BadInput, BadState, Bug, Conflict, NotVerified
 from identity.keys import write_file, write_secret
 from identity.names import SpiffeId, TrustDomain
-from identity.records import BundleRecord, Payload, SignerChain
+from identity.records import BundleRecord, JwtAuthority, Payload, SignerChain
 
 STATE_VERSION = 1
 
@@ -85,6 +85,7 @@ class Authority:
         self.trust_domain = trust_domain
         self.root = root
         self.record_serial = record_serial
+        self.jwt_authorities: Callable[[], list[JwtAuthority]] = list  # what the bundle says of the JWT profile
         self.intermediate: x509.Certificate
         self._intermediate_key: Signer
         self._record_keys: dict[str, Signer] = {}
@@ -185,7 +186,7 @@ class Authority:
         ]
         record = BundleRecord(
             trust_domain=self.trust_domain.name, sequence=sequence, roots=[certs.pem(self.root)], signers=signers,
-            issued=int(now),
+            issued=int(now), jwt_authorities=self.jwt_authorities(),
         )  # fmt: skip
         return self.sign_record(record)
 
@@ -205,10 +206,14 @@ class Authority:
         return self._issue(ENDPOINT, certs.csr_key(csr_pem), spiffe_id, now)
 
     def issue_workload(
-        self, csr_pem: str, spiffe_id: SpiffeId, addresses: Iterable[IPAddress], now: float
+        self, csr_pem: str, spiffe_id: SpiffeId, addresses: Iterable[IPAddress], now: float, *, lifetime: int | None = None
     ) -> list[str]:
-        """A chain for a workload instance with its overlay addresses as IP names. Raises BadInput ``csr.*``."""
-        return self._issue(WORKLOAD, certs.csr_key(csr_pem), spiffe_id, now, addresses)
+        """A chain for a workload instance with its overlay addresses as IP names, for at most `lifetime` seconds.
+
+        Raises BadInput ``csr.*``.
+        """
+        profile = WORKLOAD if lifetime is None else replace(WORKLOAD, lifetime=max(1, min(lifetime, WORKLOAD.lifetime)))
+        return self._issue(profile, certs.csr_key(csr_pem), spiffe_id, now, addresses)
 
     def server_chain(self, now: float) -> ServerIdentity:
         """The control plane's TLS identity, a new key and certificate whenever less than half the lifetime is left."""

@@ -323,16 +323,21 @@ def workload_add(
     label: Annotated[list[str] | None, typer.Option("--label", "-l", metavar="KEY=VALUE", help="A certified label; repeat it.")] = None,
     fence: Annotated[str, typer.Option(metavar="FENCE", help="available, or strict: goes dark when the CA is not heard.")] = "available",
     replica: Annotated[bool, typer.Option("--replica", help="Another instance of a workload that exists.")] = False,
+    ends_at: Annotated[str | None, typer.Option("--ends-at", metavar="TIME|+DURATION", help="When it is over: 2031-02-11T08:00:00Z, or +30m, +8h, +7d.")] = None,
+    ends_with: Annotated[str | None, typer.Option("--ends-with", metavar="WORKLOAD", help="It is over when this workload has no instance left.")] = None,
     directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Create an instance of a workload identity and place it."""
     from identity.labels import parse_labels
     from identity.wire.admin import Workload, WorkloadAdd
 
+    from ca.cli_entry import parse_end
+
     request = WorkloadAdd(
-        name=name, host=host, labels=parse_labels(label or ()), fence=_fence(fence), replica=replica
-    )
-    _show_workload(_client(directory).post("/v1/workloads", request, Workload), _format(output, as_json))
+        name=name, host=host, labels=parse_labels(label or ()), fence=_fence(fence), replica=replica, ends_with=ends_with,
+        **parse_end(ends_at),
+    )  # fmt: skip
+    show_workload(_client(directory).post("/v1/workloads", request, Workload), _format(output, as_json))
 
 
 def _fence(text: str) -> Literal["available", "strict"]:
@@ -352,15 +357,17 @@ def workload_list(directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, a
     cliout.emit(found, _format(output, as_json), columns=_WORKLOAD, rows=[_workload_row(w) for w in found])
 
 
-_WORKLOAD = ("name", "instance", "state", "host", "epoch", "addresses", "labels")
+_WORKLOAD = ("name", "instance", "state", "host", "epoch", "addresses", "labels", "ends")
 
 
 def _workload_row(w: Workload) -> tuple[object, ...]:
     labels = " ".join(f"{k}={v}" for k, v in w.labels.items())
-    return (w.name, w.instance, w.state, w.host, w.epoch, " ".join(w.addresses), labels)
+    ends = " or ".join(t for t in (w.ends_at and _when(w.ends_at), w.ends_with and f"with {w.ends_with}") if t)
+    return (w.name, w.instance, w.state, w.host, w.epoch, " ".join(w.addresses), labels, ends or "never")
 
 
-def _show_workload(w: Workload, output: Output) -> None:
+def show_workload(w: Workload, output: Output) -> None:
+    """One instance."""
     cliout.emit(w, output, columns=_WORKLOAD, rows=[_workload_row(w)])
 
 
@@ -412,7 +419,7 @@ def workload_revoke(
     done = _client(directory).post(
         "/v1/workloads/revoke", WorkloadRef(name=name, instance=instance), Workload
     )
-    _show_workload(done, _format(output, as_json))
+    show_workload(done, _format(output, as_json))
 
 
 # ---- policy
@@ -555,6 +562,18 @@ def _when(seconds: int) -> str:
     import time
 
     return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(seconds))
+
+
+client, output_of = _client, _format  # for the command groups in modules of their own
+
+
+def _register() -> None:
+    from ca import cli_entry
+
+    app.add_typer(cli_entry.app, name="entry")
+
+
+_register()
 
 
 def main() -> None:

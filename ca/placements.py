@@ -18,12 +18,13 @@ from sqlalchemy import Connection, CursorResult, insert, select, update
 
 from ca import audit, rows, schema
 from ca.desk import Desk
+from ca.life import end_of
 from ca.rows import EndpointRow, InstanceRow
 from identity.errors import Conflict, Refused
 from identity.labels import check_labels
 from identity.names import SpiffeId
 from identity.records import PlacementRecord, unverified
-from identity.wire.admin import WorkloadAdd
+from identity.wire.admin import WorkloadAdd, WorkloadLife
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,9 @@ class Placements:
         with self._desk.store.write() as tx:
             siblings = rows.instances(tx, name=request.name)
             fence = request.fence
+            ends_at, ends_with = end_of(
+                tx, now, request.name, ends_at=request.ends_at, ends_in=request.ends_in, ends_with=request.ends_with
+            )
             if siblings:
                 labels = self._replica_labels(request, siblings, labels)
                 fence = siblings[0].fence
@@ -77,6 +81,7 @@ class Placements:
                 insert(schema.instances).values(
                     name=request.name, instance=number, spiffe_id=spiffe_id, labels=json.dumps(labels), fence=fence,
                     overlay=overlay, state="unplaced", epoch=0, epoch_top=self._desk.store.floor(tx), created=now,
+                    ends_at=ends_at, ends_with=ends_with,
                 )
             )  # fmt: skip
             row = rows.instance(tx, request.name, number)
@@ -84,7 +89,8 @@ class Placements:
                 row = self.place(tx, row, rows.living_endpoint(tx, request.host), now)
             else:
                 self._log(tx, row, now)
-            audit.append(tx, now, actor, "workload.add", row.key, host=request.host, labels=labels)
+            life = {k: v for k, v in (("ends_at", ends_at), ("ends_with", ends_with)) if v is not None}
+            audit.append(tx, now, actor, "workload.add", row.key, host=request.host, labels=labels, **life)
             return row
 
     @staticmethod
@@ -105,6 +111,29 @@ class Placements:
                 hint="leave --label out",
             )
         return dict(first.labels)
+
+    def set_life(self, request: WorkloadLife, now: int, actor: str) -> InstanceRow:
+        """Give an instance another end, or none, and publish it at the next epoch.
+
+        Raises NotFound, BadInput ``lease.*``, Refused for a revoked one, Conflict while it is being moved.
+        """
+        with self._desk.store.write() as tx:
+            row = rows.instance(tx, request.name, request.instance)
+            if row.state == "revoked":
+                raise Refused("workload.revoked", f"{row.key} is over, which is final", hint="add a new instance with --replica")
+            if row.state == "moving":
+                raise Conflict("move.running", f"{row.key} is being moved to {row.target}", hint="wait for it to end")
+            ends_at, ends_with = end_of(
+                tx, now, request.name, ends_at=request.ends_at, ends_in=request.ends_in, ends_with=request.ends_with
+            )
+            self._swap(tx, row, ends_at=ends_at, ends_with=ends_with)
+            row = rows.instance(tx, row.name, row.instance)
+            if row.endpoint is not None:
+                row = self.place(tx, row, rows.endpoint(tx, row.endpoint), now)
+            else:
+                self._log(tx, row, now)
+            audit.append(tx, now, actor, "workload.life", row.key, ends_at=ends_at, ends_with=ends_with, epoch=row.epoch)
+            return row
 
     # ---- placing inside a transaction of the caller
 
@@ -301,6 +330,7 @@ class Placements:
                 trust_domain=str(self._desk.trust_domain), spiffe_id=row.spiffe_id, name=row.name, instance=row.instance,
                 endpoint=holder.name, tunnel_key=holder.tunnel_key, epoch=epoch, state=state,
                 addresses=row.addresses(self._desk.trust_domain), labels=dict(row.labels), fence=row.fence, issued=now,
+                ends=row.ends_at,
             )
         )  # fmt: skip
 

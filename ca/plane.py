@@ -14,19 +14,22 @@ from typing import Final
 
 import structlog
 
-from ca import audit
+from ca import audit, leases
 from ca.authority import Authority, Issuing
 from ca.desk import Desk
 from ca.enroll import Admitted, Challenges, JoinTokenAttestor, admit
 from ca.enroll import TokenRow as TokenEvidence
+from ca.entries import Entries, check_known
 from ca.feed import Feed, Frame
 from ca.highwater import FILE as HIGHWATER
 from ca.highwater import HighWater, Mark
+from ca.jwt_authority import JwtAuthority
+from ca.life import end_of
 from ca.mirror import BUNDLE, Mirror
 from ca.placements import Placements
 from ca.policies import Policies
 from ca.registry import Applicant, Grant, Registry
-from ca.rows import EndpointRow, TokenRow
+from ca.rows import EndpointRow, InstanceRow, TokenRow
 from ca.store import Store
 from identity import certs
 from identity.enrollment import SECRET_LEN, JoinToken
@@ -45,6 +48,8 @@ from identity.wire.enroll import (
     SvidReply,
     SvidRequest,
 )
+from identity.wire.entries import EntryCreate, EntryInfo
+from identity.wire.jwt import JwtReply, JwtRequest
 
 log = structlog.get_logger("retinue.ca")
 
@@ -75,10 +80,12 @@ class Plane:
         self.placements = Placements(desk)
         self.registry = Registry(desk, self.placements)
         self.policies = Policies(desk)
+        self.entries = Entries(desk)
         self.mirror = Mirror(store)
         self.challenges = Challenges()
         self.water: HighWater
         self.authority: Authority
+        self.jwt: JwtAuthority
         self.feed: Feed
         self._issuing_for: str | None = None
         self._ticked: int | None = None  # the moment `tick` acted on last
@@ -146,6 +153,8 @@ class Plane:
                 f"the database is of {self.trust_domain}, the authority of {self.authority.trust_domain}",
                 hint="the database belongs to another directory's authority",
             )
+        self.jwt = JwtAuthority.load(directory, clock())
+        self.authority.jwt_authorities = self.jwt.published
         return self
 
     def close(self) -> None:
@@ -192,7 +201,7 @@ class Plane:
             try:
                 old = fresh.verify(BundleRecord, stored)
                 new = fresh.verify(BundleRecord, self.authority.bundle(sequence, self.clock()))
-                if (old.roots, old.signers) == (new.roots, new.signers):
+                if old.model_copy(update={"issued": 0}) == new.model_copy(update={"issued": 0, "sequence": old.sequence}):
                     return
             except NotVerified:
                 log.warning("the stored bundle does not verify any more; a new one is made")
@@ -250,6 +259,7 @@ class Plane:
 
     def tick(self) -> None:
         """Once a heartbeat: what changes by the clock alone."""
+        self.expire()
         in_force = self.mirror.in_force
         if in_force is None or in_force.until is None or self._ticked == in_force.until:
             return
@@ -259,8 +269,40 @@ class Plane:
 
     def maintain(self) -> None:
         """Once an hour: renew the authority's own certificates."""
-        if self.authority.maintain(self.clock()):
+        fresh_jwt = self.jwt.maintain(self.clock())
+        if self.authority.maintain(self.clock()) or fresh_jwt:
             self._refresh_bundle()
+
+    def expire(self) -> list[str]:
+        """End the identities and entries whose time has come. Returns them."""
+        with self.store.read() as tx:
+            if not leases.anything_due(tx, self.now):
+                return []
+        with self.store.write() as tx:
+            return leases.expire(tx, self.placements, self.entries, self.now)
+
+    # ---- registration entries
+
+    def create_entry(self, request: EntryCreate, actor: str) -> EntryInfo:
+        """Raises what `Entries.create` and `end_of` raise."""
+        check_known(request)
+        with self.store.write() as tx:
+            ends_at, ends_with = end_of(
+                tx, self.now, request.name, ends_at=request.ends_at, ends_in=request.ends_in, ends_with=request.ends_with
+            )
+            row = self.entries.create(tx, request, ends_at, ends_with, self.now, actor)
+            return self.entries.info(tx, row)
+
+    def list_entries(self) -> list[EntryInfo]:
+        with self.store.read() as tx:
+            return [self.entries.info(tx, row) for row in self.entries.all(tx)]
+
+    def delete_entry(self, entry_id: str, actor: str) -> EntryInfo:
+        """Raises NotFound."""
+        with self.store.write() as tx:
+            found = self.entries.info(tx, self.entries.get(tx, entry_id))
+            self.entries.delete(tx, entry_id, self.now, actor)
+            return found
 
     # ---- tokens
 
@@ -376,12 +418,30 @@ class Plane:
         row = self.placements.get(request.workload, request.instance)
         if caller.name not in {row.endpoint, row.target}:
             raise Refused("svid.not_here", f"{row.key} is not placed on {caller.name}")
+        self._check_life(row)
         addresses = self.trust_domain.overlay(row.overlay)
+        with self.store.read() as tx:
+            ttl = self.entries.ttl(tx, row.name, caller.name)
+        left = [x for x in (ttl, None if row.ends_at is None else row.ends_at - self.now) if x is not None]
         with self._issuing(caller.name):
             chain = self.authority.issue_workload(
-                request.csr, SpiffeId.parse(row.spiffe_id), addresses, self.clock()
+                request.csr, SpiffeId.parse(row.spiffe_id), addresses, self.clock(), lifetime=min(left, default=None)
             )
         return SvidReply(spiffe_id=row.spiffe_id, chain=chain, bundle=self.bundle)
+
+    def _check_life(self, row: InstanceRow) -> None:
+        """Raises Refused for an identity that is over."""
+        if row.state == "revoked" or (row.ends_at is not None and row.ends_at <= self.now):
+            raise Refused("svid.ended", f"{row.key} is over")
+
+    def jwt_svid(self, caller: EndpointRow, request: JwtRequest) -> JwtReply:
+        """A JWT-SVID of an instance that the calling endpoint holds. Raises Refused, BadInput ``jwt.audience``."""
+        row = self.placements.get(request.workload, request.instance)
+        if caller.name != row.endpoint or row.state not in {"active", "moving"}:
+            raise Refused("svid.not_here", f"{row.key} is not placed on {caller.name}")
+        self._check_life(row)
+        token, expires = self.jwt.sign(SpiffeId.parse(row.spiffe_id), request.audience, self.clock(), row.ends_at)
+        return JwtReply(spiffe_id=row.spiffe_id, token=token, expires=expires)
 
     def explain_for(
         self, caller: EndpointRow, src: str, dst: str, proto: str, port: int | None

@@ -19,6 +19,7 @@ from sqlalchemy.exc import IntegrityError
 from ca import audit, rows, schema
 from ca.desk import Desk
 from ca.enroll import RECOVERY_SECONDS
+from ca.entries import sign_for
 from ca.placements import Placements
 from ca.rows import EndpointRow, InstanceRow, TokenRow
 from ca.store import any_of
@@ -251,6 +252,7 @@ class Registry:
             if row.kind == "sidecar" and not rows.instances(tx, endpoint=name):
                 assert row.workload is not None
                 self._placements.place(tx, self._sidecar_instance(tx, row.workload, row.parent), row, now)
+            sign_for(self._desk, tx, name, now)
             audit.append(tx, now, actor, "enroll.finish", name, generation=row.generation)
             return row
 
@@ -351,6 +353,7 @@ class Registry:
         living = select(schema.endpoints.c.name).where(schema.endpoints.c.state == "enrolled")
         for name in tx.execute(living).scalars().all():
             self._sign(tx, rows.living_endpoint(tx, name), now)
+            sign_for(self._desk, tx, name, now)
 
     def revoke(self, name: str, now: int, actor: str) -> Revoked:
         """Revoke a host with its sidecars: certificates, tunnel keys and placements. Idempotent. Raises NotFound."""

@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from identity import certs, records
 from identity.errors import BadInput, NotVerified
 from identity.names import SpiffeId, TrustDomain
-from identity.records import BundleRecord, Payload, SignerChain, Taint
+from identity.records import BundleRecord, JwtAuthority, Payload, SignerChain, Taint
 from identity.revocation import BlockList, spki_hash
 
 P = TypeVar("P", bound=Payload)
@@ -33,6 +33,7 @@ class TrustBundle:
     envelope: str
     blocked: BlockList = field(default_factory=BlockList)
     tainted: tuple[Taint, ...] = ()
+    jwt_authorities: tuple[JwtAuthority, ...] = ()
 
     def verify(self, kind: type[P], envelope: str) -> P:
         """The payload of a record signed by a key of the kind's role. Raises NotVerified ``record.*``."""
@@ -116,7 +117,7 @@ def open_bundle(
         by_role[signer.role] += (_signer_key(signer, claimed_roots, trust_domain, now, barred),)
     return TrustBundle(
         trust_domain, record.sequence, record.issued, claimed_roots, by_role, envelope, BlockList.parse(record.revoked),
-        tuple(record.tainted),
+        tuple(record.tainted), tuple(record.jwt_authorities),
     )  # fmt: skip
 
 

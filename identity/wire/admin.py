@@ -7,6 +7,7 @@
     GET  /v1/workloads                    -> WorkloadList
     POST /v1/workloads/move    WorkloadMove   -> MoveReply
     POST /v1/workloads/revoke  WorkloadRef    -> Workload
+    POST /v1/workloads/life    WorkloadLife   -> Workload
     POST /v1/hosts/revoke      HostRef        -> Host
     POST /v1/policy        PolicyApply    -> PolicyReply
     GET  /v1/policy                       -> PolicyReply
@@ -79,6 +80,19 @@ class WorkloadAdd(Message):
     labels: dict[str, str] = {}
     fence: Literal["available", "strict"] = "available"
     replica: bool = False  # another instance of an identity that exists; its labels and fence are taken over
+    ends_at: int | None = Field(default=None, ge=0, le=1 << 40)  # seconds since the epoch
+    ends_in: int | None = Field(default=None, ge=1, le=1 << 30)  # seconds from now on the CA's clock
+    ends_with: str | None = Field(default=None, max_length=255)  # the workload whose end is its own
+
+
+class WorkloadLife(Message):
+    """Give an instance another end, or none."""
+
+    name: str = Field(max_length=255)
+    instance: int = Field(default=0, ge=0)
+    ends_at: int | None = Field(default=None, ge=0, le=1 << 40)
+    ends_in: int | None = Field(default=None, ge=1, le=1 << 30)
+    ends_with: str | None = Field(default=None, max_length=255)
 
 
 class WorkloadRef(Message):
@@ -105,6 +119,8 @@ class Workload(Message):
     state: Literal["unplaced", "active", "moving", "revoked"]
     addresses: list[str]
     fence: Literal["available", "strict"]
+    ends_at: int | None = None
+    ends_with: str | None = None
 
 
 class WorkloadList(Message):

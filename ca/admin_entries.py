@@ -1,0 +1,41 @@
+"""Administration of registration entries and of how long identities live."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from ca.http import body, reply
+from ca.principals import ACTOR
+from ca.service import Service
+from identity.wire.admin import WorkloadLife
+from identity.wire.entries import EntryCreate, EntryList, EntryRef
+
+
+def routes(service: Service) -> list[web.RouteDef]:
+    """The routes of this part."""
+    plane = service.plane
+
+    async def entries(_: web.Request) -> web.Response:
+        return reply(EntryList(entries=await service.read(plane.list_entries)))
+
+    async def create(request: web.Request) -> web.Response:
+        asked, actor = await body(request, EntryCreate), request[ACTOR]
+        done, _ = await service.change(lambda: plane.create_entry(asked, actor))
+        return reply(done)
+
+    async def remove(request: web.Request) -> web.Response:
+        asked, actor = await body(request, EntryRef), request[ACTOR]
+        done, _ = await service.change(lambda: plane.delete_entry(asked.id, actor))
+        return reply(done)
+
+    async def life(request: web.Request) -> web.Response:
+        asked, actor = await body(request, WorkloadLife), request[ACTOR]
+        row, _ = await service.change(lambda: plane.placements.set_life(asked, plane.now, actor))
+        return reply(service.workload(row))
+
+    return [
+        web.get("/v1/entries", entries),
+        web.post("/v1/entries", create),
+        web.post("/v1/entries/delete", remove),
+        web.post("/v1/workloads/life", life),
+    ]
