@@ -7,7 +7,7 @@ export RUSTFLAGS="-Cpasses=sancov-module -Cllvm-args=-sanitizer-coverage-level=4
 -Cllvm-args=-sanitizer-coverage-trace-compares -Ccodegen-units=1 --cfg fuzzing"
 target="$(rustc -vV | sed -n 's/^host: //p')"
 cargo build --quiet --release --locked --target "$target"
-for t in datagrams tun_read coalesce uapi command_line; do
+for t in datagrams handshake tun_read coalesce uapi command_line; do
   work="$(mktemp -d)"
   "target/$target/release/$t" -max_total_time="${SECONDS_EACH:-20}" -max_len=4096 -print_final_stats=1 \
     -artifact_prefix="$work/" "$work" "corpus/$t" 2>"$work/log" || { tail -30 "$work/log"; echo "$t: FAILED, input in $work"; exit 1; }

@@ -77,6 +77,9 @@ pub fn handshake(mut data: &[u8]) {
             *b ^= x;
         }
         if bytes[0] != TYPE_COOKIE {
+            // mac2 is looked at only under load.
+            let mac2 = bytes.len() - 16;
+            bytes[mac2..].fill(0);
             Sender::default().add_macs(net.now, &targets[1 - to], &mut bytes);
         }
         if bytes == genuine.bytes {
