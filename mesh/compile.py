@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv6Address, ip_address
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from identity.records import EndpointRecord, PlacementRecord, PolicyRecord
 from mesh.plan import (
@@ -31,9 +31,11 @@ from mesh.plan import (
 )
 from mesh.snapshot import InstanceKey, Snapshot, instance_key
 from policy.evaluate import matches, permitted
-from policy.model import Policy
 from policy.ports import NOTHING, PortMap
 from policy.program import Program, Selector, Subject
+
+if TYPE_CHECKING:
+    from policy.rollout import Staged
 
 __all__ = ["Changes", "Compiler", "LocalAttachment", "LocalFacts", "Plan", "compile_plan", "diff", "veth_name"]
 
@@ -133,17 +135,22 @@ def _selectors(program: Program) -> Iterable[Selector]:
     return found
 
 
-def _load(record: PolicyRecord) -> Policy:
+def _load(record: PolicyRecord) -> Staged:
     from policy.language import load
+    from policy.rollout import Canary, Staged
 
-    return load([(file.name, file.text) for file in record.files])
+    base, trial = load([(file.name, file.text) for file in record.files]), record.trial
+    if trial is None:
+        return Staged(base)
+    canary = Canary.of(trial.names, trial.labels, everybody=trial.everybody)
+    return Staged(base, load([(file.name, file.text) for file in trial.files]), canary)
 
 
 @dataclass(slots=True)
 class _Kept:
     """A loaded policy, its classes at one time, and the instant they change by themselves."""
 
-    policy: Policy
+    policy: Staged
     classes: Classes
     since: int | None
     until: int | None
@@ -158,7 +165,7 @@ class Compiler:
     """`compile_plan` with the compiled policies kept from call to call; the results are the same."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[tuple[tuple[str, str], ...], _Kept] = OrderedDict()
+        self._kept: OrderedDict[tuple[object, ...], _Kept] = OrderedDict()
 
     def classes(self, record: PolicyRecord, now: int | None = None) -> Classes:
         """The policy, compiled for `now`. Raises BadPolicy."""
@@ -169,14 +176,13 @@ class Compiler:
         return self._keep(record, now).until
 
     def _keep(self, record: PolicyRecord, now: int | None) -> _Kept:
-        from policy.compile import compile_policy, next_change
-
-        key = tuple((file.name, file.text) for file in record.files)
+        trial = None if record.trial is None else record.trial.model_dump_json()
+        key = (tuple((file.name, file.text) for file in record.files), trial)
         kept = self._kept.get(key)
         if kept is None or not kept.serves(now):
             policy = _load(record) if kept is None else kept.policy
-            until = None if now is None else next_change(policy, now)
-            kept = self._kept[key] = _Kept(policy, Classes(compile_policy(policy, now)), now, until)
+            until = None if now is None else policy.next_change(now)
+            kept = self._kept[key] = _Kept(policy, Classes(policy.program(now)), now, until)
             while len(self._kept) > _PROGRAMS:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
