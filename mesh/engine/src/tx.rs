@@ -151,6 +151,13 @@ impl Tx {
             core.want_handshake(&session.peer, self.now);
             return;
         };
+        if is_super && self.count > 0 {
+            // A superpacket spread over two sends would be two on the other side, too.
+            let room = count * (padded(self.segmenter.len(0), self.mtu) + OVERHEAD);
+            if self.len + room > MAX_SEND || self.count + count > MAX_SEGMENTS {
+                self.send(core, io, session);
+            }
+        }
         for i in 0..count {
             let (start, len) =
                 if is_super { (self.segmenter.prepare(i, buf), self.segmenter.len(i)) } else { (0, len) };
