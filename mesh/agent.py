@@ -23,6 +23,7 @@ def agent(
     stale_max: daemon.StaleOption = 12 * 3600.0,
     clean_on_exit: daemon.CleanOption = False,
     forget_epochs: daemon.ForgetOption = False,
+    broker: daemon.BrokerOption = None,
     log_level: daemon.LogOption = "info",
 ) -> None:
     """Run this host's part of the mesh: tunnels, firewall and identities, from the signed state of the CA.
@@ -39,7 +40,7 @@ def agent(
     asyncio.run(serve(AgentConfig(
         state_dir=state_dir, run_dir=run_dir, interface=daemon.check_interface(interface), listen_port=listen_port,
         device=daemon.check_device(device), engine=engine, mtu=mtu, clean_on_exit=clean_on_exit, forget_epochs=forget_epochs,
-        lease=lease, stale_max=stale_max,
+        lease=lease, stale_max=stale_max, broker=broker,
     )))  # fmt: skip
 
 

@@ -65,7 +65,9 @@ class Caller:
         Raises NotAttested.
         """
         try:
-            fd = os.open(f"/proc/{self.pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+            fd = netns.open_path(Path(f"/proc/{self.pid}/ns/net"))
+        except RetinueError:
+            raise NotAttested("attest.gone", "the calling process has ended or is in no namespace of ours") from None
         except PermissionError:
             raise NotAttested(
                 "attest.hidden", f"process {self.pid} may not be looked at", hint="the agent needs CAP_SYS_PTRACE"
@@ -137,7 +139,8 @@ def namespace_at(place: str) -> NamespaceId | None:
     The device tells a namespace from a file that merely has the inode number.
     """
     try:
-        found = os.stat(netns.path_of(place))
+        with netns.opened(place) as fd:
+            found = os.fstat(fd)
     except (OSError, RetinueError):
         return None
     return NamespaceId(found.st_dev, found.st_ino)

@@ -57,6 +57,12 @@ CleanOption = Annotated[
         "--clean-on-exit", envvar="RETINUE_CLEAN_ON_EXIT", help="Take the data plane down at the end."
     ),
 ]
+BrokerOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="PATH", envvar="RETINUE_BROKER", help="Socket of retinue-broker, which enters namespaces for an agent that is not root."
+    ),
+]
 ForgetOption = Annotated[
     bool,
     typer.Option(

@@ -26,6 +26,7 @@ from identity.errors import RetinueError, Unreachable
 from mesh.devices import Choice, Device, DeviceConfig, PeerState, after, choose, peer_changes
 from mesh.firewall import DeniedFlow, Firewall
 from mesh.host import HostNet
+from mesh.inside import Places
 from mesh.nft import Watcher
 from mesh.plan import Changes, Note, Plan, diff
 from mesh.snapshot import InstanceKey
@@ -43,7 +44,7 @@ class PlaneConfig:
     """private_key: returns the 32 raw bytes of the tunnel key, called only when a device needs them.
 
     run_dir: engine socket, pid file and log. on_event: called on the loop after the plane repaired itself or lost
-    something (see `Event`).
+    something (see `Event`). places: who works inside the namespaces of workloads; ourselves by default.
     """
 
     interface: str
@@ -54,6 +55,7 @@ class PlaneConfig:
     device: Choice = "auto"
     engine: Path | None = None
     on_event: Callable[[Event], None] | None = None
+    places: Places | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +95,7 @@ class DataPlane:
     def __init__(self, config: PlaneConfig) -> None:
         self.config = config
         self.firewall = Firewall(config.interface)
-        self.host = HostNet(config.interface, config.run_dir)
+        self.host = HostNet(config.interface, config.run_dir, config.places)
         self.plan: Plan | None = None  # the last one that was applied or attempted: what repairs lead to
         self._device: Device | None = None
         self._why = ""

@@ -17,30 +17,17 @@ from typing import Final, TypeVar
 
 from identity.errors import Bug, NotFound, RetinueError
 from identity.keys import write_file
+from identity.wire.broker import Side
 from mesh import netns
-from mesh.layout import LOCAL_RULE, TUNNEL_RULE, Layout, Pair, Rule, family_of, layout, rules
+from mesh.inside import GATEWAY4, GATEWAY6, GSO_MAX, INSIDE, Direct, Places, quiet_link
+from mesh.layout import LOCAL_RULE, TUNNEL_RULE, Layout, Pair, Rule, layout, rules
 from mesh.plan import Plan
 from mesh.rtnl import SCOPE_LINK, Netlink
 from mesh.snapshot import InstanceKey
 
 T = TypeVar("T")
 
-INSIDE: Final = "rtn0"  # the device of a workload in its namespace
-GATEWAY4: Final = "169.254.82.1"
-GATEWAY6: Final = "fe80::1"
-GSO_MAX: Final = 60_000  # bytes, as on the tunnel device: a larger superpacket would be cut up in software on its way there
 _ALIAS: Final = "retinue "
-
-
-def _quiet_link(name: str) -> None:
-    """Settings of a link of ours: no autoconfiguration, no redirects, routing through it in both families."""
-    for setting, value in (
-        ("disable_ipv6", "0"), ("accept_ra", "0"), ("autoconf", "0"), ("accept_redirects", "0"),
-        ("addr_gen_mode", "1"), ("dad_transmits", "0"),
-    ):  # fmt: skip
-        netns.sysctl(f"ipv6/conf/{name}/{setting}", value)
-    for setting, value in (("accept_redirects", "0"), ("send_redirects", "0"), ("arp_ignore", "8")):
-        netns.sysctl(f"ipv4/conf/{name}/{setting}", value)
 
 
 def _forwards(name: str) -> bool:
@@ -52,8 +39,9 @@ def _forwards(name: str) -> bool:
 class HostNet:
     """Makes the host look like the layout of the plan last applied. Work runs on a thread of its own."""
 
-    def __init__(self, interface: str, run_dir: Path) -> None:
+    def __init__(self, interface: str, run_dir: Path, places: Places | None = None) -> None:
         self.interface = interface
+        self._places = Direct() if places is None else places
         self.layout: Layout | None = None  # as far as it is carried out; None when that is not known
         self._before: Layout | None = None
         self._failed: set[str] = set()  # pairs that could not be made; the next plan tries them again
@@ -88,7 +76,7 @@ class HostNet:
             index = nl.index(self.interface)
             if index is None:
                 raise NotFound("host.no_link", f"the tunnel device {self.interface} is gone")
-            _quiet_link(self.interface)
+            quiet_link(self.interface)
             self._forwarding(self.interface)
             nl.link("set up the tunnel device", index, mtu=mtu, state="up")
 
@@ -152,17 +140,17 @@ class HostNet:
         if index is None:
             raise Bug("host.no_link", f"the link {pair.name} vanished")
         nl.link("name a link", index, ifalias=f"{self._alias}{pair.netns}"[:255])
-        _quiet_link(pair.name)
+        quiet_link(pair.name)
         self._forwarding(pair.name)
         nl.link("set up a link", index, mtu=want.mtu, gso_max_size=GSO_MAX, state="up")
         nl.address("add", index, GATEWAY4, scope=SCOPE_LINK)
         nl.address("add", index, GATEWAY6, length=64, scope=SCOPE_LINK)
-        netns.inside(pair.netns, lambda: _inside(want, pair, add=False))
+        self._places.configure(_side(want, pair), add=False)
 
     def _inside_there(self, pair: Pair) -> bool:
         """Is the other end of the pair still where it belongs?"""
         try:
-            return netns.inside(pair.netns, _inside_mac) == pair.inside_mac
+            return self._places.mac(pair.netns) == pair.inside_mac
         except RetinueError:
             return False
 
@@ -226,9 +214,8 @@ class HostNet:
         self._failed = bad
         return failed
 
-    @staticmethod
-    def _give_addresses(want: Layout, pair: Pair) -> None:
-        netns.inside(pair.netns, lambda: _inside(want, pair, add=True))
+    def _give_addresses(self, want: Layout, pair: Pair) -> None:
+        self._places.configure(_side(want, pair), add=True)
 
     # ---- settings of the whole namespace, with their undo
 
@@ -362,43 +349,9 @@ def _shared(nl: Netlink, number: int) -> set[Rule]:
     return {r for r in nl.read_rules(f"x{number}") if r.priority in {LOCAL_RULE, TUNNEL_RULE}}
 
 
-# ---- inside a namespace (runs on a thread that is there)
-
-
-def _inside_mac() -> str | None:
-    nl = Netlink()
-    try:
-        index = nl.index(INSIDE)
-        return None if index is None else nl.mac(index)
-    finally:
-        nl.close()
-
-
-def _inside(want: Layout, pair: Pair, *, add: bool) -> None:
-    """The workload's side: its link, and its addresses: others than the pair's go; the pair's come when `add`."""
-    nl = Netlink()
-    try:
-        link = nl.index(INSIDE)
-        if link is None:
-            raise NotFound("host.no_link", f"{pair.netns} has no {INSIDE}")
-        have = [a for a in nl.read_addresses(link) if not a.startswith("fe80:")]
-        for address in have:
-            if address not in pair.addresses:
-                nl.address("del", link, address)
-        loopback = nl.index("lo")
-        if loopback is not None:
-            nl.link("set up the loopback", loopback, state="up")
-        _quiet_link(INSIDE)
-        nl.link("set up a link", link, mtu=want.mtu, gso_max_size=GSO_MAX, state="up")
-        if not add:
-            return
-        for address in pair.addresses:
-            if address not in have:
-                nl.address("add", link, address)
-        for family, gateway in ((4, GATEWAY4), (6, GATEWAY6)):
-            source = next((a for a in pair.addresses if family_of(a) == family), None)
-            if source is not None:
-                nl.neighbour(link, gateway, pair.host_mac)
-                nl.gateway(family, want.overlay[family], gateway, link, source)
-    finally:
-        nl.close()
+def _side(want: Layout, pair: Pair) -> Side:
+    """The workload's end of a pair, as the one who configures it is told."""
+    return Side(
+        netns=pair.netns, addresses=list(pair.addresses), gateway_mac=pair.host_mac, mtu=want.mtu,
+        overlay4=want.overlay[4], overlay6=want.overlay[6],
+    )  # fmt: skip

@@ -23,7 +23,7 @@ CLONE_NEWNET: Final = 0x40000000  # linux/sched.h
 LOG_TAIL: Final = 4096  # bytes of a log shown in an error
 _MODULES: Final = {
     "retinue": "mesh.cli", "retinue-agent": "mesh.agent", "retinue-sidecar": "mesh.sidecar",
-    "retinue-engine": "mesh.engine_daemon", "retinue-gateway": "gateway.daemon", "retinue-ca": "ca.cli",
+    "retinue-broker": "mesh.broker", "retinue-engine": "mesh.engine_daemon", "retinue-gateway": "gateway.daemon", "retinue-ca": "ca.cli",
 }  # fmt: skip
 
 T = TypeVar("T")

@@ -34,23 +34,46 @@ def path_of(netns: str) -> Path:
     return NAMED / netns
 
 
+def open_here(path: Path) -> int:
+    """Open the file of a namespace with privileges of our own. Raises OSError."""
+    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+_opener: Callable[[Path], int] = open_here
+
+
+def open_with(opener: Callable[[Path], int]) -> None:
+    """From now on this process has namespaces opened by somebody who may (mesh/broker.py). Called once, at its start."""
+    global _opener
+    _opener = opener
+
+
+def open_path(path: Path) -> int:
+    """The namespace file at a path, opened by whom this process has for it. Raises OSError, RetinueError."""
+    return _opener(path)
+
+
+def is_network(fd: int) -> bool:
+    """Is it a network namespace, and no other file?"""
+    try:
+        return fcntl.ioctl(fd, _NS_GET_NSTYPE) == CLONE_NEWNET
+    except OSError:
+        return False
+
+
 @contextlib.contextmanager
 def opened(netns: str) -> Iterator[int]:
     """A file descriptor of the namespace. Raises NotFound, BadInput (something else), NoPrivilege."""
     path = path_of(netns)
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_path(path)
     except PermissionError:
         raise NoPrivilege("netns.privilege", f"may not open {path}", hint="run as root") from None
     except OSError as e:
         raise NotFound("netns.unknown", f"no network namespace {ascii(netns)[:80]}: {e.strerror}",
                        hint="see `ip netns list`, or give /proc/PID/ns/net of a running process") from None  # fmt: skip
     try:
-        try:
-            kind = fcntl.ioctl(fd, _NS_GET_NSTYPE)
-        except OSError:
-            kind = 0
-        if kind != CLONE_NEWNET:
+        if not is_network(fd):
             raise BadInput("netns.kind", f"{path} is not a network namespace")
         yield fd
     finally:
