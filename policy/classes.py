@@ -100,6 +100,7 @@ class Classes:
                     self._way[way] |= 1 << len(self.rules)
                 self.rules.append(rule)
                 self._tier_of.append(number)
+        self._recorded = sum(1 << bit for bit, rule in enumerate(self.rules) if rule.audit)
         self._index()
         self._numbers: dict[Key, int] = {}
         self._example: list[Subject] = []
@@ -109,8 +110,10 @@ class Classes:
         self._dst: list[int] = []
         self._about: list[int] = []
         self._isolated: list[dict[Direction, int]] = []
+        # bits of the audits it is a member of, of those it lies within, and of those it makes about a pair
+        self._audited: list[tuple[int, int, int]] = []
         self._parts: set[int] = set()  # classes of outside subjects that the program does not cut
-        self._ports: dict[tuple[int, int, int], PortMap] = {}
+        self._ports: dict[tuple[int, int, int, Action], PortMap] = {}
         self._pairs: dict[tuple[int, int], PortMap] = {}
         self._selected: dict[Selector, int] = defaultdict(int)  # selector -> bits of the classes it selects
         for subject in subjects:
@@ -132,7 +135,8 @@ class Classes:
                 self._as_about[rule.concerns] |= 1 << bit
         selectors = list(dict.fromkeys((*self._as_src, *self._as_dst, *self._as_about)))
         isolating = [s for tier in program.tiers for s in tier.isolates.values()]
-        self._reads = _Reads((*selectors, *isolating))
+        audits = [s for a in program.audits for s in (a.members, a.within, a.concerns) if s is not None]
+        self._reads = _Reads((*selectors, *isolating, *audits, program.held))
         count = Counter(leaf for s in selectors for leaves in _needs(s) for leaf in leaves)
         self._by_leaf: dict[_Leaf, list[Selector]] = defaultdict(list)
         self._always: list[Selector] = []
@@ -213,7 +217,19 @@ class Classes:
         self._dst.append(dst)
         self._about.append(about | self._unbound)
         self._isolated.append(isolated)
+        self._audited.append(self._audits_of(subject))
         return number
+
+    def _audits_of(self, subject: Subject) -> tuple[int, int, int]:
+        if subject.nets or not self.program.audits or matches(self.program.held, subject):
+            return 0, 0, 0
+        members = within = about = 0
+        for bit, audit in enumerate(self.program.audits):
+            if audit.within is None or matches(audit.within, subject):
+                within |= 1 << bit
+                members |= (1 << bit) if matches(audit.members, subject) else 0
+            about |= (1 << bit) if audit.concerns is None or matches(audit.concerns, subject) else 0
+        return members, within, about
 
     def _candidates(self, subject: Subject) -> Iterator[Selector]:
         yield from self._always
@@ -233,9 +249,21 @@ class Classes:
     def _between(self, one: int, other: int) -> PortMap:
         if any(self._example[end].nets and end not in self._parts for end in (one, other)):
             return permitted(self.program, self._example[one], self._example[other])
-        hits = self._src[one] & self._dst[other] & (self._about[one] | self._about[other])
+        found = self._decided(one, other, self.program.default)
+        members, within, about = self._audited[one]
+        others, around, also = self._audited[other]
+        members, others = members & (about | also), others & (about | also)
+        # As policy.evaluate.covered has it: one audit of both, or of one end where the two know each other.
+        if members & others or (
+            (members & around or others & within) and (found or self._decided(other, one, self.program.default))
+        ):
+            found = found | self._decided(one, other, Action.ALLOW)
+        return found
+
+    def _decided(self, one: int, other: int, default: Action) -> PortMap:
+        hits = self._src[one] & self._dst[other] & (self._about[one] | self._about[other]) & ~self._recorded
         leave, enter = self._isolated[one]["egress"], self._isolated[other]["ingress"]
-        key = (hits, leave, enter)
+        key = (hits, leave, enter, default)
         if key not in self._ports:
             rules: list[list[Rule]] = [[] for _ in self.program.tiers]
             for bit in bits(hits):
@@ -248,7 +276,7 @@ class Classes:
                     )
                     for n, tier in enumerate(self.program.tiers)
                 )
-                ports = ports_of(found, self.program.default)
+                ports = ports_of(found, default)
                 out = ports if out is None else out & ports
             assert out is not None
             self._ports[key] = out
@@ -260,13 +288,13 @@ class Classes:
 
     def targets(self, number: int) -> Iterator[int]:
         """Classes with members that a class may send something to."""
-        for other in bits(self._reachable(self._src[number], "dst")):
+        for other in bits(self._reachable(self._src[number], "dst") | self._acquainted(number, "src")):
             if self.members[other] and self.between(number, other):
                 yield other
 
     def sources(self, number: int) -> Iterator[int]:
         """Classes with members that may send something to a class."""
-        for other in bits(self._reachable(self._dst[number], "src")):
+        for other in bits(self._reachable(self._dst[number], "src") | self._acquainted(number, "dst")):
             if self.members[other] and self.between(other, number):
                 yield other
 
@@ -283,6 +311,14 @@ class Classes:
                 if out == everybody:
                     break
         return out | self._outside()
+
+    def _acquainted(self, number: int, end: str) -> int:
+        """Bits of the classes that an audit may hold open towards a class, from whose side nothing is allowed."""
+        members, within, _ = self._audited[number]
+        if not within:
+            return 0
+        back = self._reachable(self._dst[number], "src") if end == "src" else self._reachable(self._src[number], "dst")
+        return back | sum(1 << n for n, (theirs, _, _) in enumerate(self._audited) if theirs & members)
 
     def _outside(self) -> int:
         return sum(1 << n for n, s in enumerate(self._example) if s.nets) if self._reads.nets else 0

@@ -1,16 +1,29 @@
 """Policy -> Program: one guardrail tier, top-down by scope, then one segment tier where deny beats allow, then default deny.
 
 Time is an argument: rules whose window is closed or whose grant has ended are left out. Whoever compiles must compile
-again at `next_change`. Without a time the narrowest reading holds: nothing that depends on time allows, all of it denies.
+again at `next_change`. Without a time the narrowest reading holds: nothing that depends on time allows, all of it denies,
+and no audit runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from policy.model import Consent, Policy, PolicyRule, Segment
-from policy.program import Action, Everything, Program, Rule, Selector, Tier, Under
+from policy.program import (
+    Action,
+    Alert,
+    AnyOf,
+    Audit,
+    Everything,
+    Nothing,
+    Program,
+    Rule,
+    Selector,
+    Tier,
+    Under,
+)
 from policy.selectors import both, inside
 from policy.windows import show_instant
 
@@ -27,20 +40,64 @@ class Inactive:
     guardrail: bool = False
 
 
-def compile_policy(policy: Policy, now: int | None = None, running: Collection[str] | None = None) -> Program:
+def compile_policy(
+    policy: Policy, now: int | None = None, running: Collection[str] | None = None, *, audit: bool = True
+) -> Program:
     """The program in force at `now` (seconds since the epoch).
 
     running: names of the workloads that exist, for grants that end with one; without it such grants are not in force.
+    audit:   False for the program as if every audit had ended: what tests, lints and replays judge.
     """
+    clock = now if audit else None
     guardrails = sorted(
         (g for g in policy.guardrails if _closed(g.rule, now) is None),
         # Ancestors first; in one scope deny beats pass; the id only settles which of two equal denies is named.
         key=lambda g: (g.scope.count("/") + bool(g.scope), g.rule.action is not Action.DENY, g.rule.id),
     )
-    first = tuple(_rule(g.rule, g.rule.src, g.rule.dst, _under(g.scope)) for g in guardrails)
-    rest = sorted((r for r, reason in _segment_tier(policy, now, running) if not reason), key=lambda r: r.id)
+    first = tuple(
+        _rule(g.rule, g.rule.src, g.rule.dst, _under(g.scope), audit=_audits(g.rule, clock)) for g in guardrails
+    )
+    rest = sorted(
+        (r for r, reason in _segment_tier(policy, now, running, clock) if not reason), key=lambda r: r.id
+    )
     tiers = (Tier(GUARDRAILS, first, order="first-match"),) if first else ()
-    return Program((*tiers, Tier(SEGMENTS, tuple(rest))), digest=policy.digest)
+    audits = tuple(_audit(s) for s in policy.segments if auditing(s, clock))
+    return Program(
+        (*tiers, Tier(SEGMENTS, tuple(rest))), digest=policy.digest, audits=audits,
+        held=_held(policy, clock) if audits else Nothing(), alerts=_alerts(policy),
+    )  # fmt: skip
+
+
+def auditing(segment: Segment, now: int | None) -> bool:
+    """Does the segment audit at `now`? From its end date on it enforces, and so does one without members."""
+    if segment.mode != "audit" or segment.members is None or segment.audit_until is None:
+        return False
+    return now is not None and now < segment.audit_until
+
+
+def _audits(rule: PolicyRule, now: int | None) -> bool:
+    return rule.action is Action.DENY and rule.audit_until is not None and now is not None and now < rule.audit_until
+
+
+def _audit(segment: Segment) -> Audit:
+    assert segment.members is not None
+    assert segment.audit_until is not None
+    return Audit(segment.name, segment.members, segment.audit_until, _under(segment.scope), segment.where)
+
+
+def _held(policy: Policy, now: int | None) -> Selector:
+    """Members of segments that enforce; rules without members speak for nobody."""
+    holding = [s for s in policy.segments if s.members is not None and s.mode != "draft" and not auditing(s, now)]
+    terms = tuple(dict.fromkeys(both(s.members, _under(s.scope)) for s in holding))
+    return AnyOf(terms) if terms else Nothing()
+
+
+def _alerts(policy: Policy) -> tuple[Alert, ...]:
+    return tuple(
+        Alert(s.name, both(s.members or Everything(), _under(s.scope)), s.alert.sink, s.alert.collapse)
+        for s in policy.segments
+        if s.alert is not None and s.mode != "draft"
+    )
 
 
 def inactive(
@@ -64,15 +121,23 @@ def next_change(policy: Policy, now: int) -> int | None:
     for rule in policy.rules():
         if rule.window is not None and (change := rule.window.next_change(now)) is not None:
             instants.append(change)
+        if rule.audit_until is not None:
+            instants.append(rule.audit_until)
+    instants += [s.audit_until for s in policy.segments if s.audit_until is not None]
     return min((instant for instant in instants if instant > now), default=None)
 
 
 def _segment_tier(
-    policy: Policy, now: int | None, running: Collection[str] | None
+    policy: Policy, now: int | None, running: Collection[str] | None, clock: int | None = None
 ) -> Iterator[tuple[Rule, str | None]]:
     for segment in policy.segments:
+        whole = auditing(segment, clock)
         for rule in segment.rules:
-            yield _segment_rule(segment, rule), _off(segment, rule) or _closed(rule, now)
+            audit = _audits(rule, clock) or (whole and rule.action is Action.DENY)
+            made = _segment_rule(segment, rule, audit)
+            if whole and (made.processes or made.max_rate is not None):
+                made = replace(made, processes=(), max_rate=None)  # an audit holds nothing back
+            yield made, _off(segment, rule) or _closed(rule, now)
     for grant in policy.grants:
         rule, under = grant.rule, _under(grant.scope)
         reason = _closed(rule, now) or _ended(grant.not_before, grant.not_after, now)
@@ -91,18 +156,19 @@ def _segment_tier(
                 yield _consented(offer, accept), None
 
 
-def _segment_rule(segment: Segment, rule: PolicyRule) -> Rule:
+def _segment_rule(segment: Segment, rule: PolicyRule, audit: bool) -> Rule:
     under = _under(segment.scope)
     concerns = both(segment.members, under) if segment.members is not None or under is not None else None
     if rule.action is Action.ALLOW and under is not None:
         # Nobody opens a door of somebody else's scope: both ends are inside, whatever the selectors say.
         return _rule(rule, both(rule.src, under), both(rule.dst, under), concerns)
-    return _rule(rule, rule.src, rule.dst, concerns)
+    return _rule(rule, rule.src, rule.dst, concerns, audit=audit)
 
 
-def _rule(rule: PolicyRule, src: Selector, dst: Selector, concerns: Selector | None) -> Rule:
+def _rule(rule: PolicyRule, src: Selector, dst: Selector, concerns: Selector | None, *, audit: bool = False) -> Rule:
     narrowed = None if isinstance(concerns, Everything) else concerns
-    return Rule(rule.id, rule.action, src, dst, rule.ports, rule.where, rule.why, concerns=narrowed)
+    return Rule(rule.id, rule.action, src, dst, rule.ports, rule.where, rule.why, concerns=narrowed, audit=audit,
+                max_rate=rule.max_rate, processes=rule.processes)  # fmt: skip
 
 
 def agree(offer: Consent, accept: Consent) -> bool:

@@ -10,6 +10,12 @@ Who a selector matches:
     Not, AllOf, AnyOf              plain Boolean algebra over the above (an empty AllOf is true, an empty AnyOf false)
 An outside subject whose addresses a program treats differently is decided part by part: what is permitted is what is
 permitted to every part, and a denial names the first part that is denied.
+
+Audit. What enforcement would say comes first (`strict`). A denial of it is only recorded, and the flow is allowed, when
+    the rules that are not in audit allow the flow, or
+    they deny it by default alone and an audit covers the pair (`covered`): both ends are members of one auditing segment,
+    or one end is and the rules permit the two something already; and neither end is a member of an enforcing segment.
+So an audit never makes two workloads acquainted of which neither rules nor a common segment say anything.
 """
 
 from __future__ import annotations
@@ -25,6 +31,7 @@ from policy.program import (
     Action,
     AllOf,
     AnyOf,
+    Audit,
     Direction,
     Everything,
     Exists,
@@ -32,6 +39,7 @@ from policy.program import (
     Named,
     Nets,
     Not,
+    Process,
     Program,
     Rule,
     Selector,
@@ -39,6 +47,7 @@ from policy.program import (
     Tier,
     Under,
 )  # fmt: skip
+from policy.windows import show_instant
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +58,7 @@ class Decision:
     reason:    one sentence for people
     direction: the direction that decided (for an allow: the one whose rule is named)
     tier:      the tier that decided, empty for the program's default
+    would:     the denial that enforcement would give, for a flow that is allowed only while something audits
     """
 
     verdict: Literal["allow", "deny"]
@@ -57,10 +67,22 @@ class Decision:
     digest: str
     direction: Direction
     tier: str = ""
+    would: Decision | None = None
 
     @property
     def allowed(self) -> bool:
         return self.verdict == "allow"
+
+    @property
+    def audited(self) -> bool:
+        """Is it allowed only because something audits?"""
+        return self.would is not None
+
+    @property
+    def by(self) -> str:
+        """What decided, in one word: the rule's id, ``tier NAME`` or ``default``; for an audited flow what would deny it."""
+        one = self.would or self
+        return one.rule.id if one.rule is not None else f"tier {one.tier}" if one.tier else "default"
 
 
 def matches(selector: Selector, subject: Subject) -> bool:
@@ -155,14 +177,123 @@ def ports_of(found: Iterable[TierMatch], default: Action) -> PortMap:
 
 
 def permitted(program: Program, src: Subject, dst: Subject) -> PortMap:
-    """Everything that `src` may send to `dst`: both directions must allow it."""
+    """Everything that is forwarded from `src` to `dst`: both directions must allow it, or only an audit holds it open."""
+    firm = in_force(program)
+    out = _permitted(firm, src, dst, firm.default)
+    if program.audits and covered(program, src, dst):
+        out = out | _permitted(firm, src, dst, Action.ALLOW)
+    return out
+
+
+def enforced(program: Program, src: Subject, dst: Subject) -> PortMap:
+    """What `src` may send to `dst` once every audit has ended; the rest of `permitted` is recorded."""
+    return _permitted(program, src, dst, program.default)
+
+
+def _permitted(program: Program, src: Subject, dst: Subject, default: Action) -> PortMap:
     out = ANYTHING
     for one, other in _parts(program, src, dst):
         for direction in BOTH:
-            out = out & ports_of(matching(program, direction, one, other), program.default)
+            out = out & ports_of(matching(program, direction, one, other), default)
             if not out:
                 return out
     return out
+
+
+def covered(program: Program, src: Subject, dst: Subject) -> Audit | None:
+    """The audit that holds the pair open where the rules deny by default alone."""
+    if src.nets or dst.nets or matches(program.held, src) or matches(program.held, dst):
+        return None
+    known: bool | None = None
+    for audit in program.audits:
+        if audit.within is not None and not (matches(audit.within, src) and matches(audit.within, dst)):
+            continue
+        if audit.concerns is not None and not (matches(audit.concerns, src) or matches(audit.concerns, dst)):
+            continue
+        one, other = matches(audit.members, src), matches(audit.members, dst)
+        if one and other:
+            return audit
+        if one or other:
+            if known is None:
+                firm = in_force(program)
+                known = any(_permitted(firm, *ends, firm.default) for ends in ((src, dst), (dst, src)))
+            if known:
+                return audit
+    return None
+
+
+def strict(program: Program) -> Program:
+    """The program without its audits: every denial is one."""
+    tiers = tuple(
+        replace(t, rules=tuple(replace(r, audit=False) if r.audit else r for r in t.rules)) if _audited(t) else t
+        for t in program.tiers
+    )
+    return replace(program, tiers=tiers, audits=())
+
+
+def in_force(program: Program) -> Program:
+    """The rules that hold now: without those that are only recorded."""
+    global _firm  # a memo by identity; programs are immutable
+    if _firm is not None and _firm[0] is program:
+        return _firm[1]
+    firm = program
+    if any(_audited(tier) for tier in program.tiers):
+        tiers = (replace(t, rules=tuple(r for r in t.rules if not r.audit)) for t in program.tiers)
+        firm = replace(program, tiers=tuple(tiers))
+    _firm = program, firm
+    return firm
+
+
+_firm: tuple[Program, Program] | None = None
+
+
+def _audited(tier: Tier) -> bool:
+    return any(rule.audit for rule in tier.rules)
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A condition on part of what a pair may use: a ceiling in bytes a second, or processes at the source."""
+
+    rule: str
+    ports: PortMap
+    max_rate: int | None = None
+    processes: tuple[Process, ...] = ()
+
+
+def bounds(program: Program, src: Subject, dst: Subject) -> tuple[Bound, ...]:
+    """Conditions on what `permitted` gives. The ports of ceilings are disjoint, and so are those of processes.
+
+    The lowest ceiling of the rules that allow a port holds. A port that some rule allows to every process is bound to
+    none, otherwise to the processes of all its rules together.
+    """
+    found = [
+        r
+        for t in in_force(program).tiers
+        for r in t.rules
+        if r.action is Action.ALLOW and applies(r, "egress", src, dst)
+    ]
+    if not any(r.max_rate is not None or r.processes for r in found):
+        return ()
+    out: list[Bound] = []
+    left = ANYTHING
+    for rule in sorted((r for r in found if r.max_rate is not None), key=lambda r: (r.max_rate, r.id)):
+        if ports := rule.ports & left:
+            out.append(Bound(rule.id, ports, rule.max_rate))
+            left = left - ports
+    free = union(r.ports for r in found if not r.processes)
+    parts: list[Bound] = []
+    for rule in sorted((r for r in found if r.processes), key=lambda r: r.id):
+        ports, made = rule.ports - free, []
+        for part in parts:
+            if shared := part.ports & ports:
+                together = tuple(sorted({*part.processes, *rule.processes}))
+                made.append(Bound(f"{part.rule}+{rule.id}", shared, None, together))
+            if rest := part.ports - ports:
+                made.append(replace(part, ports=rest))
+            ports = ports - part.ports
+        parts = [*made, *([Bound(rule.id, ports, None, rule.processes)] if ports else [])]
+    return (*out, *parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +338,26 @@ def evaluate(program: Program, src: Subject, dst: Subject, proto: int, port: int
     Without a port, tcp, udp and sctp ask "any port at all?": allowed when one port is.
     """
     proto = ICMP if proto == ICMPV6 else proto
+    verdict = _evaluate(program, src, dst, proto, port)
+    if verdict.allowed or not possible(proto, port):
+        return verdict
+    firm = in_force(program)
+    if firm is program and not program.audits:
+        return verdict
+    if port is None and proto in PORTED and (bits := permitted(program, src, dst).bits(proto)):
+        port = next(ranges(bits))[0]
+    now = verdict if firm is program else _evaluate(firm, src, dst, proto, port)
+    if now.allowed:
+        return replace(now, reason=f"audit: {now.reason}; would be denied: {verdict.reason}", would=verdict)
+    # Denied now by default alone? Then nothing but the default keeps it from being allowed.
+    open_end = None if now.rule or now.tier else _evaluate(replace(firm, default=Action.ALLOW), src, dst, proto, port)
+    if open_end is not None and open_end.allowed and (audit := covered(program, src, dst)) is not None:
+        reason = f"audit of segment {audit.segment} until {show_instant(audit.until)}: would be denied: {verdict.reason}"
+        return Decision("allow", None, reason, program.digest, now.direction, "", verdict)
+    return now
+
+
+def _evaluate(program: Program, src: Subject, dst: Subject, proto: int, port: int | None) -> Decision:
     flow = f"{src.name} -> {dst.name} {show_flow(proto, port)}"
     if not possible(proto, port):
         return Decision("deny", None, f"no such protocol or port: {flow}", program.digest, "egress")

@@ -12,7 +12,7 @@ from typing import Literal
 
 from policy.compile import GUARDRAILS, SEGMENTS, Inactive
 from policy.document import quote
-from policy.evaluate import Decision, evaluate, matches, possible, show_flow
+from policy.evaluate import Decision, evaluate, matches, possible, show_flow, strict
 from policy.ports import ICMP, ICMPV6, PortMap, single
 from policy.program import (
     BOTH,
@@ -118,6 +118,9 @@ def explain(
     decision = evaluate(program, src, dst, proto, port)
     if not possible(proto, port):
         return Explanation(decision, (), ())
+    if decision.audited:
+        # What is asked is what to do before the audit ends.
+        return replace(explain(strict(program), src, dst, proto, port, asleep=asleep), decision=decision)
     near, candidates = _nearly(program, decision, src, dst, proto, port)
     for one in asleep:
         if (
@@ -400,6 +403,8 @@ def to_json(found: Explanation) -> dict[str, object]:
         "where": str(decision.rule.where) if decision.rule and decision.rule.where else None,
         "tier": decision.tier,
         "direction": decision.direction,
+        "audited": decision.audited,
+        "would_be_denied_by": decision.by if decision.audited else None,
         "digest": decision.digest,
         "near_misses": [
             {"rule": m.rule.id, "where": str(m.rule.where) if m.rule.where else None, "failed": m.failed}

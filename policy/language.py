@@ -1,14 +1,16 @@
 """The policy language: YAML files in, one checked Policy out, or BadPolicy with file:line:column, a code and a hint.
 
 Several files form one policy and their order never matters. Everything is resolved here (groups, services, scopes), so
-that nothing later can fail on what a person wrote. What is part of the language but not enforced by any data plane yet
+that nothing later can fail on what a person wrote. What is part of the language but not enforced by any data plane
 is checked like the rest and then refused with ``policy.not_enforced``: never silently accepted.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from typing import Final, Literal
 
 from identity.errors import BadInput, BadPolicy
@@ -16,20 +18,23 @@ from identity.labels import KEY, VALUE
 from identity.names import workload_path
 from policy.document import Node, parse
 from policy.model import (
+    AlertOn,
     Budget,
     Consent,
     FlowTest,
     Grant,
     Guardrail,
+    Idle,
     Mode,
     Policy,
     PolicyRule,
     ReachTest,
+    Review,
     Segment,
     Service,
 )
 from policy.ports import ANYTHING, NAMES, union
-from policy.program import Action, Everything, Selector
+from policy.program import Action, Everything, Process, Selector
 from policy.selectors import (
     NAME,
     WORDS,
@@ -50,6 +55,14 @@ TOP: Final = frozenset({
 })  # fmt: skip
 RULE_KEYS: Final = frozenset({"id", "from", "to", "on", "why", "when", "mode", "max_rate"})
 _LATER: Final = "remove it; it will be accepted once it is enforced"
+SINKS: Final = frozenset({"page", "log", "webhook"})
+COLLAPSE: Final = 60  # seconds, without `collapse`
+_RATE: Final = re.compile(r"([0-9]{1,9})([kMG]?)bit(?:/s)?")
+_RATE_UNITS: Final = {"": 1, "k": 1_000, "M": 1_000_000, "G": 1_000_000_000}
+MIN_RATE: Final = 8_000  # bits a second
+MAX_RATE: Final = 1_000_000_000_000
+_CGROUP: Final = re.compile(r"[A-Za-z0-9:_.@\\-]{1,128}(?:/[A-Za-z0-9:_.@\\-]{1,128}){0,15}")
+_UID_MAX: Final = (1 << 32) - 2
 
 
 def digest(files: Sequence[tuple[str, str]]) -> str:
@@ -88,6 +101,8 @@ class _Loader:
         self.consents: list[Consent] = []
         self.tests: list[FlowTest | ReachTest] = []
         self.owners: dict[str, tuple[str, ...]] = {}
+        self.reviews: list[Review] = []
+        self.idle: list[Idle] = []
 
     def load(self, files: Sequence[tuple[str, str]]) -> Policy:
         tops = [self._top(name, text) for name, text in files]
@@ -117,6 +132,8 @@ class _Loader:
             grants=tuple(sorted(self.grants, key=lambda g: g.rule.id)),
             consents=tuple(sorted(self.consents, key=lambda c: (c.scope, str(c.where)))),
             tests=tuple(self.tests),
+            reviews=tuple(sorted(self.reviews, key=lambda r: (r.scope, str(r.where)))),
+            idle=tuple(sorted(self.idle, key=lambda i: (i.scope, str(i.where)))),
         )
 
     def _top(self, name: str, text: str) -> tuple[str, dict[str, Node]]:
@@ -211,17 +228,16 @@ class _Loader:
             self.owners[scope] = tuple(sorted({*self.owners.get(scope, ()), *words}))
         if "review" in top:
             fields = top["review"].mapping("review", {"approvals", "paths"}, {"approvals"})
-            fields["approvals"].integer("approvals", 1, 20)
-            for one in fields["paths"].sequence("paths") if "paths" in fields else ():
-                one.scalar("a path")
-            self.names.not_enforced(top["review"], "a number of approvals", _LATER)
+            approvals = fields["approvals"].integer("approvals", 1, 20)
+            paths = [one.scalar("a path") for one in (fields["paths"].sequence("paths") if "paths" in fields else ())]
+            self.reviews.append(Review(scope, approvals, tuple(paths), where(top["review"])))
         if "idle" in top:
             fields = top["idle"].mapping("idle", {"keep_membership", "on_return"})
-            if "keep_membership" in fields:
-                _duration(fields["keep_membership"])
+            keep = _duration(fields["keep_membership"]) if "keep_membership" in fields else None
+            back = "reattest_then_current_policy"  # the only one: nobody comes back with an old policy
             if "on_return" in fields:
-                _one_of(fields["on_return"], "on_return", {"reattest_then_current_policy"})
-            self.names.not_enforced(top["idle"], "handling of idle workloads", _LATER)
+                back = _one_of(fields["on_return"], "on_return", {back})
+            self.idle.append(Idle(scope, keep, back, where(top["idle"])))
         each: tuple[tuple[str, Callable[[str, Node], None]], ...] = (
             ("guardrails", self._guardrail), ("segments", self._segment), ("grants", self._grant),
             ("offers", self._consent("offer")), ("accepts", self._consent("accept")), ("tests", self._test),
@@ -268,18 +284,24 @@ class _Loader:
             else None
         )
         mode, until = self._mode(fields["mode"]) if "mode" in fields else ("enforce", None)
+        if mode == "audit" and members is None:
+            raise node.bad(
+                "policy.audit_members",
+                f"the segment {name} audits but names no members",
+                hint='add members: an audit forwards what they send and get, so it never means everybody by silence; '
+                     'write members: "*" for that',
+            )  # fmt: skip
         rules = []
         for kind in ("allow", "deny"):
             nodes = fields[kind].sequence(kind) if kind in fields and not fields[kind].null else []
             for one in nodes:
                 body = one.mapping(f"a rule of {name}", RULE_KEYS, {"id", "from", "to", "on"})
                 rules.append(self._rule(scope, one, body, Action(kind), body["id"]))
-        if "alert" in fields:
-            self._alert(fields["alert"])
+        alert = self._alert(fields["alert"]) if "alert" in fields else None
         self.segments.append(
             Segment(
                 name, scope, members, mode, tuple(sorted(rules, key=lambda r: r.id)), where(fields["name"]), until,
-                self._budget(fields.get("budget")), "sensitive" in fields and _boolean(fields["sensitive"]),
+                self._budget(fields.get("budget")), "sensitive" in fields and _boolean(fields["sensitive"]), alert,
             )
         )  # fmt: skip
 
@@ -294,16 +316,13 @@ class _Loader:
                 )
             return ("draft", None) if word == "draft" else ("enforce", None)
         value = node.mapping("mode", {"audit_until"}, {"audit_until"})["audit_until"]
-        until = _instant(value)
-        self.names.not_enforced(node, "audit mode", "use mode: draft to test the segment, or enforce")
-        return "audit", until
+        return "audit", _instant(value)
 
-    def _alert(self, node: Node) -> None:
+    def _alert(self, node: Node) -> AlertOn:
         fields = node.mapping("alert", {"on_deny", "collapse"}, {"on_deny"})
-        _one_of(fields["on_deny"], "on_deny", {"page", "log", "webhook"})
-        if "collapse" in fields:
-            _duration(fields["collapse"])
-        self.names.not_enforced(node, "alerting per segment", _LATER)
+        # A name, never an address: where it leads is said on each host alone.
+        sink = _one_of(fields["on_deny"], "on_deny", SINKS)
+        return AlertOn(sink, _duration(fields["collapse"]) if "collapse" in fields else COLLAPSE)
 
     def _budget(self, node: Node | None) -> Budget:
         if node is None:
@@ -335,13 +354,12 @@ class _Loader:
             value = fields["until"].mapping("until", {"workload_ends"}, {"workload_ends"})["workload_ends"]
             ends = value.scalar("workload_ends")
             positioned(value, workload_path, ends)
-            self.names.not_enforced(fields["until"], "an end condition", "use not_after: with a time")
+        approvers: tuple[str, ...] = ()
         if "approved_by" in fields:
-            for one in fields["approved_by"].one_or_more("approved_by"):
-                one.scalar("an approver")
-            self.names.not_enforced(fields["approved_by"], "approval of a grant", "say who agreed in why:")
+            nodes = fields["approved_by"].one_or_more("approved_by")
+            approvers = tuple(one.scalar("an approver") for one in nodes)
         rule = self._rule(scope, node, fields, Action.ALLOW, fields["id"], "grant:")
-        self.grants.append(Grant(scope, rule, before, after, ends))
+        self.grants.append(Grant(scope, rule, before, after, ends, approvers))
 
     def _consent(self, kind: Literal["offer", "accept"]) -> Callable[[str, Node], None]:
         own, peer = ("from", "to") if kind == "offer" else ("to", "from")
@@ -385,7 +403,8 @@ class _Loader:
                 "policy.duplicate", f"the id {rule_id} is used twice (first at {first.file}:{first.line})"
             )
         self.ids[rule_id] = name
-        src = self.names.selector(fields["from"], scope, "from")
+        from_node, processes = self._processes(fields["from"], action)
+        src = self.names.selector(from_node, scope, "from")
         dst = self.names.selector(fields["to"], scope, "to")
         if action is Action.ALLOW:
             self._inside(scope, fields["from"], src)
@@ -400,10 +419,12 @@ class _Loader:
             )
         ports = self.names.ports(fields["on"], scope, "on") if "on" in fields else ANYTHING
         why = fields["why"].scalar("why") if "why" in fields else ""
-        mode = self._mode(fields["mode"])[0] if "mode" in fields else "enforce"
+        mode, until = self._mode(fields["mode"]) if "mode" in fields else ("enforce", None)
+        rate = None
         if "max_rate" in fields:
-            fields["max_rate"].scalar("max_rate")
-            self.names.not_enforced(fields["max_rate"], "a rate ceiling", _LATER)
+            rate = _rate(fields["max_rate"])
+            if action is not Action.ALLOW:
+                raise fields["max_rate"].bad("policy.rate", f"a {action} has no rate", hint="a ceiling belongs to an allow")
         window = self._window(fields["when"]) if "when" in fields else None
         words = (
             node_text(fields["from"]),
@@ -411,8 +432,22 @@ class _Loader:
             node_text(fields["on"]) if "on" in fields else "any",
         )
         return PolicyRule(
-            prefix + rule_id, action, src, dst, ports, where(node), why[:400], window, mode, words
+            prefix + rule_id, action, src, dst, ports, where(node), why[:400], window, mode, words, until, rate, processes
         )
+
+    def _processes(self, node: Node, action: Action) -> tuple[Node, tuple[Process, ...]]:
+        """`from` without its process constraint, and the constraint."""
+        if node.kind != "map" or "process" not in node.entries:
+            return node, ()
+        key_node, value = node.entries["process"]
+        if action is not Action.ALLOW:
+            raise key_node.bad("policy.process", f"a {action} cannot depend on the process",
+                               hint="a process can be left out by allowing only the others")  # fmt: skip
+        rest = {key: pair for key, pair in node.entries.items() if key != "process"}
+        if not rest:
+            raise node.bad("policy.empty_selector", "from names a process but no workload", hint="add a group or labels")
+        found = tuple(sorted({_process(one) for one in value.one_or_more("process")}))
+        return replace(node, entries=rest), found
 
     def _inside(self, scope: str, node: Node | None, selector: Selector | None) -> None:
         if node is not None and selector is not None and scope and provably_outside(selector, scope):
@@ -506,6 +541,36 @@ def _one_of(node: Node, what: str, known: Collection[str]) -> str:
 
 def _boolean(node: Node) -> bool:
     return _one_of(node, "this", {"true", "false"}) == "true"
+
+
+def _process(node: Node) -> Process:
+    """``uid:1001``, ``unit:ledger.service``, ``cgroup:system.slice/ledger.service``. Raises BadPolicy."""
+    text = node.scalar("process")
+    kind, colon, value = text.partition(":")
+    if kind == "uid" and value.isascii() and value.isdigit() and len(value) < 11 and int(value) <= _UID_MAX:
+        return Process("uid", str(int(value)))
+    good = bool(colon) and _CGROUP.fullmatch(value) is not None and not {".", ".."} & set(value.split("/"))
+    if good and kind == "unit" and "/" not in value and "." in value:
+        return Process("cgroup", f"system.slice/{value}")
+    if good and kind == "cgroup":
+        return Process("cgroup", value)
+    if text.startswith("/"):
+        raise node.bad(
+            "policy.not_enforced", "the path of an executable is no barrier, so it is not accepted as one",
+            hint="name what the kernel can check: process: unit:ledger.service, uid:1001 or cgroup:system.slice/ledger.service",
+        )  # fmt: skip
+    raise node.bad("policy.process", f"not a process: {ascii(text)[:60]}",
+                   hint="write uid:1001, unit:ledger.service or cgroup:system.slice/ledger.service")  # fmt: skip
+
+
+def _rate(node: Node) -> int:
+    """Bytes a second of ``50Mbit``. Raises BadPolicy."""
+    text = node.scalar("max_rate")
+    match = _RATE.fullmatch(text)
+    bits = int(match[1]) * _RATE_UNITS[match[2]] if match else 0
+    if not MIN_RATE <= bits <= MAX_RATE:
+        raise node.bad("policy.rate", f"not a rate: {ascii(text)[:40]}", hint="write 512kbit, 50Mbit or 10Gbit; from 8kbit to 1000Gbit")
+    return bits // 8
 
 
 def _instant(node: Node) -> int:

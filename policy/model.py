@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from policy.ports import PortMap
-from policy.program import Action, Selector, Where
+from policy.program import Action, Process, Selector, Where
 from policy.windows import Window
 
 Mode = Literal["draft", "audit", "enforce"]
@@ -34,7 +34,10 @@ class Service:
 
 @dataclass(frozen=True, slots=True)
 class PolicyRule:
-    """One allow, deny or pass as written. `words` are the source's own words for from, to and on, for people."""
+    """One allow, deny or pass as written. `words` are the source's own words for from, to and on, for people.
+
+    max_rate: bytes a second; processes: who may use it at the source (empty: all).
+    """
 
     id: str
     action: Action
@@ -46,6 +49,9 @@ class PolicyRule:
     window: Window | None = None
     mode: Mode = "enforce"
     words: tuple[str, str, str] = ("", "", "")
+    audit_until: int | None = None
+    max_rate: int | None = None
+    processes: tuple[Process, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +71,34 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
+class AlertOn:
+    """Whom a segment tells of refused flows: the sink's name, and for how many seconds one incident collects."""
+
+    sink: str
+    collapse: int
+
+
+@dataclass(frozen=True, slots=True)
+class Review:
+    """How many owners must approve a change of what lies at `paths` (empty: all of the scope)."""
+
+    scope: str
+    approvals: int
+    paths: tuple[str, ...]
+    where: Where
+
+
+@dataclass(frozen=True, slots=True)
+class Idle:
+    """What becomes of workloads that are powered down: they stay members for `keep_membership` seconds (None: always)."""
+
+    scope: str
+    keep_membership: int | None
+    on_return: str
+    where: Where
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """Rules that only concern flows with at least one end among `members` (None: everybody in the scope)."""
 
@@ -77,6 +111,7 @@ class Segment:
     audit_until: int | None = None
     budget: Budget = Budget()
     sensitive: bool = False
+    alert: AlertOn | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +123,7 @@ class Grant:
     not_before: int | None = None
     not_after: int | None = None
     ends_with: str | None = None
+    approved_by: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +180,8 @@ class Policy:
     grants: tuple[Grant, ...] = ()
     consents: tuple[Consent, ...] = ()
     tests: tuple[FlowTest | ReachTest, ...] = ()
+    reviews: tuple[Review, ...] = ()
+    idle: tuple[Idle, ...] = ()
 
     def rules(self) -> tuple[PolicyRule, ...]:
         """Every rule of every guardrail, segment and grant."""

@@ -10,6 +10,9 @@ Evaluation, for each direction (egress of the source, ingress of the destination
     no rule       deny when `isolates` selects the subject (source for egress, destination for ingress),
                   else the tier's `otherwise`
 After the last tier: `default`. A flow is allowed when both directions allow it.
+
+Audit comes on top of that (policy.evaluate): a denial by a rule with `audit`, and a denial by default between two ends
+that an `Audit` covers, are recorded and not enforced.
 """
 
 from __future__ import annotations
@@ -56,11 +59,25 @@ class Subject:
         return hash((self.name, self.spiffe_id))
 
 
+@dataclass(frozen=True, slots=True, order=True)
+class Process:
+    """Who may use an allow rule at the source: a uid (decimal) or a control group (path below the root)."""
+
+    kind: Literal["uid", "cgroup"]
+    value: str
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.value}"
+
+
 @dataclass(frozen=True, slots=True)
 class Rule:
     """One rule. `id` is unique in its program; `why` is the author's reason.
 
-    `concerns` narrows the rule to flows with at least one end that it selects (a segment's members, a scope).
+    concerns:  narrows the rule to flows with at least one end that it selects (a segment's members, a scope)
+    audit:     a deny that is recorded, not enforced
+    max_rate:  a ceiling in bytes a second for each pair and direction, of an allow
+    processes: only these processes at the source may use the allow; empty: all
     """
 
     id: str
@@ -72,6 +89,34 @@ class Rule:
     why: str = ""
     directions: tuple[Direction, ...] = BOTH
     concerns: Selector | None = None
+    audit: bool = False
+    max_rate: int | None = None
+    processes: tuple[Process, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """A segment that audits until `until` (seconds since the epoch); flows leave `within` for no end.
+
+    concerns: narrows it to flows with at least one end that it selects
+    """
+
+    segment: str
+    members: Selector
+    until: int
+    within: Selector | None = None
+    where: Where | None = None
+    concerns: Selector | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Alert:
+    """Refused flows with an end that `concerns` selects are told to the sink `sink`, one incident in `collapse` seconds."""
+
+    segment: str
+    concerns: Selector
+    sink: str
+    collapse: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,11 +132,16 @@ class Tier:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """A compiled policy; `digest` is the SHA-256 of its source files."""
+    """A compiled policy; `digest` is the SHA-256 of its source files. `held` selects members of enforcing segments:
+    an audit opens nothing from or to them.
+    """
 
     tiers: tuple[Tier, ...]
     default: Action = Action.DENY
     digest: str = ""
+    audits: tuple[Audit, ...] = ()
+    held: Selector = field(default_factory=lambda: Nothing())  # noqa: PLW0108 -- it is defined below
+    alerts: tuple[Alert, ...] = ()
 
 
 # ---- selectors: a closed expression tree over a subject's name and labels

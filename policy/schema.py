@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from policy.language import RULE_KEYS, TOP, VERSION
+from policy.language import RULE_KEYS, SINKS, TOP, VERSION
 from policy.selectors import NAME
 
 _TEXT: Final[dict[str, Any]] = {"type": "string", "minLength": 1}
@@ -38,7 +38,7 @@ def schema() -> dict[str, Any]:
         "id": _TEXT | {"description": "unique over the whole policy"},
         "from": _ref("selector"), "to": _ref("selector"), "on": _ref("ports"), "why": _TEXT,
         "when": _object({"cron": _TEXT, "for": _ref("duration"), "tz": _TEXT}, ["cron", "for"]),
-        "mode": {"enum": ["draft", "enforce"]}, "max_rate": _TEXT,
+        "mode": _ref("mode"), "max_rate": {"type": "string", "pattern": "^[0-9]{1,9}[kMG]?bit(/s)?$"},
     }  # fmt: skip
     assert set(rule_fields) == RULE_KEYS
     rule = _object(rule_fields, ["id", "from", "to", "on"])
@@ -55,10 +55,10 @@ def schema() -> dict[str, Any]:
     segment = _object(
         {
             "name": _TEXT, "members": _ref("selector"),
-            "mode": {"anyOf": [{"enum": ["draft", "enforce"]}, _object({"audit_until": _ref("instant")}, ["audit_until"])]},
+            "mode": _ref("mode"),
             "budget": _object({"rules": {"type": "integer", "minimum": 1}, "unused_ratio": {"type": "number", "minimum": 0, "maximum": 1}}),
             "allow": _list(rule), "deny": _list(rule), "sensitive": {"type": "boolean"}, "why": _TEXT,
-            "alert": _object({"on_deny": {"enum": ["page", "log", "webhook"]}, "collapse": _ref("duration")}, ["on_deny"]),
+            "alert": _object({"on_deny": {"enum": sorted(SINKS)}, "collapse": _ref("duration")}, ["on_deny"]),
         },
         ["name"],
     )  # fmt: skip
@@ -98,7 +98,7 @@ def schema() -> dict[str, Any]:
         "grants": _list(grant),
         "offers": _list(_object(consent, ["to", "on"])),
         "accepts": _list(_object(consent, ["from", "on"])),
-        "idle": _object({"keep_membership": _ref("duration"), "on_return": _TEXT}),
+        "idle": _object({"keep_membership": _ref("duration"), "on_return": {"const": "reattest_then_current_policy"}}),
         "tests": _list({"anyOf": [flow_test, reach_test, replay_test]}),
     }
     assert set(properties) == TOP
@@ -108,10 +108,14 @@ def schema() -> dict[str, Any]:
         **_object(properties, ["meshpolicy"]),
         "$defs": {
             "selector": {
-                "description": 'a group name, "*" for everybody inside, labels such as {app: shop}, or not, any, all, workload, under',
+                "description": 'a group name, "*" for everybody inside, labels such as {app: shop}, or not, any, all, workload, under; in `from` of an allow also process: uid:N, unit:NAME or cgroup:PATH',
                 "anyOf": [_TEXT, {"type": "object", "minProperties": 1}, {"type": "array", "minItems": 1, "items": _ref("selector")}],
             },
             "ports": _one_or_more(_TEXT | {"description": "tcp/443, tcp/8000-8010, udp, icmp, any, or a service name"}),
+            "mode": {
+                "description": "draft: tested, never in force; audit: forwarded and recorded until a date; enforce",
+                "anyOf": [{"enum": ["draft", "enforce"]}, _object({"audit_until": _ref("instant")}, ["audit_until"])],
+            },
             "duration": {"type": "string", "pattern": "^[0-9]+[smhdw]$"},
             "instant": {"type": "string", "description": "2031-02-11T18:00Z or 2031-02-11"},
         },

@@ -144,17 +144,9 @@ class Names:
             return Everything() if node.text == "*" else self.group(node, node.text, scope)
         if node.kind == "list":
             return _any(tuple(self._selector(item, scope, what) for item in node.items))
-        terms = [self._term(key, key_node, value, scope, what) for key, key_node, value in node.pairs()]
-        kept = tuple(term for term in terms if term is not None)
-        if not kept:
-            raise node.bad(
-                "policy.empty_selector",
-                f"{what} names a process but no workload",
-                hint="add a group or labels",
-            )
-        return both(*kept)
+        return both(*(self._term(key, key_node, value, scope, what) for key, key_node, value in node.pairs()))
 
-    def _term(self, key: str, key_node: Node, value: Node, scope: str, what: str) -> Selector | None:
+    def _term(self, key: str, key_node: Node, value: Node, scope: str, what: str) -> Selector:
         if key == "not":
             # Inside only: a negation must not reach addresses outside the mesh.
             return AllOf((Everything(), Not(self._selector(value, scope, "not"))))
@@ -175,13 +167,11 @@ class Names:
             positioned(value, workload_path, value.scalar("under"))
             return Under(value.text)
         if key == "process":
-            value.scalar("process")
-            self.not_enforced(
-                key_node,
-                "a process constraint",
-                "select by labels, and give the process an identity of its own with `retinue run`",
+            raise key_node.bad(
+                "policy.process",
+                f"a process cannot be named in {what}",
+                hint="only directly in `from` of an allow rule or a grant: where the process runs is where it is checked",
             )
-            return None
         return self._label(key, key_node, value, scope)
 
     def _label(self, key: str, key_node: Node, value: Node, scope: str) -> Selector:
