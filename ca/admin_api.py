@@ -14,9 +14,10 @@ from aiohttp import web
 from aiohttp.typedefs import Middleware
 
 from ca import admin_entries, audit
-from ca.principals import ACTOR
 from ca.http import Handler, body, errors, number, reply, text
+from ca.principals import ACTOR
 from ca.service import Service
+from ca.transparency import Entry, Head
 from identity.errors import BadInput, NoPrivilege, RetinueError
 from identity.wire.admin import (
     HostList,
@@ -200,18 +201,19 @@ class _Admin:
         if not 1 <= limit <= MAX_AUDIT:
             raise BadInput("api.query", f"limit is 1 to {MAX_AUDIT}")
 
-        def run() -> list[audit.Entry]:
+        def run() -> list[Entry]:
             with self._plane.store.read() as tx:
                 return audit.entries(tx, after=after, limit=limit, subject=subject)
 
         return web.json_response({"entries": [entry.as_dict() for entry in await self._service.read(run)]})
 
     async def verify(self, request: web.Request) -> web.Response:
-        noted = request.query.get("head")
+        size, root = number(request, "size"), request.query.get("root")
+        noted = Head(size, root) if size is not None and root is not None else None
 
-        def run() -> audit.Verified:
+        def run() -> Head:
             with self._plane.store.read() as tx:
-                return audit.verify(tx, noted)
+                return self._plane.log.verify(tx, noted)
 
         done = await self._service.read(run)
-        return web.json_response({"rows": done.rows, "head": done.head})
+        return web.json_response({"rows": done.size, "head": done.root})

@@ -22,7 +22,7 @@ from uuid import uuid4
 
 from sqlalchemy import Connection, select, update
 
-from ca import audit, rows, schema
+from ca import audit, rows, schema, transparency
 from ca.highwater import FILE as HIGHWATER
 from ca.highwater import HighWater, Mark
 from ca.plane import DATABASE, NOBODY, Plane
@@ -279,13 +279,16 @@ def _begin(plane: Plane, mark: Mark | None, lost: int | None, now: int) -> None:
 
 def _sign_anew(plane: Plane, tx: Connection, floor: int, now: int) -> None:
     database = plane.store
-    database.put(tx, "bundle", plane.authority.bundle(floor + 1, now))
+    envelope = plane.authority.bundle(floor + 1, now)
+    database.put(tx, "bundle", envelope)
+    transparency.record(tx, now, "bundle", f"sequence {floor + 1}", envelope)
     database.put(tx, "bundle_sequence", str(floor + 1))
     database.log(tx, now, "bundle", "bundle")
     current = newest(tx)
     files = current.files if current is not None else NO_POLICY
     author = current.author if current is not None else NOBODY
-    plane.policies.insert(tx, floor + 1, digest(files), files, author, now)
+    parts = current.said(str(plane.trust_domain)).parts if current is not None else []
+    plane.policies.insert(tx, floor + 1, digest(files), files, author, now, parts=parts, kind="restore")
     for row in rows.instances(tx, state="moving"):
         plane.placements.give_up(tx, row, now, "restore")
     plane.registry.sign_anew(tx, now)

@@ -11,12 +11,14 @@ Overlay addresses are given once and kept for life.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from sqlalchemy import Connection, CursorResult, insert, select, update
 
-from ca import audit, rows, schema
+from ca import audit, rows, schema, transparency
+from ca.contradiction import check_endpoint, check_instance
 from ca.desk import Desk
 from ca.life import end_of
 from ca.rows import EndpointRow, InstanceRow
@@ -89,7 +91,7 @@ class Placements:
                 row = self.place(tx, row, rows.living_endpoint(tx, request.host), now)
             else:
                 self._log(tx, row, now)
-            life = {k: v for k, v in (("ends_at", ends_at), ("ends_with", ends_with)) if v is not None}
+            life: dict[str, Any] = {k: v for k, v in (("ends_at", ends_at), ("ends_with", ends_with)) if v is not None}
             audit.append(tx, now, actor, "workload.add", row.key, host=request.host, labels=labels, **life)
             return row
 
@@ -126,7 +128,8 @@ class Placements:
             ends_at, ends_with = end_of(
                 tx, now, request.name, ends_at=request.ends_at, ends_in=request.ends_in, ends_with=request.ends_with
             )
-            self._swap(tx, row, ends_at=ends_at, ends_with=ends_with)
+            check_instance(self._desk, row)
+            self._swap(tx, row, now, ends_at=ends_at, ends_with=ends_with)
             row = rows.instance(tx, row.name, row.instance)
             if row.endpoint is not None:
                 row = self.place(tx, row, rows.endpoint(tx, row.endpoint), now)
@@ -140,10 +143,11 @@ class Placements:
     def place(self, tx: Connection, row: InstanceRow, target: EndpointRow, now: int) -> InstanceRow:
         """Make `target` the holder at a new epoch. Compare-and-swap on (epoch, holder). Raises Conflict."""
         self._suits(row, target)
+        check_instance(self._desk, row, life=False)
         epoch = row.epoch_top + 1
         self._swap(
-            tx, row, state="active", endpoint=target.name, epoch=epoch, epoch_top=epoch, target=None, target_epoch=None,
-            prepare=None, placement=self._record(row, target, epoch, "active", now),
+            tx, row, now, state="active", endpoint=target.name, epoch=epoch, epoch_top=epoch, target=None, target_epoch=None,
+            prepare=None, mover=None, placement=self._record(row, target, epoch, "active", now),
         )  # fmt: skip
         self._hold(tx, row, target.name)
         self._log(tx, row, now)
@@ -152,23 +156,22 @@ class Placements:
     def withdraw(self, tx: Connection, row: InstanceRow, now: int, *, final: bool) -> InstanceRow:
         """Publish that nobody holds the instance. `final`: it is revoked for ever; else it may be placed again."""
         values: dict[str, Any] = {"state": "revoked" if final else "unplaced", "endpoint": None, "target": None,
-                                  "target_epoch": None, "prepare": None}  # fmt: skip
+                                  "target_epoch": None, "prepare": None, "mover": None}  # fmt: skip
         # A never placed instance has no record that anybody would have to be told about.
-        if row.endpoint is not None:
+        if row.endpoint is not None and row.placement is not None:
+            # Taking a place away has to work whatever became of the row: what was signed is said again, as revoked.
             epoch = row.epoch_top + 1
-            holder = rows.endpoint(tx, row.endpoint)
-            values |= {
-                "epoch": epoch,
-                "epoch_top": epoch,
-                "placement": self._record(row, holder, epoch, "revoked", now),
-            }
-        self._swap(tx, row, **values)
+            said = unverified(PlacementRecord, row.placement, trust_domain=str(self._desk.trust_domain))
+            gone = said.model_copy(update={"epoch": epoch, "state": "revoked", "issued": now})
+            values |= {"epoch": epoch, "epoch_top": epoch, "placement": self._desk.sign(gone)}
+        self._swap(tx, row, now, **values)
         self._log(tx, row, now)
         return rows.instance(tx, row.name, row.instance)
 
     def resign(self, tx: Connection, row: InstanceRow, now: int) -> InstanceRow:
         """Publish the same placement anew, after its holder enrolled again with another tunnel key."""
         assert row.endpoint is not None
+        check_instance(self._desk, row)
         return self.place(tx, row, rows.endpoint(tx, row.endpoint), now)
 
     def sign_anew(self, tx: Connection, row: InstanceRow, now: int) -> None:
@@ -179,7 +182,7 @@ class Placements:
             said = unverified(PlacementRecord, row.placement, trust_domain=str(self._desk.trust_domain))
             epoch = row.epoch_top + 1
             record = said.model_copy(update={"epoch": epoch, "issued": now})
-            self._swap(tx, row, epoch=epoch, epoch_top=epoch, placement=self._desk.sign(record))
+            self._swap(tx, row, now, epoch=epoch, epoch_top=epoch, placement=self._desk.sign(record))
             self._log(tx, row, now)
 
     # ---- moving
@@ -191,9 +194,11 @@ class Placements:
         """
         with self._desk.store.write() as tx:
             row, target = self._movable(tx, name, instance, to)
+            check_instance(self._desk, row)
             epoch = row.epoch_top + 1
             self._swap(
-                tx, row, state="moving", epoch_top=epoch, target=target.name, target_epoch=epoch,
+                tx, row, now, state="moving", epoch_top=epoch, target=target.name, target_epoch=epoch,
+                mover=self._desk.process,
                 prepare=self._record(row, target, epoch, "prepare", now),
             )  # fmt: skip
             revision = self._log(tx, row, now)
@@ -209,13 +214,14 @@ class Placements:
         """The compare-and-swap that decides the move. Raises Conflict when anything changed since `prepare`."""
         with self._desk.store.write() as tx:
             row = self._still(tx, move)
+            check_instance(self._desk, row)
             target = rows.living_endpoint(tx, move.target)
             epoch = row.target_epoch
             assert epoch is not None
             assert epoch == row.epoch_top  # nothing was signed for it since
             self._swap(
-                tx, row, state="active", endpoint=target.name, epoch=epoch, target=None, target_epoch=None, prepare=None,
-                placement=self._record(row, target, epoch, "active", now),
+                tx, row, now, state="active", endpoint=target.name, epoch=epoch, target=None, target_epoch=None, prepare=None,
+                mover=None, placement=self._record(row, target, epoch, "active", now),
             )  # fmt: skip
             self._hold(tx, row, target.name)
             revision = self._log(tx, row, now)
@@ -237,10 +243,13 @@ class Placements:
         with self._desk.store.write() as tx:
             return self._abort(tx, self._still(tx, move), now, actor, why)
 
-    def abort_all(self, now: int) -> int:
-        """At start: moves that a stopped process left half-way. Returns how many."""
+    def abort_left(self, now: int, living: Collection[str] = ()) -> int:
+        """Moves that a process which is no more left half-way: all but those of `living` processes. Returns how many."""
+        with self._desk.store.read() as tx:
+            if not [r for r in rows.instances(tx, state="moving") if r.mover not in living]:
+                return 0
         with self._desk.store.write() as tx:
-            left = rows.instances(tx, state="moving")
+            left = [r for r in rows.instances(tx, state="moving") if r.mover not in living]
             for row in left:
                 self.give_up(tx, row, now, "restart")
             return len(left)
@@ -251,7 +260,7 @@ class Placements:
 
     def _abort(self, tx: Connection, row: InstanceRow, now: int, actor: str, why: str) -> InstanceRow:
         state = "unplaced" if row.endpoint is None else "active"
-        self._swap(tx, row, state=state, target=None, target_epoch=None, prepare=None)
+        self._swap(tx, row, now, state=state, target=None, target_epoch=None, prepare=None, mover=None)
         self._log(tx, row, now)
         audit.append(tx, now, actor, "workload.abort", row.key, why=why)
         return rows.instance(tx, row.name, row.instance)
@@ -325,6 +334,7 @@ class Placements:
         state: Literal["prepare", "active", "revoked"],
         now: int,
     ) -> str:
+        check_endpoint(self._desk, holder)
         return self._desk.sign(
             PlacementRecord(
                 trust_domain=str(self._desk.trust_domain), spiffe_id=row.spiffe_id, name=row.name, instance=row.instance,
@@ -335,8 +345,11 @@ class Placements:
         )  # fmt: skip
 
     @staticmethod
-    def _swap(tx: Connection, row: InstanceRow, **values: Any) -> None:
-        """The compare-and-swap: nothing is written unless the row is as it was read. Raises Conflict."""
+    def _swap(tx: Connection, row: InstanceRow, now: int, **values: Any) -> None:
+        """The compare-and-swap: nothing is written unless the row is as it was read. Raises Conflict.
+
+        What it publishes goes to the ledger.
+        """
         c = schema.instances.c
         result: CursorResult[Any] = tx.execute(
             update(schema.instances)
@@ -347,6 +360,9 @@ class Placements:
         )  # fmt: skip
         if result.rowcount != 1:
             raise Conflict("placement.changed", f"{row.key} was changed by someone else", hint="try again")
+        for published in ("placement", "prepare"):
+            if values.get(published) is not None:
+                transparency.record(tx, now, "placement", row.key, values[published])
 
     @staticmethod
     def _hold(tx: Connection, row: InstanceRow, endpoint: str) -> None:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
+from uuid import uuid4
 
 import structlog
 
-from ca import audit, leases
+from ca import audit, leases, postgres, processes, transparency
 from ca.authority import Authority, Issuing
 from ca.desk import Desk
 from ca.enroll import Admitted, Challenges, JoinTokenAttestor, admit
@@ -31,12 +32,14 @@ from ca.policies import Policies
 from ca.registry import Applicant, Grant, Registry
 from ca.rows import EndpointRow, InstanceRow, TokenRow
 from ca.store import Store
+from ca.transparency import Log
 from identity import certs
+from identity.bundle import TrustBundle
 from identity.enrollment import SECRET_LEN, JoinToken
 from identity.errors import BadInput, BadState, Conflict, NotVerified, Refused, RetinueError
 from identity.keys import b64, unb64
 from identity.names import SpiffeId, TrustDomain, host_name, workload_path
-from identity.records import BundleRecord, Heartbeat, Payload
+from identity.records import BundleRecord, Heartbeat, P, Payload
 from identity.wire.admin import ExplainReply, Token, TokenCreate
 from identity.wire.enroll import (
     Challenge,
@@ -76,7 +79,9 @@ class Plane:
         self.store = store
         self.clock = clock
         self.trust_domain = TrustDomain(store.trust_domain)
-        desk = Desk(store, self.trust_domain, self._sign)
+        self.process = str(uuid4())
+        desk = Desk(store, self.trust_domain, self._sign, self._open, self.process)
+        self.log = Log()
         self.placements = Placements(desk)
         self.registry = Registry(desk, self.placements)
         self.policies = Policies(desk)
@@ -90,10 +95,17 @@ class Plane:
         self._issuing_for: str | None = None
         self._ticked: int | None = None  # the moment `tick` acted on last
         self._noted = (0, 0)  # (minute, refusals audited in it)
+        self._trust: TrustBundle | None = None
+        self._head: tuple[tuple[int, int], str] | None = None
 
     @classmethod
-    def create(cls, directory: Path, trust_domain: TrustDomain, now: float) -> Authority:
-        """Make a new control plane in an empty or missing directory. Raises Conflict, BadState."""
+    def create(
+        cls, directory: Path, trust_domain: TrustDomain, now: float, *, address: str | None = None
+    ) -> Authority:
+        """Make a new control plane in an empty or missing directory; with `address` its store is that PostgreSQL database.
+
+        Raises Conflict, BadState, Unreachable.
+        """
         if (directory / DATABASE).exists():
             raise Conflict(
                 "ca.exists", f"{directory} already holds a control plane", hint="choose another --dir"
@@ -108,6 +120,8 @@ class Plane:
             raise Conflict(
                 "ca.dir_used", f"{directory} is not empty", hint="choose an empty or a new directory"
             )
+        if address is not None:
+            return cls._create_shared(directory, trust_domain, now, address)
         authority = Authority.create(directory, trust_domain, now)
         temporary = directory / f".{DATABASE}.{os.urandom(4).hex()}"
         store = Store.create(temporary, str(trust_domain))
@@ -115,6 +129,18 @@ class Plane:
             audit.append(tx, int(now), NOBODY, "init", str(trust_domain), root=authority.root_fingerprint)
         store.settle()
         os.rename(temporary, directory / DATABASE)
+        return authority
+
+    @classmethod
+    def _create_shared(cls, directory: Path, trust_domain: TrustDomain, now: float, address: str) -> Authority:
+        store = Store.create_shared(address, str(trust_domain))
+        try:
+            authority = Authority.create(directory, trust_domain, now)
+            with store.write() as tx:
+                audit.append(tx, int(now), NOBODY, "init", str(trust_domain), root=authority.root_fingerprint)
+            postgres.write_address(directory, address)
+        finally:
+            store.close()
         return authority
 
     @classmethod
@@ -126,14 +152,14 @@ class Plane:
                 f"there is no directory {directory}",
                 hint="make a control plane with: retinue-ca init --dir DIR --trust-domain NAME",
             )
-        store = Store.open(directory / DATABASE)
+        store = open_store(directory)
         try:
             water = HighWater(directory / HIGHWATER)
             check_newest(store, water.mark, directory)
             self = cls.over(directory, store, clock)
             self.water = water
             self._refresh_bundle()
-            self.placements.abort_all(self.now)
+            self.placements.abort_left(self.now, processes.living(store) if store.shared else ())
             self.mirror.load(self.now)
             self._acknowledge()
             self.feed = Feed(self.mirror.world, store.timeline, self.mirror.revision, self._sign_beat)
@@ -169,6 +195,14 @@ class Plane:
 
     def _sign(self, payload: Payload) -> str:
         return self.authority.sign_record(payload)
+
+    def _open(self, kind: type[P], envelope: str) -> P:
+        """A record of our own, verified. Raises NotVerified."""
+        if self._trust is not None:
+            with suppress(NotVerified):  # perhaps of a key that is newer than the bundle kept here
+                return self._trust.verify(kind, envelope)
+        self._trust = self.authority.trust_bundle(0, self.clock())
+        return self._trust.verify(kind, envelope)
 
     def _sign_beat(self, revision: int, now: int) -> str:
         return self._sign(
@@ -206,7 +240,9 @@ class Plane:
             except NotVerified:
                 log.warning("the stored bundle does not verify any more; a new one is made")
         with self.store.write() as tx:
-            self.store.put(tx, BUNDLE, self.authority.bundle(sequence + 1, self.clock()))
+            envelope = self.authority.bundle(sequence + 1, self.clock())
+            self.store.put(tx, BUNDLE, envelope)
+            transparency.record(tx, self.now, BUNDLE, f"sequence {sequence + 1}", envelope)
             self.store.put(tx, "bundle_sequence", str(sequence + 1))
             self.store.log(tx, self.now, BUNDLE, BUNDLE)
             audit.append(tx, self.now, NOBODY, "bundle.publish", f"sequence {sequence + 1}")
@@ -470,6 +506,12 @@ class Plane:
                 audit.append(tx, self.now, actor, action, subject, outcome=error.code)
         except RetinueError as e:
             log.critical("a refusal could not be audited", code=e.code)
+
+
+def open_store(directory: Path) -> Store:
+    """The store that a directory names. Raises BadState ``store.*``, Unreachable."""
+    address = postgres.address_of(directory)
+    return Store.open(directory / DATABASE) if address is None else Store.open_shared(address)
 
 
 def check_newest(store: Store, mark: Mark | None, directory: Path) -> None:

@@ -16,7 +16,8 @@ from typing import Any, Final, Literal
 from sqlalchemy import Connection, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from ca import audit, rows, schema
+from ca import audit, rows, schema, transparency
+from ca.contradiction import check_endpoint
 from ca.desk import Desk
 from ca.enroll import RECOVERY_SECONDS
 from ca.entries import sign_for
@@ -397,23 +398,17 @@ class Registry:
                       issued: int, not_after: int) -> None:  # fmt: skip
         """Commit a serial before anything is signed under it. Raises Conflict for one that exists."""
         try:
-            with self._desk.store.write() as tx:
+            with self._desk.store.record() as tx:
                 tx.execute(
                     insert(schema.serials).values(
                         serial=f"{serial:x}", issuer=issuer, profile=profile, spiffe_id=spiffe_id, spki=spki,
                         endpoint=endpoint, issued=issued, not_after=not_after,
                     )
                 )  # fmt: skip
-                audit.append(
-                    tx,
-                    issued,
-                    endpoint or "ca",
-                    "issue",
-                    spiffe_id,
-                    profile=profile,
-                    serial=f"{serial:x}",
-                    not_after=not_after,
-                )
+                transparency.record_certificate(tx, issued, endpoint, {
+                    "issuer": issuer, "serial": f"{serial:x}", "profile": profile, "spiffe_id": spiffe_id, "spki": spki,
+                    "not_after": not_after,
+                })  # fmt: skip
         except IntegrityError:
             raise Conflict("serial.twice", "a certificate serial was drawn twice", hint="try again") from None
 
@@ -426,6 +421,8 @@ class Registry:
 
     def _sign(self, tx: Connection, row: EndpointRow, now: int, **changed: Any) -> EndpointRow:
         """Write the changed columns with a newly signed record of the next generation."""
+        if "state" not in changed:  # else it was just enrolled: its record is of the keys before
+            check_endpoint(self._desk, row)
         stored = {k: json.dumps(v) if isinstance(v, list) else v for k, v in changed.items()}
         mine = schema.endpoints.c.name == row.name
         tx.execute(update(schema.endpoints).where(mine).values(generation=row.generation + 1, **stored))
@@ -439,6 +436,7 @@ class Registry:
             )
         )  # fmt: skip
         tx.execute(update(schema.endpoints).where(mine).values(record=record))
+        transparency.record(tx, now, "endpoint", row.name, record)
         self._desk.store.log(tx, now, "endpoint", row.name)
         return rows.living_endpoint(tx, row.name)
 

@@ -60,6 +60,7 @@ class InstanceRow:
     placement: str | None
     prepare: str | None
     created: int
+    mover: str | None = None
     ends_at: int | None = None
     ends_with: str | None = None
 

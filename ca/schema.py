@@ -7,6 +7,7 @@ so that the version before can go on with the rows.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Final
 
 from sqlalchemy import (
@@ -24,7 +25,7 @@ from sqlalchemy import (
     Text,
 )
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 Big = BigInteger().with_variant(Integer, "sqlite")  # SQLite autoincrements only INTEGER
 
@@ -112,6 +113,7 @@ instances = Table(
     Column("created", BigInteger, nullable=False),
     Column("ends_at", BigInteger),  # version 2: when it is over by itself; null is never
     Column("ends_with", String(255)),  # version 2: the workload whose end is its own
+    Column("mover", String(36)),  # version 2: the process that prepares the move
     PrimaryKeyConstraint("name", "instance"),
     CheckConstraint("state in ('unplaced', 'active', 'moving', 'revoked')", name="instance_state"),
     CheckConstraint("(target is null) = (prepare is null)", name="instance_prepare"),
@@ -133,18 +135,98 @@ policies = Table(
     Column("author", String(255), nullable=False),
     Column("issued", BigInteger, nullable=False),
     Column("record", Text, nullable=False),
+    Column("kind", String(64)),  # version 2: apply, rollback N, rollout ... ; null was apply
+    Column("trial", Text),  # version 2: the PolicyTrial of the record, JSON
 )  # fmt: skip
-audit = Table(
-    "audit", metadata,
-    Column("seq", Big, primary_key=True),
+policy_authority = Table(  # version 2: the chain of documents that operators signed
+    "policy_authority", metadata,
+    Column("version", BigInteger, primary_key=True),
+    Column("document", Text, nullable=False),
+    Column("at", BigInteger, nullable=False),
+    Column("actor", String(255), nullable=False),
+)  # fmt: skip
+rollouts = Table(  # version 2
+    "rollouts", metadata,
+    Column("id", String(32), primary_key=True),
+    Column("state", String(16), nullable=False),  # canary, watch, kept, rolled_back, aborted
+    Column("started", BigInteger, nullable=False),
+    Column("ended", BigInteger),
+    Column("data", Text, nullable=False),  # ca.rollouts.Rollout, JSON
+)  # fmt: skip
+flow_edges = Table(  # version 2: what endpoints reported as forwarded, one row a flow without its source port
+    "flow_edges", metadata,
+    Column("src", String(255), nullable=False),
+    Column("dst", String(255), nullable=False),
+    Column("proto", Integer, nullable=False),
+    Column("port", Integer, nullable=False),  # 0 where the protocol has none
+    Column("first", BigInteger, nullable=False),
+    Column("last", BigInteger, nullable=False),
+    Column("count", BigInteger, nullable=False),
+    Column("ends", Integer, nullable=False),  # 1: reported by the source's holder, 2: by the destination's
+    PrimaryKeyConstraint("src", "dst", "proto", "port"),
+    Index("flow_edge_last", "last"),
+)  # fmt: skip
+flow_denials = Table(  # version 2: what endpoints reported as refused while a rollout ran
+    "flow_denials", metadata,
+    Column("rollout", ForeignKey("rollouts.id"), nullable=False),
+    Column("src", String(255), nullable=False),
+    Column("dst", String(255), nullable=False),
+    Column("proto", Integer, nullable=False),
+    Column("port", Integer, nullable=False),
+    Column("endpoint", String(63), nullable=False),  # who reported it
+    Column("first", BigInteger, nullable=False),
+    Column("last", BigInteger, nullable=False),
+    Column("count", BigInteger, nullable=False),
+    PrimaryKeyConstraint("rollout", "src", "dst", "proto", "port", "endpoint"),
+)  # fmt: skip
+# Every act, certificate and published record, once and for ever; the leaves of the transparency log (ca/transparency.py).
+ledger = Table(  # version 2
+    "ledger", metadata,
+    Column("seq", Big, primary_key=True, autoincrement=True),
+    Column("leaf", BigInteger, unique=True),  # its place in the tree; null until the next head
+    Column("kind", String(16), nullable=False),  # act, certificate, or the type of a record
     Column("at", BigInteger, nullable=False),
     Column("actor", String(255), nullable=False),
     Column("action", String(64), nullable=False),
     Column("subject", String(320), nullable=False),
     Column("outcome", String(64), nullable=False),
     Column("detail", Text, nullable=False),
-    Column("prev", String(64), nullable=False),
-    Column("hash", String(64), nullable=False, unique=True),
+    Column("hash", String(64), nullable=False),  # of the leaf
+    Index("ledger_kind", "kind", "seq"),
+    Index("ledger_subject", "subject", "seq"),
+    Index("ledger_hash", "hash"),
+    Index("ledger_waiting", "seq", sqlite_where=Column("leaf").is_(None), postgresql_where=Column("leaf").is_(None)),
+    sqlite_autoincrement=True,
+)  # fmt: skip
+ledger_nodes = Table(  # version 2: complete subtrees
+    "ledger_nodes", metadata,
+    Column("level", Integer, nullable=False),
+    Column("position", BigInteger, nullable=False),
+    Column("hash", String(64), nullable=False),
+    PrimaryKeyConstraint("level", "position"),
+)  # fmt: skip
+ledger_heads = Table(  # version 2
+    "ledger_heads", metadata,
+    Column("size", BigInteger, primary_key=True),
+    Column("root", String(64), nullable=False),
+    Column("at", BigInteger, nullable=False),
+    Column("timeline", String(36), nullable=False),
+)  # fmt: skip
+processes = Table(  # version 2: CA processes on this database
+    "processes", metadata,
+    Column("id", String(36), primary_key=True),
+    Column("listen", String(255), nullable=False),
+    Column("started", BigInteger, nullable=False),
+    Column("seen", BigInteger, nullable=False),  # seconds since the epoch by the database's clock
+    Column("revision", BigInteger, nullable=False),
+)  # fmt: skip
+readiness = Table(  # version 2: what the target of a move reported, to whichever process it is connected
+    "readiness", metadata,
+    Column("endpoint", String(63), primary_key=True),
+    Column("process", String(36), nullable=False),
+    Column("revision", BigInteger, nullable=False),
+    Column("attached", Text, nullable=False),
+    Column("at", BigInteger, nullable=False),
 )  # fmt: skip
 
 entries = Table(  # version 2
@@ -187,28 +269,49 @@ approvals = Table(  # version 2
     Index("approval_digest", "digest"),
 )  # fmt: skip
 
-APPEND_ONLY: Final = ("audit", "changes")  # enforced by the engine too: a slip in this program cannot rewrite the past
+# Enforced by the engine too: a slip in this program cannot rewrite the past. A row of the ledger gets its place, once.
+APPEND_ONLY: Final = ("changes", "ledger", "ledger_nodes", "ledger_heads")
+_PLACED: Final = "OLD.leaf IS NULL AND NEW.leaf IS NOT NULL" + "".join(
+    f" AND NEW.{c} = OLD.{c}" for c in ("seq", "kind", "at", "actor", "action", "subject", "outcome", "detail", "hash")
+)
 
-REFUSE_CHANGE: Final = """
+WRITER_LOCK: Final = 0x52657469  # key of PostgreSQL's advisory lock: who holds it writes
+
+# On PostgreSQL a revision is given out under the writer's lock, which ends after the commit is visible, and by the
+# database itself: whoever inserts a change, revision order is commit order and has no gaps.
+_POSTGRESQL: Final = """
     CREATE FUNCTION retinue_append_only() RETURNS trigger LANGUAGE plpgsql AS $$
-    BEGIN RAISE EXCEPTION '% is append-only', TG_TABLE_NAME USING ERRCODE = 'restrict_violation'; END $$
+    BEGIN RAISE EXCEPTION '% is append-only', TG_TABLE_NAME USING ERRCODE = 'restrict_violation'; END $$;
+    CREATE FUNCTION retinue_next_revision() RETURNS trigger LANGUAGE plpgsql AS $$
+    BEGIN
+        PERFORM pg_advisory_xact_lock(WRITER_LOCK);
+        SELECT coalesce(max(revision), 0) + 1 INTO NEW.revision FROM changes;
+        RETURN NEW;
+    END $$;
+    CREATE TRIGGER changes_revision BEFORE INSERT ON changes FOR EACH ROW EXECUTE FUNCTION retinue_next_revision();
+    CREATE TRIGGER ledger_no_update BEFORE UPDATE ON ledger FOR EACH ROW WHEN (NOT (IS_PLACED))
+        EXECUTE FUNCTION retinue_append_only();
+    CREATE TRIGGER ledger_no_delete BEFORE DELETE OR TRUNCATE ON ledger
+        FOR EACH STATEMENT EXECUTE FUNCTION retinue_append_only();
 """
 
 
-def append_only(engine: str) -> list[str]:
-    """The statements that make the tables of APPEND_ONLY refuse every update and delete. engine: sqlite, postgresql."""
+def triggers(engine: str, tables: Collection[str] = APPEND_ONLY) -> list[str]:
+    """The statements that keep the past of `tables` as it is. engine: ``sqlite`` or ``postgresql`` (all tables)."""
     if engine == "sqlite":
         return [
             f"CREATE TRIGGER {table}_no_{verb} BEFORE {verb} ON {table} "
-            f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
-            for table in APPEND_ONLY
+            + (f"WHEN NOT ({_PLACED}) " if (table, verb) == ("ledger", "update") else "")
+            + f"BEGIN SELECT RAISE(ABORT, '{table} is append-only'); END"
+            for table in tables
             for verb in ("update", "delete")
         ]
     return [
-        REFUSE_CHANGE,
+        _POSTGRESQL.replace("WRITER_LOCK", str(WRITER_LOCK)).replace("IS_PLACED", _PLACED),
         *(
             f"CREATE TRIGGER {table}_append_only BEFORE UPDATE OR DELETE OR TRUNCATE ON {table} "
             "FOR EACH STATEMENT EXECUTE FUNCTION retinue_append_only()"
-            for table in APPEND_ONLY
+            for table in tables
+            if table != "ledger"
         ),
     ]

@@ -1,11 +1,13 @@
-"""The store: the schema of ca/schema.py through SQLAlchemy Core, SQLite (WAL, synchronous=FULL) as the embedded engine.
+"""The store: the schema of ca/schema.py through SQLAlchemy Core, SQLite (WAL,
+synchronous=FULL) as the embedded engine, PostgreSQL (ca/postgres.py) for more than one process.
 
 Rules kept here:
     every change of what endpoints may be sent is a row of `changes`, written in the same transaction; a position is
     (timeline, revision); nothing is acknowledged before its transaction committed; a failed disk write is final until
     the process starts again (a later fsync that succeeds proves nothing about the earlier one).
-The types are the common subset of SQLite and PostgreSQL. On PostgreSQL `changes` also needs the writer's xid8, because
-there a lower revision may commit later; SQLite has one writer, so revision order is commit order.
+There is one writer at a time on both engines: SQLite's own lock, PostgreSQL's advisory lock (ca/schema.py), which is held
+until the commit is visible. So revision order is commit order, and a reader that saw revision N saw all before it. What
+needs no order (serials before a signature, sightings) is written beside the writers, by `record`.
 """
 
 from __future__ import annotations
@@ -17,14 +19,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 from uuid import uuid4
 
 from sqlalchemy import Connection, Engine, create_engine, event, func, insert, select, update
-from sqlalchemy.exc import DatabaseError, DBAPIError, OperationalError
+from sqlalchemy.exc import DatabaseError, DBAPIError, IntegrityError, OperationalError
 
-from ca.schema import SCHEMA_VERSION, append_only, changes, meta, metadata
-from identity.errors import BadInput, BadState, RetinueError, Unreachable
+from ca import postgres
+from ca.schema import SCHEMA_VERSION, WRITER_LOCK, changes, meta, metadata, triggers
+from identity.errors import BadInput, BadState, Conflict, RetinueError, Unreachable
 
 BUSY_MS: Final = 5000  # how long one writer waits for another process
 
@@ -46,6 +49,11 @@ class Store:
         self.trust_domain = trust_domain
         self._failed = False
 
+    @property
+    def shared(self) -> bool:
+        """May other processes write to it? Then what is known here may be old without any sign of it."""
+        return self.engine.dialect.name == "postgresql"
+
     @classmethod
     def create(cls, path: Path, trust_domain: str) -> Store:
         """Make a new database, mode 0600. Raises BadInput when one is there."""
@@ -54,23 +62,58 @@ class Store:
         except FileExistsError:
             raise BadInput("ca.exists", f"{path} exists already", hint="choose an empty directory") from None
         engine = _engine(path)
-        timeline = str(uuid4())
         with _translated(), engine.begin() as tx:
-            metadata.create_all(tx)
-            for statement in append_only("sqlite"):
-                tx.exec_driver_sql(statement)
-            rows = {
-                "schema_version": SCHEMA_VERSION,
-                "timeline": timeline,
-                "trust_domain": trust_domain,
-                "overlay_next": 1,
-            }
-            tx.execute(insert(meta), [{"key": k, "value": str(v)} for k, v in rows.items()])
+            timeline = _make(tx, trust_domain)
         return cls(engine, timeline, trust_domain)
 
     @classmethod
-    def open(cls, path: Path) -> Store:
-        """Open and check a database. Raises BadState when it is missing, unsafe, damaged or of another version."""
+    def create_shared(cls, url: str, trust_domain: str) -> Store:
+        """Make the tables in an empty PostgreSQL database. Raises Conflict ``ca.exists``, Unreachable, BadState."""
+        engine = postgres.engine(url)
+        try:
+            with _translated(), engine.begin() as tx:
+                postgres.check_server(tx)
+                tx.execute(select(func.pg_advisory_xact_lock(WRITER_LOCK)))
+                if postgres.tables(tx) & set(metadata.tables):
+                    raise Conflict(
+                        "ca.exists", "that database holds a control plane already",
+                        hint="use an empty database; for a further process copy the first one's directory",
+                    )  # fmt: skip
+                timeline = _make(tx, trust_domain)
+        except BaseException:
+            engine.dispose()
+            raise
+        return cls(engine, timeline, trust_domain)
+
+    @classmethod
+    def open_shared(cls, url: str, *, version: int = SCHEMA_VERSION) -> Store:
+        """Open and check a PostgreSQL database. Raises Unreachable ``store.unreachable``, BadState."""
+        engine = postgres.engine(url)
+        try:
+            with _translated(), engine.begin() as tx:
+                postgres.check_server(tx)
+                present = postgres.tables(tx)
+                if "meta" not in present:
+                    raise BadState("store.missing", "that database holds no control plane",
+                                   hint="make one with: retinue-ca init --store-file FILE --trust-domain NAME")  # fmt: skip
+                found = dict(tx.execute(select(meta.c.key, meta.c.value)).all())
+                _check_version(int(found["schema_version"]), version, "the database")
+                if version == SCHEMA_VERSION and set(metadata.tables) - present:
+                    raise BadState("store.damaged", "the database lacks tables", hint="restore it from a backup")
+            return cls(engine, found["timeline"], found["trust_domain"])
+        except (KeyError, ValueError):
+            engine.dispose()
+            raise BadState("store.damaged", "the database does not say what it is", hint="restore it") from None
+        except BaseException:
+            engine.dispose()
+            raise
+
+    @classmethod
+    def open(cls, path: Path, *, version: int = SCHEMA_VERSION) -> Store:
+        """Open and check a database. Raises BadState when it is missing, unsafe, damaged or of another version.
+
+        version: the one it has to have; another than SCHEMA_VERSION only for the sake of a migration.
+        """
         try:
             info = os.lstat(path)
         except OSError:
@@ -91,15 +134,10 @@ class Store:
         try:
             with engine.connect().execution_options(reads=True) as tx:
                 found = dict(tx.execute(select(meta.c.key, meta.c.value)).all())
-                version = int(found["schema_version"])
-                if version != SCHEMA_VERSION:
-                    newer = version > SCHEMA_VERSION
-                    raise BadState(
-                        "store.version", f"{path} has schema version {version}; this program knows {SCHEMA_VERSION}",
-                        hint="run the newer retinue-ca that wrote it" if newer else "restore it with the program that wrote it",
-                    )  # fmt: skip
+                _check_version(int(found["schema_version"]), version, str(path))
                 verdict = tx.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
-                missing = set(metadata.tables) - set(
+                tables = set(metadata.tables) if version == SCHEMA_VERSION else {"meta", "changes", "audit"}
+                missing = tables - set(
                     tx.exec_driver_sql("SELECT name FROM sqlite_master WHERE type = 'table'").scalars()
                 )
                 dangling = tx.exec_driver_sql("PRAGMA foreign_key_check").first()
@@ -124,7 +162,15 @@ class Store:
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
-        """One write transaction (BEGIN IMMEDIATE). Commits at the end, rolls back on any exception."""
+        """One write transaction, alone among writers. Commits at the end, rolls back on any exception."""
+        with self.record() as tx:
+            if self.shared:
+                tx.execute(select(func.pg_advisory_xact_lock(WRITER_LOCK)))
+            yield tx
+
+    @contextmanager
+    def record(self) -> Iterator[Connection]:
+        """One transaction that may run beside a writer (not on SQLite): for rows that nothing else depends on."""
         if self._failed:
             raise BadState(
                 "store.failed",
@@ -135,20 +181,23 @@ class Store:
             with _translated(), self.engine.begin() as tx:
                 yield tx
         except BadState as e:
-            self._failed = self._failed or e.code.startswith("store.")
+            self._failed = self._failed or (e.code.startswith("store.") and not self.shared)
             raise
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
         """One read transaction: a consistent view that never waits for a writer."""
-        with _translated(), self.engine.connect().execution_options(reads=True) as tx:
-            yield tx
+        with _translated(), self.engine.connect() as connection:
+            yield connection.execution_options(**(postgres.READS if self.shared else {"reads": True}))
 
     def close(self) -> None:
         self.engine.dispose()
 
     def settle(self) -> None:
-        """Fold the write-ahead log into the file and close, so that the file alone is the database."""
+        """Fold the write-ahead log into the file and close, so that the file alone is the database (SQLite)."""
+        if self.shared:
+            self.close()
+            return
         with self.engine.connect() as connection:
             raw = connection.connection.dbapi_connection
             assert raw is not None
@@ -204,6 +253,34 @@ class Store:
         return number
 
 
+def _make(tx: Connection, trust_domain: str) -> str:
+    """All tables, triggers and first values. Returns the new timeline."""
+    metadata.create_all(tx)
+    for statement in triggers(tx.dialect.name):
+        tx.exec_driver_sql(statement)
+    timeline = str(uuid4())
+    rows = {
+        "schema_version": SCHEMA_VERSION,
+        "timeline": timeline,
+        "trust_domain": trust_domain,
+        "overlay_next": 1,
+    }
+    tx.execute(insert(meta), [{"key": k, "value": str(v)} for k, v in rows.items()])
+    return timeline
+
+
+def _check_version(found: int, wanted: int, where: str) -> None:
+    if found == wanted:
+        return
+    if found > wanted:
+        hint = "run the newer retinue-ca that wrote it, or let that one go back: retinue-ca migrate --to VERSION"
+    else:
+        hint = "stop every retinue-ca on it, then: retinue-ca migrate" if found > 0 else "restore it from a backup"
+    raise BadState(
+        "store.version", f"{where} has schema version {found}; this program knows {wanted}", hint=hint
+    )
+
+
 def _engine(path: Path) -> Engine:
     engine = create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY_MS / 1000})
 
@@ -226,7 +303,16 @@ def _translated() -> Iterator[None]:
     """Engine errors as the error tree says them: busy and full may be tried again, a failing disk may not."""
     try:
         yield
-    except OperationalError as e:
+    except IntegrityError:
+        raise
+    except DBAPIError as e:
+        if (error := postgres.translated(e)) is not None:
+            raise error from None
+        _raise_sqlite(e)
+
+
+def _raise_sqlite(e: DBAPIError) -> NoReturn:
+    if isinstance(e, OperationalError):
         text = str(e.orig)
         if "locked" in text or "busy" in text:
             raise Unreachable("store.busy", "the database is busy", hint="try again") from None
@@ -241,12 +327,11 @@ def _translated() -> Iterator[None]:
             f"the database cannot be used: {text}",
             hint="check the disk, then start retinue-ca again",
         ) from None
-    except DatabaseError as e:
-        if isinstance(e.orig, sqlite3.IntegrityError):
-            raise
+    if isinstance(e, DatabaseError):
         raise BadState(
             "store.damaged", f"the database is damaged: {e.orig}", hint="restore it from a backup"
         ) from None
+    raise e
 
 
 def any_of(values: Sequence[str], wanted: str, *, limit: int = 3) -> str:

@@ -22,7 +22,7 @@ from identity import certs, records
 from identity.enrollment import JoinToken, Offer, prove
 from identity.keys import b64, ed25519_public, unb64, x25519_public
 from identity.names import TrustDomain
-from identity.records import EndpointRecord, PlacementRecord
+from identity.records import EndpointRecord, P, PlacementRecord
 from identity.wire.admin import TokenCreate, WorkloadAdd
 from identity.wire.enroll import Challenge, EnrollReply, EnrollRequest
 
@@ -46,12 +46,15 @@ class Bench:
     now: int = T0
 
     def __post_init__(self) -> None:
-        self.desk = Desk(self.store, TD, lambda payload: records.sign(payload, self.key))
+        self.desk = Desk(self.store, TD, lambda payload: records.sign(payload, self.key), self.open)
         self.placements = Placements(self.desk)
         self.registry = Registry(self.desk, self.placements)
         self._tokens = 0
 
     applicant = staticmethod(new_applicant)
+
+    def open(self, kind: type[P], envelope: str) -> P:
+        return records.verify(kind, envelope, [self.key.public_key()], trust_domain=str(TD))
 
     def token(self, host: str | None = None, *, workload: str | None = None, asked_by: str | None = None,
               replace: bool = False, ttl: int = 600) -> str:  # fmt: skip

@@ -167,12 +167,12 @@ def test_a_restart_takes_moves_back(hosts) -> None:
     hosts.add("free")
     for name in ("web", "free"):
         hosts.placements.prepare(name, 0, "b", hosts.now, "test")
-    assert hosts.placements.abort_all(hosts.now) == 2
+    assert hosts.placements.abort_left(hosts.now) == 2
     assert [(r.name, r.state, r.endpoint) for r in hosts.placements.all()] == [
         ("free", "unplaced", None),
         ("web", "active", "a"),
     ]
-    assert hosts.placements.abort_all(hosts.now) == 0
+    assert hosts.placements.abort_left(hosts.now) == 0
 
 
 def test_revoking_is_final_signed_and_idempotent(hosts) -> None:

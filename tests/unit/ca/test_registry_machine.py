@@ -176,7 +176,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule()
     def restart(self):
-        self.bench.placements.abort_all(self.bench.now)
+        self.bench.placements.abort_left(self.bench.now)
         for seat in self.seats.values():
             if seat["state"] == "moving":
                 seat.update(state="active" if seat["holder"] else "unplaced", target=None)

@@ -159,8 +159,10 @@ def test_a_reader_sees_one_moment(path: Path) -> None:
 @pytest.mark.parametrize(
     "statement",
     [
-        "delete from audit",
-        "update audit set actor = 'x'",
+        "delete from ledger",
+        "update ledger set actor = 'x'",
+        "update ledger set actor = 'x', leaf = 1",
+        "update ledger set leaf = null",
         "delete from changes",
         "update changes set key = 'x'",
     ],
@@ -170,8 +172,8 @@ def test_the_past_cannot_be_rewritten(path: Path, statement: str) -> None:
     with store.write() as tx:
         store.log(tx, 1, "endpoint", "a")
         tx.execute(
-            insert(tables.audit).values(
-                seq=1, at=1, actor="a", action="b", subject="c", outcome="ok", detail="{}", prev="0", hash="1"
+            insert(tables.ledger).values(
+                kind="act", at=1, actor="a", action="b", subject="c", outcome="ok", detail="{}", hash="1"
             )
         )
     with pytest.raises(Exception, match="append-only"), store.write() as tx:
