@@ -1,28 +1,31 @@
-"""The authority: root, intermediate, record keys, and the certificates and records they sign.
+"""The authority: roots, intermediates, record keys, and the certificates and records they sign.
 
-Files in its directory (0700): root.pem root.key (may be taken offline), intermediate.pem intermediate.key,
-records.pem records.key, policy.pem policy.key, server.pem server.key (TLS, made anew as needed), authority.json
-(written last: the mark of a complete authority). `now` is seconds since the epoch.
+Files in its directory (0700): NAME.pem and NAME.key of every member, the first of a kind named as the kind (root,
+intermediate, records, policy; root.key may be taken offline), later ones with a number (intermediate-2); ROOT.links.pem;
+server.pem server.key (TLS, made anew as needed); authority.json (written last: who is a member, see ca/keyring.py).
+How members come and go is in ca/rotation.py. `now` is seconds since the epoch.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from ca.keyring import GOOD, KEY_TYPES, KINDS, MANIFEST, FileKeys, Keys, Member, Ring
 from ca.signer import FileSigner, Signer, sign_certificate
 from identity import certs, records
 from identity.bundle import TrustBundle, open_bundle
 from identity.certs import (
+    ADMIN,
     ENDPOINT,
     INTERMEDIATE,
     ROOT,
@@ -33,12 +36,29 @@ from identity.certs import (
     Profile,
     PublicKey,
 )
-from identity.errors import BadInput, BadState, Bug, Conflict, NotVerified
-from identity.keys import write_file, write_secret
+from identity.errors import BadState, Bug, Conflict, NotVerified
+from identity.keys import write_file
 from identity.names import SpiffeId, TrustDomain
-from identity.records import BundleRecord, JwtAuthority, Payload, SignerChain
+from identity.records import BundleRecord, JwtAuthority, Payload, SignerChain, Taint
 
-STATE_VERSION = 1
+RECORD_KEY_LIFETIME: Final = 365 * certs.DAY
+
+
+@dataclass(frozen=True, slots=True)
+class Lifetimes:
+    """Seconds that what is issued from now on lives; never longer than the profile says."""
+
+    root: int = ROOT.lifetime
+    intermediate: int = INTERMEDIATE.lifetime
+    endpoint: int = ENDPOINT.lifetime
+    workload: int = WORKLOAD.lifetime
+    server: int = SERVER.lifetime
+    signer: int = SIGNER.lifetime
+    admin: int = ADMIN.lifetime
+    record_key: int = RECORD_KEY_LIFETIME
+
+    def of(self, profile: Profile) -> Profile:
+        return replace(profile, lifetime=min(profile.lifetime, getattr(self, profile.name, profile.lifetime)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +99,19 @@ class Authority:
     """Signs by profile. `record_serial` is called before every signature, so that the store has the serial first."""
 
     def __init__(
-        self, directory: Path, trust_domain: TrustDomain, root: x509.Certificate, *, record_serial: SerialHook = _no_record
-    ) -> None:
+        self, directory: Path, ring: Ring, keys: Keys, *, record_serial: SerialHook = _no_record,
+        lifetimes: Lifetimes | None = None,
+    ) -> None:  # fmt: skip
         self.directory = directory
-        self.trust_domain = trust_domain
-        self.root = root
+        self.ring = ring
+        self.keys = keys
+        self.trust_domain = ring.trust_domain
         self.record_serial = record_serial
+        self.lifetimes = lifetimes or Lifetimes()
         self.jwt_authorities: Callable[[], list[JwtAuthority]] = list  # what the bundle says of the JWT profile
-        self.intermediate: x509.Certificate
-        self._intermediate_key: Signer
-        self._record_keys: dict[str, Signer] = {}
-        self._record_chains: dict[str, tuple[x509.Certificate, ...]] = {}
+        self._chains: dict[str, tuple[x509.Certificate, ...]] = {}
+        self._signers: dict[str, Signer] = {}
+        self._read_at: tuple[int, int] | None = None
 
     def __repr__(self) -> str:
         return f"Authority({self.trust_domain}, {self.directory})"
@@ -97,14 +119,17 @@ class Authority:
     # -- making and opening -----------------------------------------------------------------------------------------
 
     @classmethod
-    def create(cls, directory: Path, trust_domain: TrustDomain, now: float) -> Authority:
-        """A new authority in an empty or missing directory.
+    def create(
+        cls, directory: Path, trust_domain: TrustDomain, now: float, *, keys: Keys | None = None,
+        lifetimes: Lifetimes | None = None,
+    ) -> Authority:  # fmt: skip
+        """A new authority in an empty or missing directory. `keys`: where its keys are made (default: files there).
 
         Raises Conflict ``ca.exists`` when one is there, BadState ``ca.partial`` for the remains of one.
         """
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         directory.chmod(0o700)
-        if (directory / "authority.json").exists():
+        if (directory / MANIFEST).exists():
             raise Conflict("ca.exists", f"{directory} already holds an authority", hint="choose another --dir")
         if (directory / "root.pem").exists() or (directory / "intermediate.key").exists():
             raise BadState(
@@ -114,79 +139,161 @@ class Authority:
         staging = directory / f".init-{os.urandom(4).hex()}"
         staging.mkdir(mode=0o700)
         try:
-            _populate(staging, trust_domain, now)
+            _populate(staging, trust_domain, now, keys or FileKeys(staging), lifetimes)
             names = sorted(p.name for p in staging.iterdir())
-            for name in sorted(names, key=lambda n: n == "authority.json"):
+            for name in sorted(names, key=lambda n: n == MANIFEST):
                 os.rename(staging / name, directory / name)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-        return cls.load(directory, now)
+        return cls.load(directory, now, keys=keys, lifetimes=lifetimes)
 
     @classmethod
-    def load(cls, directory: Path, now: float, *, record_serial: SerialHook = _no_record) -> Authority:
+    def load(
+        cls, directory: Path, now: float, *, record_serial: SerialHook = _no_record, keys: Keys | None = None,
+        lifetimes: Lifetimes | None = None,
+    ) -> Authority:  # fmt: skip
         """Open an authority and renew what is due (see `maintain`). Raises BadState ``ca.*`` or ``state.*``."""
-        trust_domain = _read_state(directory)
-        root = _one(_read_chain(directory / "root.pem"), directory / "root.pem")
-        try:
-            certs.check_root(root, trust_domain, now)
-        except NotVerified as e:
-            raise BadState("ca.root", f"{directory / 'root.pem'}: {e.message}") from None
-        self = cls(directory, trust_domain, root, record_serial=record_serial)
-        self._load_intermediate()
-        for role in certs.SIGNER_ROLES:
-            self._record_keys[role] = FileSigner.load(directory / f"{role}.key")
-            self._record_chains[role] = _read_chain(directory / f"{role}.pem")
+        ring = Ring.load(directory)
+        self = cls(directory, ring, keys or FileKeys(directory), record_serial=record_serial, lifetimes=lifetimes)
+        self._read(now)
         self.maintain(now)
         self._check(now)
         return self
 
-    def _load_intermediate(self) -> None:
+    def refresh(self, now: float) -> bool:
+        """Take over what another process changed in the directory. True when there was something."""
+        if self._stamp() == self._read_at:
+            return False
+        self.ring = Ring.load(self.directory)
+        self._read(now)
+        return True
+
+    def _stamp(self) -> tuple[int, int]:
+        found = (self.directory / MANIFEST).stat()
+        return found.st_mtime_ns, found.st_ino
+
+    def _read(self, now: float) -> None:
+        self._read_at = self._stamp()
+        self._chains, self._signers = {}, {}
+        self._finish_old_renewal()
+        for member in self.ring.members:
+            if member.state in GOOD:
+                path = self.directory / f"{member.name}.pem"
+                chain = _read_chain(path)
+                self._chains[member.name] = chain if KEY_TYPES[member.kind] == "ed25519" else (_one(chain, path),)
+        try:
+            certs.check_root(self.root, self.trust_domain, now)
+        except NotVerified as e:
+            raise BadState("ca.root", f"{self.ring.active('root').name}.pem in {self.directory}: {e.message}") from None
+        for kind in KINDS:
+            member = self.ring.active(kind)
+            if kind == "root" and not self.keys.has(member.name):
+                continue  # kept offline
+            if certs.spki(self.signer(member.name).public_key) != certs.spki(_key(self._chains[member.name][0])):
+                raise BadState("ca.key", f"{self.directory}/{member.name}.key is not the key of {member.name}.pem")
+
+    def _finish_old_renewal(self) -> None:
+        """Version 1 replaced the intermediate in place: after a crash its key says which certificate is in force."""
         path, coming = self.directory / "intermediate.pem", self.directory / "intermediate.next.pem"
-        self._intermediate_key = FileSigner.load(self.directory / "intermediate.key")
-        mine = certs.spki(self._intermediate_key.public_key)
         if coming.exists():
-            # A crash between the new key and its certificate: the key says which certificate is in force.
-            if certs.spki(_key(_one(_read_chain(coming), coming))) == mine:
+            if certs.spki(_key(_one(_read_chain(coming), coming))) == certs.spki(self.signer("intermediate").public_key):
                 os.rename(coming, path)
             else:
                 coming.unlink()
-        self.intermediate = _one(_read_chain(path), path)
-        if certs.spki(_key(self.intermediate)) != mine:
-            raise BadState("ca.key", f"{self.directory}/intermediate.key is not the key of intermediate.pem")
 
     def _check(self, now: float) -> None:
-        for role, chain in self._record_chains.items():
-            if certs.spki(_key(chain[0])) != certs.spki(self._record_keys[role].public_key):
-                raise BadState("ca.key", f"{self.directory}/{role}.key is not the key of {role}.pem")
         try:
             self.trust_bundle(0, now)
         except NotVerified as e:
             raise BadState("ca.chain", f"the certificates in {self.directory} do not hold together: {e.message}") from None
 
+    def save(self, ring: Ring) -> None:
+        """Make a changed ring the one in force."""
+        ring.save(self.directory)
+        self.ring, self._read_at = ring, self._stamp()
+
     # -- what it says about itself ------------------------------------------------------------------------------------
 
     @property
+    def root(self) -> x509.Certificate:
+        """The root that signs."""
+        return self.certificate(self.ring.active("root").name)
+
+    @property
+    def intermediate(self) -> x509.Certificate:
+        """The intermediate that issues."""
+        return self.certificate(self.ring.active("intermediate").name)
+
+    @property
     def root_fingerprint(self) -> str:
-        """Lower-case hex SHA-256 of the root's DER: the pin in join tokens."""
+        """Lower-case hex SHA-256 of the active root's DER: the pin in join tokens."""
         return certs.fingerprint(self.root)
 
     @property
     def roots(self) -> tuple[x509.Certificate, ...]:
-        return (self.root,)
+        """Every root that is good."""
+        return tuple(self.certificate(m.name) for m in self.ring.of("root", GOOD))
 
-    def trust_bundle(self, sequence: int, now: float) -> TrustBundle:
+    def certificate(self, name: str) -> x509.Certificate:
+        """Of a member that is good. Raises BadState ``ca.certificate``."""
+        return self.chain(name)[0]
+
+    def chain(self, name: str) -> tuple[x509.Certificate, ...]:
+        """A member's own certificate; with a record key, its intermediate too."""
+        if name not in self._chains:
+            raise BadState("ca.certificate", f"the authority holds no certificate of {name}")
+        return self._chains[name]
+
+    def signer(self, name: str) -> Signer:
+        """A member's key. Raises BadState ``state.key*``."""
+        if name not in self._signers:
+            self._signers[name] = self.keys.open(name)
+        return self._signers[name]
+
+    def adopt(self, name: str, signer: Signer, chain: Sequence[x509.Certificate]) -> None:
+        """Keep a new certificate of a member, durably."""
+        write_file(self.directory / f"{name}.pem", "".join(map(certs.pem, chain)).encode())
+        self._chains[name], self._signers[name] = tuple(chain), signer
+
+    def forget(self, name: str) -> None:
+        """Destroy a member's key and drop its certificate. What vouches for it stays: it leads on to its successors."""
+        self.keys.destroy(name)
+        self._chains.pop(name, None)
+        self._signers.pop(name, None)
+        (self.directory / f"{name}.pem").unlink(missing_ok=True)
+
+    def links(self, now: float) -> list[x509.Certificate]:
+        """Certificates by which roots vouch for each other."""
+        found: list[x509.Certificate] = []
+        for member in self.ring.of("root"):
+            path = self.directory / f"{member.name}.links.pem"
+            if path.exists():
+                found += [c for c in _read_chain(path) if certs.not_before(c) <= now < certs.not_after(c)]
+        return found
+
+    def trust_bundle(self, sequence: int, now: float, blocked: Sequence[str] = ()) -> TrustBundle:
         """`bundle`, opened as an endpoint would open it. Raises NotVerified."""
-        return open_bundle(self.bundle(sequence, now), self.root_fingerprint, self.trust_domain, now)
+        return open_bundle(self.bundle(sequence, now, blocked), self.root_fingerprint, self.trust_domain, now)
 
-    def bundle(self, sequence: int, now: float) -> str:
-        """The trust bundle's envelope."""
+    def bundle(self, sequence: int, now: float, blocked: Sequence[str] = ()) -> str:
+        """The trust bundle's envelope. `blocked`: entries of identity.revocation beside those of revoked members."""
+        living = [r for r in self.roots if certs.not_before(r) <= now < certs.not_after(r)]
+        issuers = {self.certificate(m.name) for m in self.ring.of("intermediate", GOOD)}
         signers = [
-            SignerChain(role="records" if role == "records" else "policy", chain=[certs.pem(c) for c in chain])
-            for role, chain in self._record_chains.items()
+            SignerChain(role="records" if m.kind == "records" else "policy", chain=[certs.pem(c) for c in self.chain(m.name)])
+            for m in (*self.ring.of("records", GOOD), *self.ring.of("policy", GOOD))
+            if self.chain(m.name)[1] in issuers and now < certs.not_after(self.chain(m.name)[0])
         ]
+        tainted = [
+            Taint(key=certs.revocation_id(self.certificate(m.name)).spki, since=m.since, until=m.until)
+            for m in self.ring.members
+            if m.state == "tainted"
+        ]
+        revoked = [f"key:{m.key}" for m in self.ring.members if m.state == "revoked" and now < m.ends]
         record = BundleRecord(
-            trust_domain=self.trust_domain.name, sequence=sequence, roots=[certs.pem(self.root)], signers=signers,
-            issued=int(now), jwt_authorities=self.jwt_authorities(),
+            trust_domain=self.trust_domain.name, sequence=sequence, roots=[certs.pem(r) for r in living], signers=signers,
+            issued=int(now), links=[certs.pem(c) for c in self.links(now)], tainted=tainted, revoked=[*revoked, *blocked],
+            jwt_authorities=self.jwt_authorities(),
         )  # fmt: skip
         return self.sign_record(record)
 
@@ -194,7 +301,7 @@ class Authority:
         """Seal a payload with the key of its role. Raises BadInput ``record.large``, Bug for another trust domain."""
         if payload.trust_domain != self.trust_domain.name:
             raise Bug("record.trust_domain", f"a {payload.typ} record of {payload.trust_domain} is not ours to sign")
-        return records.sign(payload, self._record_keys[payload.role])
+        return records.sign(payload, self.signer(self.ring.active("records" if payload.role == "records" else "policy").name))
 
     # -- certificates -------------------------------------------------------------------------------------------------
 
@@ -204,6 +311,10 @@ class Authority:
         Raises BadInput ``csr.*``.
         """
         return self._issue(ENDPOINT, certs.csr_key(csr_pem), spiffe_id, now)
+
+    def issue_admin(self, csr_pem: str, spiffe_id: SpiffeId, now: float) -> list[str]:
+        """A chain for an administrator. Raises BadInput ``csr.*``."""
+        return self._issue(ADMIN, certs.csr_key(csr_pem), spiffe_id, now)
 
     def issue_workload(
         self, csr_pem: str, spiffe_id: SpiffeId, addresses: Iterable[IPAddress], now: float, *, lifetime: int | None = None
@@ -219,7 +330,7 @@ class Authority:
         """The control plane's TLS identity, a new key and certificate whenever less than half the lifetime is left."""
         path, key_path = self.directory / "server.pem", self.directory / "server.key"
         present = self._present_server(path, key_path, now)
-        if present is not None and present.not_after - now > certs.SERVER_LIFETIME / 2:
+        if present is not None and present.not_after - now > self.lifetimes.of(SERVER).lifetime / 2:
             return present
         key = ec.generate_private_key(ec.SECP256R1())
         name = SpiffeId(self.trust_domain, certs.SERVER_NAME)
@@ -238,8 +349,8 @@ class Authority:
             return None  # missing, or torn by a crash: it is made anew
         if certs.spki(_key(chain[0])) != certs.spki(key.public_key):
             return None
-        if chain[-1] != self.root or now < certs.not_before(chain[0]):
-            return None  # of another authority, or made before the clock was set back
+        if chain[1:] != (self.intermediate, self.root) or now < certs.not_before(chain[0]):
+            return None  # of another authority or intermediate, or made before the clock was set back
         return ServerIdentity(path, key_path, chain[0].public_bytes(Encoding.DER), certs.not_after(chain[0]))
 
     def _issue(
@@ -255,82 +366,63 @@ class Authority:
                 "ca.clock", "this machine's clock is behind the making of the intermediate certificate",
                 hint="set the clock right",
             )  # fmt: skip
+        profile = self.lifetimes.of(profile)
         builder = certs.build(
             profile, key=key, trust_domain=self.trust_domain, spiffe_id=spiffe_id, issuer=self.intermediate,
             serial=_serial(), now=now, addresses=addresses,
         )  # fmt: skip
         leaf = sign_certificate(
-            builder, self._intermediate_key, profile, issuer=self.intermediate, trust_domain=self.trust_domain,
+            builder, self.signer(self.ring.active("intermediate").name), profile, issuer=self.intermediate, trust_domain=self.trust_domain,
             announce=_announce(self.record_serial, profile),
         )  # fmt: skip
         return [certs.pem(leaf), certs.pem(self.intermediate)]
 
+    def certify(self, name: str, now: float) -> None:
+        """A certificate for a record key, under the intermediate that issues."""
+        member, signer = self.ring.get(name), self.signer(name)
+        chain = self._issue(SIGNER, signer.public_key, SpiffeId(self.trust_domain, ("cp", member.kind)), now)
+        self.adopt(name, signer, certs.parse_chain(chain))
+
+    def sign_authority(self, profile: Profile, signer: Signer, now: float, issuer: str | None) -> x509.Certificate:
+        """A certificate of a root (`issuer` None), an intermediate or a link, by the named root."""
+        by = None if issuer is None else self.certificate(issuer)
+        shortened = self.lifetimes.of(profile)
+        builder = certs.build(
+            shortened, key=signer.public_key, trust_domain=self.trust_domain, spiffe_id=None, issuer=by, serial=_serial(), now=now
+        )
+        return sign_certificate(
+            builder, signer if issuer is None else self.signer(issuer), shortened, issuer=by, trust_domain=self.trust_domain,
+            announce=_announce(_no_record if issuer is None else self.record_serial, shortened),
+        )  # fmt: skip
+
     # -- upkeep -------------------------------------------------------------------------------------------------------
 
     def maintain(self, now: float) -> bool:
-        """Renew what has passed half of its life: the intermediate (when root.key is here) and the record keys'
-        certificates. True when the bundle changed and must be published again.
+        """What is due by time: members prepared, activated and forgotten, certificates of record keys renewed.
+
+        True when the bundle changed and must be published again.
         """
-        if self._due(self.intermediate, now) and (self.directory / "root.key").exists():
-            self._renew_intermediate(now)
-        changed = False
-        for role in certs.SIGNER_ROLES:
-            if self._due(self._record_chains[role][0], now) and certs.not_after(self.intermediate) > now:
-                key = self._record_keys[role].public_key
-                chain = self._issue(SIGNER, key, SpiffeId(self.trust_domain, ("cp", role)), now)
-                write_file(self.directory / f"{role}.pem", "".join(chain).encode())
-                self._record_chains[role] = certs.parse_chain(chain)
-                changed = True
-        return changed
+        from ca import rotation  # it works on this class
 
-    @staticmethod
-    def _due(cert: x509.Certificate, now: float) -> bool:
-        return now >= (certs.not_before(cert) + certs.not_after(cert)) / 2
-
-    def _renew_intermediate(self, now: float) -> None:
-        root_key = FileSigner.load(self.directory / "root.key")
-        key = ec.generate_private_key(ec.SECP256R1())
-        cert = _make_intermediate(self.trust_domain, self.root, root_key, key.public_key(), now, self.record_serial)
-        coming = self.directory / "intermediate.next.pem"
-        write_file(coming, certs.pem(cert).encode())
-        self._intermediate_key = FileSigner.create(self.directory / "intermediate.key", key)
-        os.rename(coming, self.directory / "intermediate.pem")
-        self.intermediate = cert
+        return rotation.by_time(self, now)
 
 
-def _populate(directory: Path, trust_domain: TrustDomain, now: float) -> None:
-    root_private = ec.generate_private_key(ec.SECP384R1())
-    root_key = FileSigner.create(directory / "root.key", root_private)
-    builder = certs.build(
-        ROOT, key=root_key.public_key, trust_domain=trust_domain, spiffe_id=None, issuer=None,
-        serial=_serial(), now=now,
-    )  # fmt: skip
-    root = sign_certificate(
-        builder, root_key, ROOT, issuer=None, trust_domain=trust_domain, announce=_announce(_no_record, ROOT)
-    )
-    write_file(directory / "root.pem", certs.pem(root).encode())
-    self = Authority(directory, trust_domain, root)
-    private = ec.generate_private_key(ec.SECP256R1())
-    self._intermediate_key = FileSigner.create(directory / "intermediate.key", private)
-    self.intermediate = _make_intermediate(trust_domain, root, root_key, private.public_key(), now, _no_record)
-    write_file(directory / "intermediate.pem", certs.pem(self.intermediate).encode())
-    for role in certs.SIGNER_ROLES:
-        key = FileSigner.create(directory / f"{role}.key", Ed25519PrivateKey.generate())
-        chain = self._issue(SIGNER, key.public_key, SpiffeId(trust_domain, ("cp", role)), now)
-        write_file(directory / f"{role}.pem", "".join(chain).encode())
-    state = {"version": STATE_VERSION, "trust_domain": trust_domain.name, "created": int(now)}
-    write_secret(directory / "authority.json", json.dumps(state).encode())
-
-
-def _make_intermediate(
-    trust_domain: TrustDomain, root: x509.Certificate, root_key: Signer, key: PublicKey, now: float, hook: SerialHook
-) -> x509.Certificate:
-    builder = certs.build(
-        INTERMEDIATE, key=key, trust_domain=trust_domain, spiffe_id=None, issuer=root, serial=_serial(), now=now
-    )
-    return sign_certificate(
-        builder, root_key, INTERMEDIATE, issuer=root, trust_domain=trust_domain, announce=_announce(hook, INTERMEDIATE)
-    )
+def _populate(
+    directory: Path, trust_domain: TrustDomain, now: float, keys: Keys, lifetimes: Lifetimes | None
+) -> None:
+    ring = Ring(trust_domain, int(now), ())
+    self = Authority(directory, ring, keys, lifetimes=lifetimes)
+    for kind in KINDS:
+        self.ring = self.ring.put(Member(kind, kind, "active", int(now), int(now)))
+        signer = keys.make(kind, KEY_TYPES[kind])
+        self._signers[kind] = signer
+        if kind == "root":
+            self.adopt(kind, signer, [self.sign_authority(ROOT, signer, now, None)])
+        elif kind == "intermediate":
+            self.adopt(kind, signer, [self.sign_authority(INTERMEDIATE, signer, now, "root")])
+        else:
+            self.certify(kind, now)
+    self.save(self.ring)
 
 
 def _announce(hook: SerialHook, profile: Profile) -> Callable[[x509.Certificate], None]:
@@ -355,22 +447,6 @@ def _key(cert: x509.Certificate) -> PublicKey:
     if not isinstance(key, ec.EllipticCurvePublicKey | Ed25519PublicKey):
         raise BadState("ca.key", "a certificate of the authority has a kind of key that is not used here")
     return key
-
-
-def _read_state(directory: Path) -> TrustDomain:
-    path = directory / "authority.json"
-    try:
-        state = json.loads(path.read_bytes())
-        if not isinstance(state, dict) or state.get("version") != STATE_VERSION:
-            raise BadState("ca.version", f"{path} is not of version {STATE_VERSION}")
-        return TrustDomain(str(state["trust_domain"]))
-    except FileNotFoundError:
-        raise BadState(
-            "ca.missing", f"there is no authority in {directory}",
-            hint="run: retinue-ca init --dir DIR --trust-domain NAME",
-        ) from None  # fmt: skip
-    except (OSError, ValueError, KeyError, BadInput):
-        raise BadState("ca.state", f"{path} cannot be read") from None
 
 
 def _read_chain(path: Path) -> tuple[x509.Certificate, ...]:

@@ -294,4 +294,4 @@ def test_junk_is_refused(publisher, text):
 
 
 def test_a_bundle_too_large_is_refused(publisher):
-    assert refusal("x" * (records.MAX_SMALL + 1), publisher.pin) == "record.large"
+    assert refusal("x" * (records.MAX_BUNDLE + 1), publisher.pin) == "record.large"
