@@ -17,9 +17,8 @@ from ca.rows import EndpointRow, InstanceRow
 from ca.scope import EndpointFact, InstanceFact, Touched, World
 from ca.store import Store
 from identity.errors import Bug
-from policy import language
-from policy.model import Policy
 from policy.program import Subject
+from policy.rollout import Staged
 
 log = structlog.get_logger("retinue.ca.mirror")
 
@@ -36,7 +35,7 @@ class Mirror:
         self.revision = 0
         self.broken: dict[Thing, str] = {}
         self.in_force: InForce | None = None
-        self._loaded: tuple[str, Policy] | None = None  # (digest, policy)
+        self._loaded: tuple[tuple[str, str | None], Staged] | None = None  # ((digest, trial), policy)
 
     def load(self, now: int) -> None:
         """Read everything, once. Raises BadState or Unreachable when the store cannot be read."""
@@ -83,7 +82,8 @@ class Mirror:
         """A changed workload that a grant ends with: then the program may be another now."""
         if self.in_force is None:
             return None
-        ends = {g.ends_with for g in self.in_force.policy.grants if g.ends_with is not None}
+        policies = (self.in_force.policy, *([self.in_force.trial] if self.in_force.trial is not None else []))
+        ends = {g.ends_with for policy in policies for g in policy.grants if g.ends_with is not None}
         return next(
             (
                 key.rpartition("/")[0]
@@ -95,8 +95,9 @@ class Mirror:
 
     def _set_policy(self, row: PolicyRow, now: int) -> Touched:
         # Loading a policy is the dear part: only a new revision is loaded.
-        if self._loaded is None or self._loaded[0] != row.digest:
-            self._loaded = row.digest, language.load(row.files)
+        key = (row.digest, row.trial)
+        if self._loaded is None or self._loaded[0] != key:
+            self._loaded = key, row.staged()
         policy, record = self._loaded[1], row.record
         running = {fact.subject.name for fact in self.world.instances.values() if not fact.revoked}
         in_force = InForce.at(policy, now, running)

@@ -148,6 +148,7 @@ class PolicyApply(Message):
     files: list[PolicyFileIn] = Field(max_length=256)
     dry_run: bool = False
     author: str = Field(default="", max_length=255)
+    parts: list[str] = Field(default=[], max_length=200)  # what operators signed, identity/records_policy.py
 
 
 class PolicyReply(Message):
@@ -161,6 +162,7 @@ class PolicyReply(Message):
     gained: list[dict[str, Any]] = []  # {"src","dst","ports"}
     lost: list[dict[str, Any]] = []
     applied: bool = True
+    kind: str = "apply"  # how it came: apply, rollback N, rollout ...
 
 
 class ExplainReply(Message):

@@ -103,7 +103,7 @@ def test_a_policy_that_cannot_be_compiled_leaves_the_one_before(shop) -> None:
     with shop.store.write() as tx:
         tx.execute(
             text(
-                """insert into policies select revision + 1, 'x', '[{"name": "p", "text": "{"}]', author, issued, 'bad' from policies"""
+                """insert into policies (revision, digest, files, author, issued, record) select revision + 1, 'x', '[{"name": "p", "text": "{"}]', author, issued, 'bad' from policies"""
             )
         )
         shop.store.log(tx, shop.now, "policy", "policy")
