@@ -15,7 +15,7 @@ stamp() { mkdir -p "$STAMPS" && printf '%s' "$2" >"$STAMPS/$1"; }
 
 # program:package, what the product runs with and what its tests compare with
 RUNTIME="nft:nftables ip:iproute2 sysctl:procps cc:gcc make:make cmake:cmake openssl:openssl"
-TESTING="wg:wireguard-tools wireguard-go:wireguard-go iperf3:iperf3 ping:iputils-ping strace:strace spin:spin faketime:faketime"
+TESTING="wg:wireguard-tools wireguard-go:wireguard-go iperf3:iperf3 ping:iputils-ping strace:strace spin:spin faketime:faketime systemd-analyze:systemd"
 
 system_packages() {
   local missing=() entry
