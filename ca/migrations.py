@@ -31,6 +31,7 @@ NEW_COLUMNS_2: Final = (("instances", "mover"), ("policies", "kind"), ("policies
 NEW_TABLES_2: Final = (
     "ledger", "ledger_nodes", "ledger_heads", "processes", "readiness", "entries", "admins", "approvals",
     "policy_authority", "rollouts", "flow_edges", "flow_denials",
+    "credentials", "blocks", "federations",
 )  # fmt: skip
 
 _AUDIT_1: Final = """

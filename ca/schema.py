@@ -67,6 +67,35 @@ endpoints = Table(
     Index("endpoint_tunnel_key", "tunnel_key", unique=True, sqlite_where=Column("state") != "revoked",
           postgresql_where=Column("state") != "revoked"),
 )  # fmt: skip
+credentials = Table(  # version 2: the newest certificate of an endpoint, and whether two are using one identity
+    "credentials", metadata,
+    Column("endpoint", ForeignKey("endpoints.name"), primary_key=True),
+    Column("serial", String(40), nullable=False),  # lower hex, of the certificate that may be renewed
+    Column("spki", String(64), nullable=False),
+    Column("before", String(40)),  # the one that was renewed into it: a reply may have been lost
+    Column("quarantined_at", BigInteger),
+    Column("reason", String(255)),
+    Column("budget", BigInteger),  # automatic recoveries in a window; none: the default
+    Column("recoveries", Text, nullable=False, server_default="[]"),  # when they were
+)  # fmt: skip
+blocks = Table(  # version 2: entries of the block list beside those of revoked hosts and authorities
+    "blocks", metadata,
+    Column("entry", String(2200), primary_key=True),
+    Column("at", BigInteger, nullable=False),
+    Column("until", BigInteger, nullable=False),
+)  # fmt: skip
+federations = Table(  # version 2: other trust domains and what is known of them
+    "federations", metadata,
+    Column("trust_domain", String(255), primary_key=True),
+    Column("url", String(1024), nullable=False),
+    Column("profile", String(16), nullable=False),
+    Column("endpoint_id", String(2048)),  # the SVID that serves the bundle, profile https_spiffe
+    Column("bundle", Text, nullable=False),  # as received, JSON
+    Column("fetched_at", BigInteger, nullable=False),
+    Column("error", String(512)),
+    Column("record", Text),  # as told to the endpoints
+    CheckConstraint("profile in ('https_web', 'https_spiffe')", name="federation_profile"),
+)  # fmt: skip
 tokens = Table(
     "tokens", metadata,
     Column("id", String(64), primary_key=True),
