@@ -29,6 +29,7 @@ from policy.model import (
     Policy,
     PolicyRule,
     ReachTest,
+    ReplayTest,
     Review,
     Segment,
     Service,
@@ -54,7 +55,6 @@ TOP: Final = frozenset({
     "offers", "accepts", "idle", "tests",
 })  # fmt: skip
 RULE_KEYS: Final = frozenset({"id", "from", "to", "on", "why", "when", "mode", "max_rate"})
-_LATER: Final = "remove it; it will be accepted once it is enforced"
 SINKS: Final = frozenset({"page", "log", "webhook"})
 COLLAPSE: Final = 60  # seconds, without `collapse`
 _RATE: Final = re.compile(r"([0-9]{1,9})([kMG]?)bit(?:/s)?")
@@ -99,7 +99,7 @@ class _Loader:
         self.segments: list[Segment] = []
         self.grants: list[Grant] = []
         self.consents: list[Consent] = []
-        self.tests: list[FlowTest | ReachTest] = []
+        self.tests: list[FlowTest | ReachTest | ReplayTest] = []
         self.owners: dict[str, tuple[str, ...]] = {}
         self.reviews: list[Review] = []
         self.idle: list[Idle] = []
@@ -466,13 +466,21 @@ class _Loader:
 
     # ---- tests
 
+    def _replay(self, node: Node) -> None:
+        fields = node.mapping("a replay test", {"replay", "max_new_denied", "why"}, {"replay"})
+        word = fields["replay"].scalar("replay")
+        if not word.startswith("last-"):
+            raise fields["replay"].bad("policy.value", f"replay cannot be {ascii(word)[:40]}", hint="write replay: last-30d")
+        try:
+            seconds = parse_duration(word.removeprefix("last-"))
+        except BadInput as error:
+            raise fields["replay"].bad(error.code, error.message, hint="write replay: last-30d") from None
+        limit = fields["max_new_denied"].integer("max_new_denied", 0, 1_000_000_000) if "max_new_denied" in fields else 0
+        self.tests.append(ReplayTest(seconds, limit, where(node), word))
+
     def _test(self, scope: str, node: Node) -> None:
         if "replay" in node.mapping("a test"):
-            fields = node.mapping("a replay test", {"replay", "max_new_denied"}, {"replay"})
-            fields["replay"].scalar("replay")
-            if "max_new_denied" in fields:
-                fields["max_new_denied"].integer("max_new_denied", 0, 1_000_000_000)
-            self.names.not_enforced(node, "a replay of recorded flows", _LATER)
+            self._replay(node)
             return
         if "reach" in node.mapping("a test"):
             fields = node.mapping("a reach test", {"reach", "depth", "never", "why"}, {"reach", "never"})

@@ -164,6 +164,16 @@ class ReachTest:
 
 
 @dataclass(frozen=True, slots=True)
+class ReplayTest:
+    """Of the flows that were recorded as forwarded in the last `seconds`, at most `max_new_denied` would be denied."""
+
+    seconds: int
+    max_new_denied: int
+    where: Where
+    words: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     """All files as one policy. Sequences are sorted, so equal policies compare equal whatever their file order."""
 
@@ -179,7 +189,7 @@ class Policy:
     segments: tuple[Segment, ...] = ()
     grants: tuple[Grant, ...] = ()
     consents: tuple[Consent, ...] = ()
-    tests: tuple[FlowTest | ReachTest, ...] = ()
+    tests: tuple[FlowTest | ReachTest | ReplayTest, ...] = ()
     reviews: tuple[Review, ...] = ()
     idle: tuple[Idle, ...] = ()
 

@@ -15,10 +15,11 @@ from dataclasses import dataclass, replace
 from policy.algebra import witness, witnesses
 from policy.classes import Classes, reach
 from policy.compile import compile_policy
-from policy.evaluate import Decision, evaluate, matches, permitted, show_flow
-from policy.model import FlowTest, Policy, ReachTest
+from policy.evaluate import Decision, evaluate, matches, permitted, show_flow, strict
+from policy.model import FlowTest, Policy, ReachTest, ReplayTest
 from policy.ports import PORTED, TCP, UDP, PortMap, ranges
 from policy.program import Action, AllOf, Program, Selector, Subject, Where
+from policy.replay import Recording, replay
 
 _STAND_INS = 8  # made-up subjects for each end of a rule
 
@@ -37,20 +38,42 @@ class TestResult:
 
 
 def run_tests(
-    policy: Policy, program: Program, subjects: Sequence[Subject], running: Iterable[str] | None = None
-) -> list[TestResult]:
-    """Every test of the policy, in file order. `program` is the policy compiled for now; tests with `at` compile anew."""
-    names = None if running is None else frozenset(running)
+    policy: Policy, program: Program, subjects: Sequence[Subject], running: Iterable[str] | None = None,
+    recording: Recording | None = None,
+) -> list[TestResult]:  # fmt: skip
+    """Every test of the policy, in file order. `program` is the policy compiled for now; tests with `at` compile anew.
+
+    What counts is what is enforced once every audit has ended. recording: what replay tests look at; without one they
+    cover nothing and say so.
+    """
+    names, program = None if running is None else frozenset(running), strict(program)
     programs: dict[int | None, Classes] = {None: Classes(program, subjects)}
     out = []
     for test in policy.tests:
         if isinstance(test, ReachTest):
             out.append(_reach(test, program, subjects))
             continue
+        if isinstance(test, ReplayTest):
+            out.append(_replay(test, program, subjects, recording))
+            continue
         if test.at not in programs:
-            programs[test.at] = Classes(compile_policy(policy, test.at, names), subjects)
+            programs[test.at] = Classes(compile_policy(policy, test.at, names, audit=False), subjects)
         out.append(_flow(test, programs[test.at], subjects))
     return out
+
+
+def _replay(
+    test: ReplayTest, program: Program, subjects: Sequence[Subject], recording: Recording | None
+) -> TestResult:
+    title = f"replay {test.words}: at most {test.max_new_denied} newly denied"
+    if recording is None:
+        return TestResult(test.where, True, f"{title}: not run, there is no recording here", 0)
+    found = replay(program, recording.since(test.seconds), subjects)
+    if len(found.broken) <= test.max_new_denied:
+        return TestResult(test.where, True, f"{title}: {len(found.broken)} of {found.flows} recorded flows", found.flows)
+    return TestResult(
+        test.where, False, f"{title}: {len(found.broken)} of {found.flows} recorded flows, first {found.broken[0]}", found.flows
+    )
 
 
 def _flow(test: FlowTest, classes: Classes, subjects: Sequence[Subject]) -> TestResult:

@@ -193,7 +193,7 @@ BAD = [
     ("test expects", HEAD + "tests:\n  - {from: '*', to: '*', on: any, expect: maybe}", "policy.value", 3, 43),
     ("test group", HEAD + "tests:\n  - {from: '*', to: 'api:tcp/80', expect: deny}", "policy.unknown_group", 3, 21),
     ("test service", HEAD + "tests:\n  - {from: '*', to: '*:htp', expect: deny}", "policy.unknown_service", 3, 23),
-    ("replay", HEAD + "tests:\n  - {replay: last-30d, max_new_denied: 0}", "policy.not_enforced", 3, 5),
+    ("replay", HEAD + "tests:\n  - {replay: 30d, max_new_denied: 0}", "policy.value", 3, 14),
     ("reach depth", HEAD + "tests:\n  - {reach: '*', never: '*', depth: 0}", "policy.number", 3, 37),
 ]
 
