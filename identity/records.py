@@ -184,6 +184,19 @@ class BundleRecord(Payload):
     revoked: list[str] = Field(default=[], max_length=2048)
 
 
+class ForeignBundle(Payload):
+    """The roots of another trust domain, as our control plane last took them from there; none: all are revoked."""
+
+    typ: ClassVar[str] = "federation"
+    role: ClassVar[str] = "records"
+    limit: ClassVar[int] = MAX_BUNDLE
+
+    foreign: str
+    sequence: Count
+    roots: list[str] = Field(max_length=16)  # PEM
+    issued: Seconds
+
+
 P = TypeVar("P", bound=Payload)
 
 
