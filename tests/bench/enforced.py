@@ -1,12 +1,14 @@
 """The whole product as a subject: two enrolled hosts, agents, a signed policy and the firewall in the path.
 
-Measured between two workload namespaces, so a packet also crosses both veths and takes both verdicts. The extra
-elements are permitted pairs that never speak: what a large policy costs the packets of others.
+Measured between two workload namespaces, so a packet also crosses both veths and takes both verdicts. The hosts are joined
+by one veth pair, as the other subjects are; the lab's switch is for the CA only. The extra elements are permitted pairs
+that never speak: what a large policy costs the packets of others.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,7 @@ segments:
     allow:
       - {id: left-to-right, from: left, to: right, on: [tcp/5201, udp/5201, udp/7007, icmp], why: benchmark}
 """
+HOSTS = ("host-a", "host-b")
 
 
 class EnforcedPair(Pair):
@@ -37,18 +40,18 @@ class EnforcedPair(Pair):
 
 
 @contextlib.contextmanager
-def enforced(number: int, *, aes: bool, elements: int = 0) -> Iterator[tuple[EnforcedPair, str, list[int]]]:
-    """(pair, far address, engine pids) of a running mesh."""
-    with Lab(["host-a", "host-b"], trust_domain="bench.example") as lab:
+def enforced(number: int, *, aes: bool = False, elements: int = 0, options: str = "") -> Iterator[tuple[EnforcedPair, str, list[int]]]:
+    """(pair, far address, engine pids) of a running mesh. `options`: more words of the engine's command line."""
+    with Lab(HOSTS, trust_domain="bench.example") as lab:
         lab.start_ca()
-        for host in ("host-a", "host-b"):
-            node = lab.nodes[host]
+        for host, address in _direct(number, lab).items():
             token = lab.ca("token", "create", "--host", host)["token"]
-            hints = [word for hint in node.underlay for word in ("--underlay", hint)]
             ciphers = ["--cipher", "chacha20poly1305", *(["--cipher", "aes-256-gcm"] if aes else [])]
-            lab.retinue(host, "enroll", "--ca", lab.ca_url, "--token-file", "-", *hints, *ciphers, stdin=token)
-            lab.start_agent(host)
-        homes = {"left": "host-a", "right": "host-b"}
+            underlay = ("--underlay", f"{address}:51820")
+            lab.retinue(host, "enroll", "--ca", lab.ca_url, "--token-file", "-", *underlay, *ciphers, stdin=token)
+            with _environment("RETINUE_ENGINE_OPTIONS", options):
+                lab.start_agent(host)
+        homes = dict(zip(("left", "right"), HOSTS, strict=True))
         made = {name: lab.ca("workload", "add", name, "--host", host, "--label", f"role={name}") for name, host in homes.items()}
         text = POLICY
         if elements:
@@ -62,15 +65,43 @@ def enforced(number: int, *, aes: bool, elements: int = 0) -> Iterator[tuple[Enf
             lab.retinue(host, "attach", name, "--netns", space, "--wait", "20")
         pair = EnforcedPair(number, lab)
         far = made["right"]["addresses"][0]
-        pair.at(0, "ping", "-c", "3", "-W", "5", far)
-        yield pair, far, engines(lab.dir)
+        pair.at(0, "ping", "-c", "3", "-i", "0.3", "-W", "5", far)
+        pids = engines(lab.dir)
+        if options and not all(options.encode() in environment(pid) for pid in pids):
+            raise RuntimeError(f"the engines did not get {options}")
+        yield pair, far, pids
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    """A variable of the processes started within."""
+    if value:
+        os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+
+
+def _direct(number: int, lab: Lab) -> dict[str, str]:
+    """Host -> underlay address on a veth pair between the two."""
+    addresses = {host: f"10.77.{number}.{end}" for end, host in enumerate(HOSTS, 1)}
+    near, far = (lab.netns(host) for host in addresses)
+    run("ip", "link", "add", "rbA", "netns", near, "type", "veth", "peer", "name", "rbA", "netns", far)
+    for host, address in addresses.items():
+        run("ip", "-n", lab.netns(host), "address", "add", f"{address}/24", "dev", "rbA")
+        run("ip", "-n", lab.netns(host), "link", "set", "rbA", "up")
+    return addresses
+
+
+def environment(pid: int) -> bytes:
+    """As the process was given it; empty when it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    return b""
 
 
 def engines(directory: Path) -> list[int]:
     """Processes of the engine whose control socket lies below this lab's directory."""
-    found = []
-    for pid in run("pgrep", "-f", "retinue-engine", check=False).split():
-        with contextlib.suppress(OSError):
-            if str(directory) in Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace"):
-                found.append(int(pid))
-    return found
+    found = run("pgrep", "-f", "retinue-engine", check=False).split()
+    return [int(pid) for pid in found if str(directory).encode() in environment(int(pid))]

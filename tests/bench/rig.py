@@ -9,13 +9,15 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-PREFIX = f"rb{os.getpid() % 100000}"
+PREFIX = f"rb{os.getpid()}"
 
 
 def run(*argv: str, check: bool = True, timeout: float = 60) -> str:
@@ -32,6 +34,7 @@ class Pair:
 
     number: int
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    leftovers: list[Path] = field(default_factory=list)  # directories that go with the pair
 
     def __post_init__(self) -> None:
         self.names = (f"{PREFIX}a-{self.number}", f"{PREFIX}b-{self.number}")
@@ -55,11 +58,12 @@ class Pair:
 
     def spawn(self, end: int, *argv: str, env: dict[str, str] | None = None, log: Path | None = None) -> subprocess.Popen[bytes]:
         """Start a long-running process inside one end."""
-        out = log.open("wb") if log else subprocess.DEVNULL
-        process = subprocess.Popen(
-            ["ip", "netns", "exec", self.names[end], *argv], env={**os.environ, **(env or {})},
-            stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-        )  # fmt: skip
+        with open(log or os.devnull, "wb") as out:
+            process = subprocess.Popen(
+                # It ends with us, however we end.
+                ["ip", "netns", "exec", self.names[end], "setpriv", "--pdeathsig", "KILL", *argv],
+                env={**os.environ, **(env or {})}, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+            )  # fmt: skip
         self.processes.append(process)
         return process
 
@@ -75,12 +79,22 @@ class Pair:
                 process.wait()
         for name in self.names:
             run("ip", "netns", "del", name, check=False)
+        for directory in self.leftovers:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
-def wait_for(what: str, ready: Sequence[Path], seconds: float = 10) -> None:
-    """Wait until every path exists."""
+def sweep() -> None:
+    """Namespaces of runs that were killed."""
+    for line in run("ip", "netns", "list").splitlines():
+        found = re.match(r"rb(\d+)[ab]-\d+\b", line)
+        if found and not Path("/proc", found[1]).exists():
+            run("ip", "netns", "del", found[0], check=False)
+
+
+def wait_for(what: str, paths: Sequence[Path], seconds: float = 20, ready: Callable[[], bool] = lambda: True) -> None:
+    """Wait until every path exists and `ready` says so."""
     deadline = time.monotonic() + seconds
-    while not all(p.exists() for p in ready):
+    while not (all(p.exists() for p in paths) and ready()):
         if time.monotonic() > deadline:
             raise RuntimeError(f"{what} did not become ready")
         time.sleep(0.02)

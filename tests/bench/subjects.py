@@ -1,9 +1,10 @@
-"""What is measured: a bare veth, our engine in its modes, and the peers found on the PATH."""
+"""What is measured: a bare veth, our engine in its modes, the whole product, and the peers found on the PATH or in the environment."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Callable
@@ -11,39 +12,47 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
 from identity.keys import x25519_public
+from tests.bench import nebula
 from tests.bench.rig import Pair, run, wait_for
+
+Started = tuple[tuple[str, str], list[int]]
+TCP1, TCP4, UDP1300, UDP100, RTT, LOADED_RTT = MEASURES = ("tcp1", "tcp4", "udp1300", "udp100", "rtt", "loaded rtt")
+UAPI_DIR = Path("/var/run/wireguard")  # where engines that know no WG_UAPI_DIR put their sockets
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One data plane: `start` brings it up on a pair and returns (addresses to measure between, engine pids)."""
+    """One data plane. `start` brings it up on a pair: (addresses to measure between, engine pids); `product`: settings
+    for tests.bench.enforced instead. `role` names it in the table of ratios.
+    """
 
     name: str
     version: str
-    start: Callable[[Pair], tuple[tuple[str, str], list[int]]] = lambda _: (("", ""), [])
+    start: Callable[[Pair], Started] | None = None
+    product: tuple[tuple[str, object], ...] | None = None
+    role: str = ""
+    measures: tuple[str, ...] = MEASURES
+    settings: str = ""
 
 
-def _bare(pair: Pair) -> tuple[tuple[str, str], list[int]]:
+def _bare(pair: Pair) -> Started:
     return pair.underlay, []
 
 
-def _wireguard(program: list[str], uapi: Path | None, env: dict[str, str], extra: str = "") -> Callable[[Pair], tuple[tuple[str, str], list[int]]]:
-    def start(pair: Pair) -> tuple[tuple[str, str], list[int]]:
+def _wireguard(program: list[str], uapi: Path | None = None, extra: str = "") -> Callable[[Pair], Started]:
+    def start(pair: Pair) -> Started:
         keys = [X25519PrivateKey.generate() for _ in range(2)]
-        directory = uapi or Path("/var/run/wireguard")
-        names = [f"rb{pair.number}{end}{os.getpid() % 10000}" for end in "ab"]
-        pids = []
-        for end, name in enumerate(names):
-            process = pair.spawn(end, *program, name, env={**env, **({"WG_UAPI_DIR": str(uapi)} if uapi else {})})
-            pids.append(process.pid)
-        wait_for(program[0], [directory / f"{n}.sock" for n in names])
+        names = [f"rb{pair.number}{end}{os.getpid() % 100000}" for end in "ab"]
+        sockets = [(uapi or UAPI_DIR) / f"{n}.sock" for n in names]
+        env = {"WG_PROCESS_FOREGROUND": "1", **({"WG_UAPI_DIR": str(uapi)} if uapi else {})}
+        pids = [pair.spawn(end, *program, name, env=env).pid for end, name in enumerate(names)]
+        wait_for(program[0], sockets)
         for end, name in enumerate(names):
             far = 1 - end
-            uapi_set(directory / f"{name}.sock", "".join((
-                f"private_key={_hex(keys[end])}\nlisten_port={51900 + end}\nreplace_peers=true\n",
+            uapi_set(sockets[end], "".join((
+                f"private_key={keys[end].private_bytes_raw().hex()}\nlisten_port={51900 + end}\nreplace_peers=true\n",
                 f"public_key={x25519_public(keys[far]).hex()}\n{extra}",
                 f"endpoint={pair.underlay[far]}:{51900 + far}\nreplace_allowed_ips=true\nallowed_ip={pair.tunnel[far]}/32\n",
             )))  # fmt: skip
@@ -55,14 +64,8 @@ def _wireguard(program: list[str], uapi: Path | None, env: dict[str, str], extra
     return start
 
 
-def _hex(key: X25519PrivateKey) -> str:
-    return key.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption()).hex()
-
-
 def uapi_set(path: Path, body: str) -> None:
     """One UAPI set operation; raises RuntimeError on an errno."""
-    import socket
-
     with socket.socket(socket.AF_UNIX) as s:
         s.connect(str(path))
         s.sendall(f"set=1\n{body}\n".encode())
@@ -73,22 +76,67 @@ def uapi_set(path: Path, body: str) -> None:
 
 def engine_program() -> list[str]:
     """The engine as the product launches it."""
-    return [str(Path(sys.executable).with_name("retinue-engine")), "--foreground"]
+    return [str(Path(sys.executable).with_name("retinue-engine")), "-f"]
+
+
+def wireguard_go() -> list[tuple[str, str]]:
+    """(program, version) of the distribution's on the PATH and of WIREGUARD_GO, where there are such."""
+    found = []
+    for program in dict.fromkeys(filter(None, (shutil.which("wireguard-go"), shutil.which(os.environ.get("WIREGUARD_GO", "-"))))):
+        words = run(program, "--version", check=False).split()
+        found.append((program, words[1] if len(words) > 1 else "?"))
+    return found
+
+
+def ours() -> str:
+    """Version of our engine."""
+    return run(engine_program()[0], "--version", check=False).strip() or "unknown"
+
+
+def _product(name: str, role: str, measures: tuple[str, ...] = MEASURES, note: str = "", **settings: object) -> Subject:
+    words = ", ".join(filter(None, ("agents, signed policy, firewall", note)))
+    return Subject(name, ours(), product=tuple(settings.items()), role=role, measures=measures, settings=words)
 
 
 def subjects(only: list[str]) -> list[Subject]:
-    """Everything that can be measured on this machine, in a fixed order."""
+    """Everything that can be measured on this machine, in a fixed order; `only`: those whose name has one of the words."""
     uapi = Path(tempfile.mkdtemp(prefix="retinue-bench-"))
-    kernel = run("uname", "-r").strip()
-    ours = run(engine_program()[0], "--version", check=False).strip() or "unknown"
+    engine, low = engine_program(), (TCP1, RTT, LOADED_RTT)
     found = [
-        Subject("no tunnel", f"Linux {kernel}", _bare),
-        Subject("retinue", ours, _wireguard(engine_program(), uapi, {})),
-        Subject("retinue low-power", ours, _wireguard([*engine_program(), "--low-power"], uapi, {})),
-        Subject("retinue AES", ours, _wireguard(engine_program(), uapi, {}, "retinue_cipher=aes-256-gcm\n")),
+        Subject("no tunnel", f"Linux {run('uname', '-r').strip()}", _bare),
+        _product("enforced", "enforced chacha"),
+        _product("enforced AES", "enforced aes", aes=True),
+        _product("enforced low-power", "enforced low-power", low, options="--low-power"),
+        _product("enforced, 10,000 elements", "enforced elements", (TCP1, UDP1300), "10,000 set elements", elements=10_000),
+        Subject("bare", ours(), _wireguard(engine, uapi), role="bare chacha"),
+        Subject("bare AES", ours(), _wireguard(engine, uapi, "retinue_cipher=aes-256-gcm\n"), role="bare aes"),
+        Subject("bare low-power", ours(), _wireguard([*engine, "--low-power"], uapi), role="bare low-power", measures=low),
     ]
-    for program in dict.fromkeys(filter(None, (shutil.which("wireguard-go"), os.environ.get("WIREGUARD_GO")))):
-        version = run(program, "--version", check=False).split("\n")[0].strip()
-        env = {"WG_PROCESS_FOREGROUND": "1"}
-        found.append(Subject(f"wireguard-go {version.split()[-1] if version else '?'}", version, _wireguard([program, "-f"], None, env)))
+    for place, (program, version) in enumerate(wireguard_go()):
+        # The first is the distribution's: the floor. A second one is newer.
+        newest = place > 0 or not version.removeprefix("v").startswith("0.0.2022")
+        found.append(
+            Subject(
+                f"wireguard-go {version.removeprefix('v')}", f"wireguard-go {version}", _wireguard([program, "-f"]),
+                role="wireguard-go" if newest else "wireguard-go floor", measures=MEASURES if newest else (TCP1, UDP1300, RTT),
+                settings="7 MB socket buffers of its own",
+            )
+        )  # fmt: skip
+    for pair in nebula.programs():
+        version = nebula.version(pair[0])
+        floor = version.startswith("1.6")
+        said = f"nebula {version}"
+        found.append(
+            Subject(
+                said, said, nebula.start(pair), role="nebula floor" if floor else "nebula",
+                measures=(TCP1, UDP1300, RTT) if floor else MEASURES, settings="AES, its default buffers",
+            )
+        )  # fmt: skip
+        if not floor:
+            found += [
+                Subject(f"{said} tuned", said, nebula.start(pair, tuned=True), role="nebula tuned", measures=(TCP1, TCP4, UDP1300),
+                        settings=f"AES, {nebula.TUNED}"),
+                Subject(f"{said} ChaCha", said, nebula.start(pair, cipher="chachapoly"), role="nebula chacha", measures=(TCP1, UDP1300),
+                        settings="ChaCha20-Poly1305, its default buffers"),
+            ]  # fmt: skip
     return [s for s in found if not only or any(word in s.name for word in only)]
