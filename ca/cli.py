@@ -328,10 +328,9 @@ def workload_add(
     directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Create an instance of a workload identity and place it."""
+    from ca.cli_entry import parse_end
     from identity.labels import parse_labels
     from identity.wire.admin import Workload, WorkloadAdd
-
-    from ca.cli_entry import parse_end
 
     request = WorkloadAdd(
         name=name, host=host, labels=parse_labels(label or ()), fence=_fence(fence), replica=replica, ends_with=ends_with,

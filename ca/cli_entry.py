@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from ca.cli import DEFAULT_DIR, Dir, Format, Instance, Json, Name, client, output_of, show_workload, workload_app
+from ca.cli import (
+    DEFAULT_DIR,
+    Dir,
+    Format,
+    Instance,
+    Json,
+    Name,
+    client,
+    output_of,
+    show_workload,
+    workload_app,
+)
 from identity import cliout
 from identity.cliout import Output
 from identity.errors import BadInput

@@ -164,9 +164,20 @@ async def _keep_files(agent: Agent, directory: Path, reload: str | None) -> None
                     await agent.changed.wait()
 
 
+def over(agent: Agent) -> bool:
+    """Is what this sidecar stands for known to be held elsewhere, by nobody, or at its end?"""
+    if agent.in_force is None:
+        return False
+    view, name = agent.in_force.view, agent.enrollment.workload
+    ended = any(key.rpartition("/")[0] == name for key in view.ended)
+    return ended or any(r.name == name for r in view.snapshot.placements.values())
+
+
 async def _write_files(agent: Agent, directory: Path, reload: str | None) -> None:
     place = own_place(agent)
     if place is None:
+        if over(agent):
+            svid_files.remove(directory)
         return
     if not place.active:
         if place.state == "fenced":

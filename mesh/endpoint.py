@@ -19,6 +19,7 @@ from typing import Any, Final
 import structlog
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
+from identity.bundle import TrustBundle
 from identity.errors import BadInput, BadState, NotFound, RetinueError
 from identity.records import PolicyRecord
 from identity.wire.enroll import Cipher
@@ -35,6 +36,8 @@ from mesh.enroll import Enrollment, load_enrollment
 from mesh.health import Health
 from mesh.plan import Plan
 from mesh.sd_notify import notify
+from mesh.identities import placed_here
+from mesh.jwt_svid import JwtSvids
 from mesh.snapshot import InstanceKey, Snapshot, instance_key
 from mesh.state import StateDir
 from mesh.svid import WorkloadSvids
@@ -101,6 +104,8 @@ class Agent:
             enrollment, self.machine, self.health, on_events=self._on_events, report=self.report, instead=self._instead
         )
         self.svids = WorkloadSvids(self.uplink.svid, lambda: self.uplink.trust, time.time)
+        self.jwts = JwtSvids(self.uplink.jwt, lambda: self.uplink.trust, time.time)
+        self.foreign: tuple[TrustBundle, ...] = ()  # of the trust domains that ours federates with
         self.plane = DataPlane(PlaneConfig(
             interface=config.interface, listen_port=config.listen_port, private_key=self._private_key, run_dir=config.run_dir,
             mtu=config.mtu, device=config.device, engine=config.engine, on_event=self._on_plane_event,
@@ -265,8 +270,10 @@ class Agent:
         active = {a.key for a in plan.active}
         self._held |= active
         self._held &= set(self.attachments.local())
-        self.svids.keep_only(frozenset(active))
         self.in_force = InForce(plan, view, position, view.snapshot.state_hash, frozenset(applied.failed))
+        held = active | set(placed_here(self, self.in_force))  # entries give identities that are attached nowhere
+        self.svids.keep_only(frozenset(held))
+        self.jwts.keep_only(frozenset(held))
         self._conditions(plan, view, dict(applied.failed))
         if applied.failed:
             asyncio.get_running_loop().call_later(RETRY_PLACES, self.touch)
@@ -348,8 +355,14 @@ class Agent:
             revision=now.position.revision,
             hash=now.hash,
             held={a.key: a.epoch for a in now.plan.active if a.epoch is not None},
-            attached=sorted(k for k in now.plan.attachments if k not in now.failed),
+            attached=sorted({k for k in now.plan.attachments if k not in now.failed} | self._entered(now)),
         )
+
+    def _entered(self, now: InForce) -> set[InstanceKey]:
+        """Instances placed or coming here whose processes a registration entry tells: they need no attachment."""
+        names = {entry.name for entry in now.view.snapshot.entries}
+        records = (*now.view.snapshot.placements.items(), *now.view.snapshot.prepares.items())
+        return {key for key, r in records if r.name in names and r.endpoint == self.enrollment.endpoint and r.state != "revoked"}
 
     # ---- for the local API
 

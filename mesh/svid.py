@@ -87,7 +87,9 @@ class WorkloadSvids:
             trust.verify_svid(held.files.certificate, now, expect=held.svid.spiffe_id)
         except NotVerified:
             return None
-        return replace(held, trusted=trust.sequence)
+        taint = trust.taint_of(held.svid.chain)
+        due = held.renew_at if taint is None else min(held.renew_at, taint.since + random.random() * (taint.until - taint.since))  # noqa: S311 -- jitter
+        return replace(held, trusted=trust.sequence, renew_at=due)
 
     def drop(self, key: InstanceKey) -> None:
         """Forget an instance's key: it is not held here any more."""

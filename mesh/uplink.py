@@ -17,6 +17,7 @@ from identity.errors import RetinueError, Unreachable
 from identity.wire.admin import ExplainReply
 from identity.wire.enroll import Cipher, SidecarTokenReply, SidecarTokenRequest, SvidReply, SvidRequest
 from identity.wire.feed import Report
+from identity.wire.jwt import JwtReply, JwtRequest
 from mesh.control import FEED_IDLE, Busy, ControlClient, backoff
 from mesh.enroll import Enrollment, renew
 from mesh.health import Health
@@ -88,6 +89,10 @@ class Uplink:
     async def svid(self, request: SvidRequest) -> SvidReply:
         """A workload's certificate. Raises what the CA answered."""
         return await (await self._current()).post("/v1/svid", request, SvidReply)
+
+    async def jwt(self, request: JwtRequest) -> JwtReply:
+        """A JWT-SVID of an instance placed here. Raises what the CA answered."""
+        return await (await self._current()).post("/v1/jwt", request, JwtReply)
 
     async def sidecar_token(self, request: SidecarTokenRequest) -> SidecarTokenReply:
         """A join token for the sidecar of a workload placed here."""

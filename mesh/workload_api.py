@@ -1,15 +1,10 @@
 """The SPIFFE Workload API on RUN_DIR/workload.sock: X.509 SVIDs and bundles for the programs of this machine.
 
-Everybody may connect; who the caller is says the kernel (mesh/attestation.py). A caller is given the identities of the
-instances that are active here in the network namespace it is in, for that is also what its packets may be sent as:
-
-    namespace of an attachment, of `retinue run`    its instances
-    namespace of a sidecar                          the sidecar's instance
-    the host itself, attached with kind host        its instances, for root only
+Everybody may connect; who the caller is says the kernel (mesh/attestation.py), and mesh/identities.py what it is given.
 
 Each message of a stream is everything the caller has; one is sent at once, then at every change: a renewed certificate, a
-new bundle, an instance attached or gone. When nothing is left (moved, revoked, detached) the stream ends with
-PermissionDenied. The JWT profile is switched off: its calls answer Unimplemented.
+new bundle, an instance attached or gone. When nothing is left (moved, revoked, ended, detached) the stream ends with
+PermissionDenied. JWT-SVIDs are signed by the CA for instances that are placed here, and validated here.
 """
 
 from __future__ import annotations
@@ -43,16 +38,25 @@ from grpclib.protocol import H2Protocol
 from grpclib.server import Handler, Server, Stream
 
 from identity.errors import BadInput, BadState, NotFound, NotVerified, Refused, RetinueError, Unreachable
-from identity.wire.local import InstanceRef, SvidFiles
-from mesh.attestation import Caller, NamespaceId, NotAttested, attest, own_namespace
-from mesh.local_api import listen_on, svid_of
-from mesh.snapshot import InstanceKey
+from identity.jwt import check_audience, jwks
+from identity.names import SpiffeId
+from identity.wire.local import SvidFiles
+from mesh.attestation import Caller, NotAttested, attest, own_namespace
+from mesh.identities import Given, check_given, foreign_bundles, identities, instance_order, svid_of_given
+from mesh.jwt_svid import verify as verify_jwt
+from mesh.local_api import listen_on
 from mesh.svid_files import API_SOCKET
 from mesh.workload_proto import (
     MAX_REQUEST,
     Codec,
     Empty,
     Encodable,
+    JwtBundlesResponse,
+    JwtSvid,
+    JwtSvidRequest,
+    JwtSvidResponse,
+    ValidateJwtSvidRequest,
+    ValidateJwtSvidResponse,
     X509BundlesResponse,
     X509Svid,
     X509SvidResponse,
@@ -122,41 +126,15 @@ class Tally:
         return len(self._counts)
 
 
-# ---- who is given what
+# ---- what is said
 
 
-def instance_order(key: InstanceKey) -> tuple[str, int]:
-    """Sort key: by workload, then by number. The first instance of a namespace is its default identity."""
-    name, _, number = key.rpartition("/")
-    return name, int(number)
-
-
-def identities(agent: Agent, caller: Caller, own: NamespaceId) -> tuple[InstanceKey, ...]:
-    """The instances whose identity the caller has now, the default first; `own` is the agent's namespace.
-
-    Raises NotAttested, Unreachable before the agent knows, and Refused ``workload.nobody`` when there are none.
-    """
-    now = agent.in_force
-    if now is None:
-        raise Unreachable("workload.starting", "the agent has not applied any state yet")
-    with caller.namespace() as space:
-        at_home = space == own and (agent.enrollment.kind == "sidecar" or caller.uid == 0)
-        found = [
-            at.key
-            for at in now.plan.active
-            if at.key not in now.failed and (at_home if at.kind == "host" else agent.attachments.is_at(at.key, space))
-        ]
-    if not found:
-        raise Refused("workload.nobody", "no instance is active in the network namespace of the calling process")
-    return tuple(sorted(found, key=instance_order))
-
-
-def x509_svid(key: InstanceKey, files: SvidFiles) -> X509Svid:
-    """The message for an instance; its hint is the instance, which is unique where a SPIFFE ID need not be."""
+def x509_svid(hint: str, files: SvidFiles) -> X509Svid:
+    """The message for an identity."""
     private = load_pem_private_key(files.key.encode(), None)
     return X509Svid(
         spiffe_id=files.spiffe_id, svid=_der(files.certificate),
-        key=private.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption()), bundle=_der(files.bundle), hint=key,
+        key=private.private_bytes(Encoding.DER, PrivateFormat.PKCS8, NoEncryption()), bundle=_der(files.bundle), hint=hint,
     )  # fmt: skip
 
 
@@ -174,7 +152,7 @@ def grpc_error(error: RetinueError) -> GRPCError:
             return GRPCError(Status.UNAVAILABLE, "the certificate that the CA sent was refused")
         case Refused() | NotFound():
             return GRPCError(Status.PERMISSION_DENIED, text)
-        case BadInput(code="proto.malformed" | "workload.header" | "workload.request"):
+        case BadInput(code="proto.malformed" | "workload.header" | "workload.request" | "jwt.audience" | "jwt.invalid"):
             return GRPCError(Status.INVALID_ARGUMENT, text)
         case _:
             return GRPCError(Status.UNAVAILABLE, text)
@@ -291,26 +269,67 @@ class WorkloadApi:
     async def svids(self, caller: Caller) -> X509SvidResponse:
         """Everything the caller has. Raises what `identities` raises and what the CA answered."""
         for _ in range(5):  # an instance may come or go while the CA is asked
-            keys = identities(self.agent, caller, self.own)
+            given = identities(self.agent, caller, self.own)
             try:
-                found = [await self._svid(key) for key in keys]
+                found = [x509_svid(one.hint, await svid_of_given(self.agent, one)) for one in given]
             except (Refused, NotFound):
-                if identities(self.agent, caller, self.own) == keys:
+                if identities(self.agent, caller, self.own) == given:
                     raise
                 continue
-            if identities(self.agent, caller, self.own) == keys:
-                return X509SvidResponse(tuple(found))
+            if identities(self.agent, caller, self.own) == given:
+                return X509SvidResponse(tuple(found), federated=self._foreign_roots())
         raise Unreachable("workload.busy", "the instances of this namespace keep changing")
 
-    async def _svid(self, key: InstanceKey) -> X509Svid:
-        name, number = instance_order(key)
-        return x509_svid(key, await svid_of(self.agent, InstanceRef(name=name, instance=number)))
-
     async def bundles(self, caller: Caller) -> X509BundlesResponse:
-        """The roots of the trust domain. Raises what `identities` raises."""
+        """The roots of the trust domain and of those it federates with. Raises what `identities` raises."""
         identities(self.agent, caller, self.own)
         trust = self.agent.uplink.trust
-        return X509BundlesResponse({f"spiffe://{trust.trust_domain}": _der(trust.roots_pem())})
+        return X509BundlesResponse({**self._foreign_roots(), f"spiffe://{trust.trust_domain}": _der(trust.roots_pem())})
+
+    def _foreign_roots(self) -> dict[str, bytes]:
+        return {f"spiffe://{one.trust_domain}": _der(one.roots_pem()) for one in foreign_bundles(self.agent)}
+
+    # ---- JWT-SVIDs
+
+    async def jwt_svids(self, caller: Caller, request: JwtSvidRequest) -> JwtSvidResponse:
+        """A token of each identity, or of the one asked for. Raises as `svids`, and BadInput ``jwt.audience``."""
+        check_audience(request.audience)
+        trust_domain = self.agent.uplink.trust.trust_domain
+        wanted: dict[str, Given] = {}
+        for one in identities(self.agent, caller, self.own):
+            wanted.setdefault(str(SpiffeId.workload(trust_domain, instance_order(one.key)[0])), one)
+        if request.spiffe_id:
+            wanted = {k: v for k, v in wanted.items() if k == request.spiffe_id}
+            if not wanted:
+                raise Refused("workload.nobody", "the calling process does not have that identity")
+        out = []
+        for one in wanted.values():
+            check_given(self.agent, one)
+            name, number = instance_order(one.key)
+            held = await self.agent.jwts.get(name, number, request.audience)
+            out.append(JwtSvid(held.spiffe_id, held.token, one.hint))
+        if not {one.key for one in wanted.values()} <= {one.key for one in identities(self.agent, caller, self.own)}:
+            raise Unreachable("workload.busy", "the instances of this namespace keep changing")
+        return JwtSvidResponse(tuple(out))
+
+    async def jwt_bundles(self, caller: Caller) -> JwtBundlesResponse:
+        """The JWT keys of the trust domain and of those it federates with. Raises what `identities` raises."""
+        identities(self.agent, caller, self.own)
+        known = {one.trust_domain.name: one.jwt_authorities for one in foreign_bundles(self.agent)}
+        trust = self.agent.uplink.trust
+        known[trust.trust_domain.name] = trust.jwt_authorities
+        return JwtBundlesResponse({f"spiffe://{name}": jwks(keys) for name, keys in known.items()})
+
+    async def validate_jwt(self, caller: Caller, request: ValidateJwtSvidRequest) -> ValidateJwtSvidResponse:
+        """What a token says, if it holds. Raises what `identities` raises, BadInput ``jwt.invalid`` when it does not."""
+        identities(self.agent, caller, self.own)
+        check_audience([request.audience])
+        foreign = {one.trust_domain.name: one.jwt_authorities for one in foreign_bundles(self.agent)}
+        try:
+            found = verify_jwt(self.agent.uplink.trust, request.svid, request.audience, time.time(), foreign)
+        except NotVerified as e:
+            raise BadInput("jwt.invalid", e.message, hint=e.hint) from None
+        return ValidateJwtSvidResponse(str(found.spiffe_id), found.claims)
 
     async def changes(self, ask: Callable[[], Awaitable[Encodable]]) -> AsyncIterator[Encodable]:
         """What `ask` answers now, and every answer that differs from the one before."""
@@ -454,9 +473,9 @@ class Service:
             for name, method, cardinality in (
                 ("FetchX509SVID", self.fetch_x509_svid, Cardinality.UNARY_STREAM),
                 ("FetchX509Bundles", self.fetch_x509_bundles, Cardinality.UNARY_STREAM),
-                ("FetchJWTSVID", self.no_jwt, Cardinality.UNARY_UNARY),
-                ("FetchJWTBundles", self.no_jwt, Cardinality.UNARY_STREAM),
-                ("ValidateJWTSVID", self.no_jwt, Cardinality.UNARY_UNARY),
+                ("FetchJWTSVID", self.fetch_jwt_svid, Cardinality.UNARY_UNARY),
+                ("FetchJWTBundles", self.fetch_jwt_bundles, Cardinality.UNARY_STREAM),
+                ("ValidateJWTSVID", self.validate_jwt_svid, Cardinality.UNARY_UNARY),
             )
         }
 
@@ -468,19 +487,36 @@ class Service:
         """Roots; again at every change."""
         await self._follow(stream, self.api.bundles)
 
-    async def no_jwt(self, stream: RpcStream) -> None:
-        """The JWT profile is not offered."""
-        with self._errors():
-            check_header(stream)
-        raise GRPCError(Status.UNIMPLEMENTED, "the JWT-SVID profile is not offered here; use X.509-SVIDs")
+    async def fetch_jwt_svid(self, stream: RpcStream) -> None:
+        """Tokens of the caller."""
+        await self._once(stream, lambda caller, data: self.api.jwt_svids(caller, JwtSvidRequest.decode(data)))
+
+    async def fetch_jwt_bundles(self, stream: RpcStream) -> None:
+        """Keys that tokens are checked with; again at every change."""
+        await self._follow(stream, self.api.jwt_bundles)
+
+    async def validate_jwt_svid(self, stream: RpcStream) -> None:
+        """Does a token of somebody hold?"""
+        await self._once(stream, lambda caller, data: self.api.validate_jwt(caller, ValidateJwtSvidRequest.decode(data)))
+
+    def _caller(self, stream: RpcStream, counted: contextlib.ExitStack) -> Caller:
+        check_header(stream)
+        caller = self.peer.caller
+        if caller is None or self.peer.denied is not None:
+            raise self.peer.denied or NotAttested("attest.gone", "the calling process is not known")
+        counted.callback(self.api.open_stream(self.peer, caller))
+        return caller
+
+    async def _once(self, stream: RpcStream, ask: Callable[[Caller, bytes], Awaitable[Encodable]]) -> None:
+        with self._errors(), contextlib.ExitStack() as counted:
+            caller = self._caller(stream, counted)
+            answer = await ask(caller, await read_request(stream))
+            self.api.welcome(self.peer)
+            await stream.send_message(answer)
 
     async def _follow(self, stream: RpcStream, ask: Callable[[Caller], Awaitable[Encodable]]) -> None:
         with self._errors(), contextlib.ExitStack() as counted:
-            check_header(stream)
-            caller = self.peer.caller
-            if caller is None or self.peer.denied is not None:
-                raise self.peer.denied or NotAttested("attest.gone", "the calling process is not known")
-            counted.callback(self.api.open_stream(self.peer, caller))
+            caller = self._caller(stream, counted)
             Empty.decode(await read_request(stream))
             async with contextlib.aclosing(self.api.changes(lambda: ask(caller))) as answers:  # type: ignore[type-var]  # it is a generator
                 async for answer in answers:

@@ -1,11 +1,12 @@
-"""The messages of the SPIFFE Workload API in the protobuf wire format, as much of it as the X.509 profile needs.
+"""The messages of the SPIFFE Workload API in the protobuf wire format, as much of it as the API needs.
 
-Field names and numbers are the standard's (SPIFFE Workload API, section 5). A server writes five small messages and
-reads only empty ones, so this is less to trust than a protobuf runtime; the tests compare it with that runtime.
+Field names and numbers are the standard's (SPIFFE Workload API, sections 5 and 6). A server writes a few small messages
+and reads three, so this is less to trust than a protobuf runtime; the tests compare it with that runtime.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -82,6 +83,89 @@ class X509BundlesResponse:
         return b"".join((*(_field(1, crl) for crl in self.crl), *_map(2, self.bundles)))
 
 
+@dataclass(frozen=True, slots=True)
+class JwtSvidRequest:
+    """Tokens for these audiences; spiffe_id: of this identity only, empty for all."""
+
+    audience: tuple[str, ...]
+    spiffe_id: str = ""
+
+    @classmethod
+    def decode(cls, data: bytes) -> JwtSvidRequest:
+        """Raises BadInput ``proto.malformed``."""
+        audience, spiffe_id = [], ""
+        for number, kind, value in fields(data):
+            if number == 1:
+                audience.append(_as_text(kind, value))
+            elif number == 2:
+                spiffe_id = _as_text(kind, value)
+        return cls(tuple(audience), spiffe_id)
+
+
+@dataclass(frozen=True, slots=True)
+class ValidateJwtSvidRequest:
+    """Is this token good for this audience?"""
+
+    audience: str
+    svid: str = field(repr=False)
+
+    @classmethod
+    def decode(cls, data: bytes) -> ValidateJwtSvidRequest:
+        """Raises BadInput ``proto.malformed``."""
+        said = {1: "", 2: ""}
+        for number, kind, value in fields(data):
+            if number in said:
+                said[number] = _as_text(kind, value)
+        return cls(said[1], said[2])
+
+
+@dataclass(frozen=True, slots=True)
+class JwtSvid:
+    """One token."""
+
+    spiffe_id: str
+    svid: str = field(repr=False)
+    hint: str = ""
+
+    def encode(self) -> bytes:
+        """Wire form of JWTSVID."""
+        return b"".join((_text(1, self.spiffe_id), _text(2, self.svid), _text(3, self.hint)))
+
+
+@dataclass(frozen=True, slots=True)
+class JwtSvidResponse:
+    """Tokens of a caller, the default identity first."""
+
+    svids: tuple[JwtSvid, ...]
+
+    def encode(self) -> bytes:
+        """Wire form of JWTSVIDResponse."""
+        return b"".join(_field(1, svid.encode()) for svid in self.svids)
+
+
+@dataclass(frozen=True, slots=True)
+class JwtBundlesResponse:
+    """bundles: trust domain's SPIFFE ID -> JWK Set."""
+
+    bundles: Mapping[str, bytes]
+
+    def encode(self) -> bytes:
+        """Wire form of JWTBundlesResponse."""
+        return b"".join(_map(1, self.bundles))
+
+
+@dataclass(frozen=True, slots=True)
+class ValidateJwtSvidResponse:
+    """What a token that holds says."""
+
+    spiffe_id: str
+    claims: Mapping[str, Any]
+
+    def encode(self) -> bytes:
+        """Wire form of ValidateJWTSVIDResponse."""
+        return _text(1, self.spiffe_id) + _field(2, _struct(self.claims))
+
+
 class Codec(CodecBase):
     """What grpclib turns messages into bytes with. Requests stay bytes here: who reads them says what is wrong with them."""
 
@@ -119,6 +203,15 @@ def fields(data: bytes) -> Iterator[tuple[int, int, int | bytes]]:
         else:  # groups are gone from the format since proto3
             raise _malformed()
         yield number, kind, value
+
+
+def _as_text(kind: int, value: int | bytes) -> str:
+    if kind != _BYTES or not isinstance(value, bytes):
+        raise _malformed()
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        raise _malformed() from None
 
 
 def _read_varint(data: bytes, at: int) -> tuple[int, int]:
@@ -159,6 +252,28 @@ def _bytes(number: int, data: bytes) -> bytes:
 
 def _text(number: int, text: str) -> bytes:
     return _bytes(number, text.encode())
+
+
+def _struct(entries: Mapping[str, Any]) -> bytes:
+    """google.protobuf.Struct: map<string, Value> fields = 1."""
+    return b"".join(_field(1, _text(1, str(key)) + _field(2, _value(value))) for key, value in entries.items())
+
+
+def _value(value: Any) -> bytes:
+    """google.protobuf.Value of a JSON value."""
+    match value:
+        case None:
+            return _varint(1 << 3 | _VARINT) + b"\0"
+        case bool():
+            return _varint(4 << 3 | _VARINT) + bytes([value])
+        case int() | float():
+            return _varint(2 << 3 | _FIXED64) + struct.pack("<d", value)
+        case str():
+            return _field(3, value.encode("utf-8", "replace"))
+        case Mapping():
+            return _field(5, _struct(value))
+        case _:
+            return _field(6, b"".join(_field(1, _value(one)) for one in value))
 
 
 def _map(number: int, entries: Mapping[str, bytes]) -> Iterator[bytes]:

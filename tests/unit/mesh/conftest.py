@@ -10,6 +10,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from grpclib.client import Channel
 
 from ca.authority import Authority
 from identity import certs
@@ -34,8 +35,11 @@ from mesh.enroll import Enrollment
 from mesh.plan import Plan, diff
 from mesh.snapshot import InstanceKey
 from mesh.state import StateDir
+from mesh.svid import WorkloadSvids
 from mesh.sync import SyncMachine
+from mesh.workload_api import WorkloadApi
 from policy.language import digest
+from tests.unit.mesh import workload_rig
 
 DOMAIN = TrustDomain("test.example")
 NOW = 2_000_000_000.0
@@ -280,3 +284,33 @@ def sidecar_enrollment(live: FakeFeed, private_dir: Path) -> Enrollment:
     """An enrolment of a sidecar that holds `cart`."""
     live.objects["placement/cart/0"] = live.placement("cart", "cart-sidecar-1", index=7, labels={"role": "web"})
     return make_enrollment(live, private_dir, "cart-sidecar-1", "sidecar")
+
+
+# ---- the Workload API of a sidecar, and a channel to it
+
+
+@pytest.fixture
+def issuer(live):
+    return workload_rig.Issuer(live)
+
+
+@pytest.fixture
+async def agent(make_agent, sidecar_enrollment, live, issuer):
+    made = make_agent(sidecar_enrollment)
+    made.svids = WorkloadSvids(issuer, lambda: made.uplink.trust, time.time)
+    made._restore()
+    await workload_rig.tell(made, live.snapshot())
+    return made
+
+
+@pytest.fixture
+async def api(agent):
+    async with WorkloadApi(agent) as made:
+        yield made
+
+
+@pytest.fixture
+async def channel(api):
+    made = Channel(path=str(api.path), codec=workload_rig.RawCodec())
+    yield made
+    made.close()
