@@ -13,7 +13,7 @@ import structlog
 from aiohttp import web
 from aiohttp.typedefs import Middleware
 
-from ca import admin_entries, audit
+from ca import admin_authority, admin_entries, audit
 from ca.http import Handler, body, errors, number, reply, text
 from ca.principals import ACTOR
 from ca.service import Service
@@ -53,6 +53,7 @@ def make_app(service: Service, listen: Callable[[], str]) -> web.Application:
         web.post("/v1/workloads/move", admin.move),
         web.post("/v1/workloads/revoke", admin.revoke),
         *admin_entries.routes(service),
+        *admin_authority.routes(service),
         web.get("/v1/policy", admin.policy),
         web.post("/v1/policy", admin.apply),
         web.get("/v1/policy/history", admin.history),
@@ -216,4 +217,4 @@ class _Admin:
                 return self._plane.log.verify(tx, noted)
 
         done = await self._service.read(run)
-        return web.json_response({"rows": done.size, "head": done.root})
+        return web.json_response({"size": done.size, "root": done.root})

@@ -20,6 +20,7 @@ from ca.feed import Frame
 from ca.http import Buckets, Handler, body, errors, number, reply, source, text
 from ca.rows import EndpointRow
 from ca.service import Service, Stream
+from identity import certs
 from identity.errors import Refused, RetinueError
 from identity.wire.enroll import (
     ChallengeRequest,
@@ -168,7 +169,8 @@ class _Api:
 
     async def feed(self, request: web.Request) -> web.StreamResponse:
         caller, expires = await self._caller(request)
-        stream = Stream(caller.name, expires)
+        shown = peer_chain(request)
+        stream = Stream(caller.name, expires, serial=certs.parse_der_chain(shown)[0].serial_number, chain=tuple(shown))
         timeline, revision = request.query.get("timeline"), number(request, "revision")
         await self._service.open_stream(stream, timeline, revision)
         try:

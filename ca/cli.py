@@ -135,11 +135,15 @@ def serve(
     directory: Dir = DEFAULT_DIR,
     listen: Annotated[str, typer.Option(metavar="HOST:PORT", help="HOST:PORT for the endpoints; port 0 picks a free one.")] = "[::]:8443",
     heartbeat: Annotated[float, typer.Option(metavar="SECONDS", min=0.05, max=10.0, help="Seconds between signed heartbeats.")] = 2.0,
+    host_life: Annotated[int, typer.Option(metavar="SECONDS", min=5, max=86400, help="Life of the certificates of hosts and sidecars.")] = 86400,
+    workload_life: Annotated[int, typer.Option(metavar="SECONDS", min=5, max=14400, help="Life of the certificates of workloads.")] = 14400,
+    issuer_life: Annotated[int, typer.Option(metavar="SECONDS", min=60, max=7776000, help="Life of intermediates; six times that of what they issue at least.")] = 7776000,
     output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Run the control plane until SIGTERM. Prints one line when it is ready."""
     import asyncio
 
+    from ca.authority import Lifetimes
     from ca.serve import Options, Running, harden, set_up_logs
     from ca.serve import serve as run
 
@@ -158,7 +162,10 @@ def serve(
         print(json.dumps({"event": "ready", "listen": server.listen, "trust_domain": str(plane.trust_domain),
                           "root_fingerprint": fingerprint, "admin": str(server.admin)}), flush=True)  # fmt: skip
 
-    asyncio.run(run(Options(directory, listen, heartbeat), ready))
+    signer = min(30 * 86400, max(30, issuer_life // 3))
+    lives = Lifetimes(endpoint=host_life, workload=workload_life, intermediate=issuer_life, server=host_life, signer=signer)
+    upkeep = max(1.0, min(3600.0, host_life / 24, issuer_life / 60))
+    asyncio.run(run(Options(directory, listen, heartbeat, lifetimes=lives, upkeep=upkeep), ready))
 
 
 @app.command(epilog="Example: retinue-ca info -o json")
@@ -543,17 +550,21 @@ def audit_list(
                 rows=[(e["seq"], _when(e["at"]), e["actor"], e["action"], e["subject"], e["outcome"]) for e in found])  # fmt: skip
 
 
-@audit_app.command("verify", epilog="Example: retinue-ca audit verify --head HASH")
+@audit_app.command("verify", epilog="Example: retinue-ca audit verify --head 4711:HASH")
 def audit_verify(
-    head: Annotated[str | None, typer.Option(metavar="HASH", help="A head noted earlier: it must still be part of the trail.")] = None,
+    head: Annotated[str | None, typer.Option(metavar="SIZE:HASH", help="A head noted earlier: the log must still continue it.")] = None,
     directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Check that no entry was changed or removed. Note the head it prints, and give it next time."""
-    found = _client(directory, 300.0).raw("GET", "/v1/audit/verify", query={"head": head})
+    """Make the whole log again from its entries and compare. Note the head it prints, and give it next time."""
+    size, _, root = (head or ":").partition(":")
+    if head is not None and not (size.isdigit() and root):
+        raise BadInput("log.head", f"not a head of the log: {ascii(head)[:100]}", hint="write SIZE:HASH, as audit verify prints it")
+    query = {"size": size, "root": root} if head is not None else {}
+    found = _client(directory, 300.0).raw("GET", "/v1/audit/verify", query=query)
     cliout.emit(
         found,
         _format(output, as_json),
-        human=lambda: print(f"{found['rows']} entries hold, head {found['head']}"),
+        human=lambda: print(f"{found['size']} entries hold, head {found['size']}:{found['root']}"),
     )
 
 
@@ -567,7 +578,9 @@ client, output_of = _client, _format  # for the command groups in modules of the
 
 
 def _register() -> None:
-    from ca import cli_entry
+    from ca import cli_authority, cli_entry
+
+    app.add_typer(cli_authority.app, name="authority")
 
     app.add_typer(cli_entry.app, name="entry")
 

@@ -27,7 +27,10 @@ from ca.store import Store
 from identity.errors import BadInput, BadState
 from identity.transparency import record_leaf
 
-NEW_COLUMNS_2: Final = (("instances", "mover"), ("policies", "kind"), ("policies", "trial"))
+NEW_COLUMNS_2: Final = (
+    ("instances", "mover"), ("instances", "ends_at"), ("instances", "ends_with"), ("endpoints", "entries"),
+    ("endpoints", "entries_generation"), ("policies", "kind"), ("policies", "trial"),
+)  # fmt: skip
 NEW_TABLES_2: Final = (
     "ledger", "ledger_nodes", "ledger_heads", "processes", "readiness", "entries", "admins", "approvals",
     "policy_authority", "rollouts", "flow_edges", "flow_denials",

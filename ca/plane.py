@@ -15,8 +15,8 @@ from uuid import uuid4
 
 import structlog
 
-from ca import audit, leases, postgres, processes, transparency
-from ca.authority import Authority, Issuing
+from ca import audit, leases, postgres, processes, succession, transparency
+from ca.authority import Authority, Issuing, Lifetimes
 from ca.desk import Desk
 from ca.enroll import Admitted, Challenges, JoinTokenAttestor, admit
 from ca.enroll import TokenRow as TokenEvidence
@@ -32,7 +32,7 @@ from ca.policies import Policies
 from ca.registry import Applicant, Grant, Registry
 from ca.rows import EndpointRow, InstanceRow, TokenRow
 from ca.store import Store
-from ca.transparency import Log
+from ca.transparency import Head, Log
 from identity import certs
 from identity.bundle import TrustBundle
 from identity.enrollment import SECRET_LEN, JoinToken
@@ -40,6 +40,7 @@ from identity.errors import BadInput, BadState, Conflict, NotVerified, Refused, 
 from identity.keys import b64, unb64
 from identity.names import SpiffeId, TrustDomain, host_name, workload_path
 from identity.records import BundleRecord, Heartbeat, P, Payload
+from identity.transparency import TreeHead
 from identity.wire.admin import ExplainReply, Token, TokenCreate
 from identity.wire.enroll import (
     Challenge,
@@ -57,6 +58,7 @@ from identity.wire.jwt import JwtReply, JwtRequest
 log = structlog.get_logger("retinue.ca")
 
 DATABASE: Final = "ca.db"
+REPLICA: Final = "replica"  # marks the directory of a further process on a shared database
 SIDECAR_TOKEN_S: Final = 600
 NOBODY: Final = "ca"
 MAX_REFUSALS: Final = 120  # audited a minute: strangers must not fill the disk
@@ -69,6 +71,9 @@ class Published:
     frames: dict[str, Frame]
     closed: frozenset[str]
     failed: RetinueError | None = None  # nothing committed since may be called done
+    current: bool = True  # False: the change log could not be read, so nobody can be told that nothing has changed
+    endpoints: frozenset[str] = frozenset()  # whose record is another one
+    trust: bool = False  # the bundle is another one
 
 
 class Plane:
@@ -80,7 +85,9 @@ class Plane:
         self.clock = clock
         self.trust_domain = TrustDomain(store.trust_domain)
         self.process = str(uuid4())
-        desk = Desk(store, self.trust_domain, self._sign, self._open, self.process)
+        self.listen = ""
+        self.replica = (directory / REPLICA).exists()
+        desk = Desk(store, self.trust_domain, self.sign, self.open_record, self.process)
         self.log = Log()
         self.placements = Placements(desk)
         self.registry = Registry(desk, self.placements)
@@ -96,6 +103,8 @@ class Plane:
         self._ticked: int | None = None  # the moment `tick` acted on last
         self._noted = (0, 0)  # (minute, refusals audited in it)
         self._trust: TrustBundle | None = None
+        self._blocks: str | None = None  # how often the block list changed, as far as the bundle shows it
+        self.targets: dict[str, str] = {}  # of moves being prepared, by any process (shared stores only)
         self._head: tuple[tuple[int, int], str] | None = None
 
     @classmethod
@@ -106,7 +115,7 @@ class Plane:
 
         Raises Conflict, BadState, Unreachable.
         """
-        if (directory / DATABASE).exists():
+        if (directory / DATABASE).exists() or (directory / postgres.FILE).exists():
             raise Conflict(
                 "ca.exists", f"{directory} already holds a control plane", hint="choose another --dir"
             )
@@ -144,7 +153,7 @@ class Plane:
         return authority
 
     @classmethod
-    def open(cls, directory: Path, clock: Callable[[], float]) -> Plane:
+    def open(cls, directory: Path, clock: Callable[[], float], *, lifetimes: Lifetimes | None = None) -> Plane:
         """Open and check one. Raises BadState ``store.*``, ``ca.*``, ``state.*``."""
         if not directory.is_dir():
             raise BadState(
@@ -156,9 +165,9 @@ class Plane:
         try:
             water = HighWater(directory / HIGHWATER)
             check_newest(store, water.mark, directory)
-            self = cls.over(directory, store, clock)
+            self = cls.over(directory, store, clock, lifetimes=lifetimes)
             self.water = water
-            self._refresh_bundle()
+            succession.follow(self, NOBODY)
             self.placements.abort_left(self.now, processes.living(store) if store.shared else ())
             self.mirror.load(self.now)
             self._acknowledge()
@@ -169,10 +178,14 @@ class Plane:
         return self
 
     @classmethod
-    def over(cls, directory: Path, store: Store, clock: Callable[[], float]) -> Plane:
+    def over(
+        cls, directory: Path, store: Store, clock: Callable[[], float], *, lifetimes: Lifetimes | None = None
+    ) -> Plane:
         """Registry and authority over an open store, without mirror and feed. Raises BadState ``ca.*``, ``state.*``."""
         self = cls(directory, store, clock)
-        self.authority = Authority.load(directory, clock(), record_serial=self._record_serial)
+        self.authority = Authority.load(
+            directory, clock(), record_serial=self._record_serial, lifetimes=lifetimes
+        )
         if self.authority.trust_domain != self.trust_domain:
             raise BadState(
                 "ca.foreign",
@@ -184,6 +197,9 @@ class Plane:
         return self
 
     def close(self) -> None:
+        if self.store.shared:
+            with suppress(RetinueError):
+                processes.gone(self.store, self.process)
         self.store.close()
         self.water.close()
 
@@ -193,19 +209,27 @@ class Plane:
 
     # ---- signing
 
-    def _sign(self, payload: Payload) -> str:
+    def sign(self, payload: Payload) -> str:
         return self.authority.sign_record(payload)
 
-    def _open(self, kind: type[P], envelope: str) -> P:
+    @property
+    def trust(self) -> TrustBundle:
+        """What this control plane itself believes, its block list included."""
+        if self._trust is None:
+            with self.store.read() as tx:
+                out = succession.blocked(tx, self.now)
+            self._trust = self.authority.trust_bundle(0, self.clock(), out)
+        return self._trust
+
+    def open_record(self, kind: type[P], envelope: str) -> P:
         """A record of our own, verified. Raises NotVerified."""
-        if self._trust is not None:
-            with suppress(NotVerified):  # perhaps of a key that is newer than the bundle kept here
-                return self._trust.verify(kind, envelope)
-        self._trust = self.authority.trust_bundle(0, self.clock())
-        return self._trust.verify(kind, envelope)
+        with suppress(NotVerified):  # perhaps of a key that is newer than the bundle kept here
+            return self.trust.verify(kind, envelope)
+        self._trust = None
+        return self.trust.verify(kind, envelope)
 
     def _sign_beat(self, revision: int, now: int) -> str:
-        return self._sign(
+        return self.sign(
             Heartbeat(
                 trust_domain=str(self.trust_domain), timeline=self.store.timeline, revision=revision, time=now
             )
@@ -226,21 +250,26 @@ class Plane:
         finally:
             self._issuing_for = None
 
-    def _refresh_bundle(self) -> None:
-        """Publish a new bundle when what it says has changed since the stored one."""
+    def refresh_bundle(self) -> None:
+        """Publish a new bundle when what it says has changed since the stored one. A replica publishes none."""
+        with self.store.read() as tx:
+            self._trust, self._blocks = None, self.store.get(tx, "blocks")
+        if self.replica:
+            return
         with self.store.read() as tx:
             stored, sequence = self.store.get(tx, BUNDLE), int(self.store.get(tx, "bundle_sequence") or 0)
-        fresh = self.authority.trust_bundle(sequence, self.clock())
+            out = succession.blocked(tx, self.now)
+        self._trust = fresh = self.authority.trust_bundle(sequence, self.clock(), out)
         if stored is not None:
             try:
                 old = fresh.verify(BundleRecord, stored)
-                new = fresh.verify(BundleRecord, self.authority.bundle(sequence, self.clock()))
+                new = fresh.verify(BundleRecord, self.authority.bundle(sequence, self.clock(), out))
                 if old.model_copy(update={"issued": 0}) == new.model_copy(update={"issued": 0, "sequence": old.sequence}):
                     return
             except NotVerified:
                 log.warning("the stored bundle does not verify any more; a new one is made")
         with self.store.write() as tx:
-            envelope = self.authority.bundle(sequence + 1, self.clock())
+            envelope = self.authority.bundle(sequence + 1, self.clock(), out)
             self.store.put(tx, BUNDLE, envelope)
             transparency.record(tx, self.now, BUNDLE, f"sequence {sequence + 1}", envelope)
             self.store.put(tx, "bundle_sequence", str(sequence + 1))
@@ -263,10 +292,12 @@ class Plane:
     def publish(self) -> Published:
         """Bring the mirror and every scope up to date. Raises nothing: what cannot be done now is tried again."""
         try:
+            if self._blocks_changed():
+                self.refresh_bundle()
             self._acknowledge()
         except RetinueError as e:
             log.critical("a position cannot be acknowledged; nobody is told of it", why=e.message)
-            return Published({}, frozenset(), e)
+            return Published({}, frozenset(), e, current=False)
         try:
             touched = self.mirror.catch_up(self.now)
         except Exception as e:
@@ -274,12 +305,27 @@ class Plane:
                 "the change log cannot be read; nobody is told anything until it can",
                 why=f"{type(e).__name__}: {e}",
             )
-            return Published({}, frozenset())
+            return Published({}, frozenset(), current=False)
         world = self.mirror.world
         gone = frozenset(n for n in touched.endpoints if world.endpoints[n].record is None)
         for name in gone:
             self.feed.drop(name)
-        return Published(self.feed.advance(self.mirror.revision, touched, self.now), gone)
+        if self.store.shared:
+            for key in touched.instances:
+                self._note_target(key)
+        frames = self.feed.advance(self.mirror.revision, touched, self.now)
+        return Published(frames, gone, endpoints=frozenset(touched.endpoints), trust=BUNDLE in touched.keys)
+
+    def _note_target(self, key: str) -> None:
+        target = self.mirror.world.instances[key].target
+        if target is None:
+            self.targets.pop(key, None)
+        else:
+            self.targets[key] = target
+
+    def _blocks_changed(self) -> bool:
+        with self.store.read() as tx:
+            return self.store.get(tx, "blocks") != self._blocks
 
     def _acknowledge(self) -> None:
         """Put the mark to the newest position, before anybody is told of it.
@@ -294,7 +340,13 @@ class Plane:
             raise self.store.fail(f"{self.water.path.name} cannot be written: {e.strerror}") from None
 
     def tick(self) -> None:
-        """Once a heartbeat: what changes by the clock alone."""
+        """Once a heartbeat: what changes by the clock alone, and the log's next head."""
+        if self.store.shared:
+            processes.sight(self.store, self.process, self.listen, self.mirror.revision)
+            self.placements.abort_left(self.now, processes.living(self.store))
+        self.seal()
+        if self.authority.refresh(self.clock()):
+            succession.follow(self, NOBODY)
         self.expire()
         in_force = self.mirror.in_force
         if in_force is None or in_force.until is None or self._ticked == in_force.until:
@@ -303,11 +355,33 @@ class Plane:
             self._ticked = in_force.until
             self.policies.time_passed(self.now)
 
+    def seal(self) -> None:
+        """Place what waits for the transparency log."""
+        with self.store.read() as tx:
+            if not self.log.waiting(tx):
+                return
+        with self.store.write() as tx:
+            self.log.seal(tx, self.now, self.store.timeline)
+
+    def tree_head(self, head: Head) -> str:
+        """A head, signed: at most once a second for one size."""
+        at = (head.size, self.now)
+        if self._head is None or self._head[0] != at:
+            self._head = at, self.sign(
+                TreeHead(
+                    trust_domain=str(self.trust_domain), timeline=self.store.timeline, size=head.size, root=head.root,
+                    time=self.now,
+                )
+            )  # fmt: skip
+        return self._head[1]
+
     def maintain(self) -> None:
-        """Once an hour: renew the authority's own certificates."""
+        """Once an hour: renew the authority's own certificates. A replica leaves that to the process it was copied from."""
+        if self.replica:
+            return
         fresh_jwt = self.jwt.maintain(self.clock())
         if self.authority.maintain(self.clock()) or fresh_jwt:
-            self._refresh_bundle()
+            succession.follow(self, NOBODY)
 
     def expire(self) -> list[str]:
         """End the identities and entries whose time has come. Returns them."""
@@ -424,11 +498,13 @@ class Plane:
 
     # ---- members
 
+    def still_in_force(self, name: str, serial: int) -> bool:
+        """Does this certificate still speak for that endpoint?"""
+        return self.registry.in_force(name, serial)
+
     def caller(self, chain: list[bytes]) -> tuple[EndpointRow, int]:
         """Who presented this chain (DER, leaf first), and when its certificate ends. Raises NotVerified, Refused."""
-        svid = certs.verify_chain(
-            certs.parse_der_chain(chain), self.authority.roots, self.trust_domain, self.clock()
-        )
+        svid = self.trust.verify_svid(certs.parse_der_chain(chain), self.clock())
         if svid.spiffe_id.kind not in {"host", "sidecar"}:
             raise Refused(
                 "caller.kind",
@@ -437,6 +513,14 @@ class Plane:
             )
         row = self.registry.caller(svid.spiffe_id, svid.serial, certs.not_before(svid.leaf))
         return row, svid.not_after
+
+    def believes(self, chain: Sequence[bytes]) -> bool:
+        """Would this chain (DER, leaf first) be accepted now?"""
+        try:
+            self.trust.verify_svid(certs.parse_der_chain(chain), self.clock())
+        except NotVerified:
+            return False
+        return True
 
     def renew(self, caller: EndpointRow, request: RenewRequest) -> RenewReply:
         with self._issuing(caller.name):

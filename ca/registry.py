@@ -23,7 +23,7 @@ from ca.enroll import RECOVERY_SECONDS
 from ca.entries import sign_for
 from ca.placements import Placements
 from ca.rows import EndpointRow, InstanceRow, TokenRow
-from ca.store import any_of
+from ca.store import Store, any_of
 from identity.enrollment import refused
 from identity.errors import BadInput, Conflict, NotFound, Refused
 from identity.names import SpiffeId, host_name, workload_path
@@ -326,6 +326,13 @@ class Registry:
                 )
             return row
 
+    def in_force(self, name: str, serial: int) -> bool:
+        """Is that certificate of that endpoint not revoked? One of a lost time (see `caller`) has no row."""
+        c = schema.serials.c
+        with self._desk.store.read() as tx:
+            row = tx.execute(select(c.endpoint, c.revoked_at).where(c.serial == f"{serial:x}")).first()
+        return row is None or (row.endpoint == name and row.revoked_at is None)
+
     def _lost(self, tx: Connection, row: EndpointRow, issued: int) -> bool:
         since, until = (self._desk.store.get(tx, key) for key in ("lost_from", "lost_until"))
         return since is not None and until is not None and int(since) <= issued <= int(until) >= row.enrolled
@@ -418,6 +425,7 @@ class Registry:
         tx.execute(
             update(schema.serials).where(c.endpoint == endpoint, c.revoked_at.is_(None)).values(revoked_at=now)
         )
+        Store.put(tx, "blocks", str(int(Store.get(tx, "blocks") or 0) + 1))  # the bundle's block list is another now
 
     def _sign(self, tx: Connection, row: EndpointRow, now: int, **changed: Any) -> EndpointRow:
         """Write the changed columns with a newly signed record of the next generation."""

@@ -190,7 +190,7 @@ flow_edges = Table(  # version 2: what endpoints reported as forwarded, one row 
     Column("port", Integer, nullable=False),  # 0 where the protocol has none
     Column("first", BigInteger, nullable=False),
     Column("last", BigInteger, nullable=False),
-    Column("count", BigInteger, nullable=False),
+    Column("times", BigInteger, nullable=False),
     Column("ends", Integer, nullable=False),  # 1: reported by the source's holder, 2: by the destination's
     PrimaryKeyConstraint("src", "dst", "proto", "port"),
     Index("flow_edge_last", "last"),
@@ -205,7 +205,7 @@ flow_denials = Table(  # version 2: what endpoints reported as refused while a r
     Column("endpoint", String(63), nullable=False),  # who reported it
     Column("first", BigInteger, nullable=False),
     Column("last", BigInteger, nullable=False),
-    Column("count", BigInteger, nullable=False),
+    Column("times", BigInteger, nullable=False),
     PrimaryKeyConstraint("rollout", "src", "dst", "proto", "port", "endpoint"),
 )  # fmt: skip
 # Every act, certificate and published record, once and for ever; the leaves of the transparency log (ca/transparency.py).
@@ -310,7 +310,7 @@ WRITER_LOCK: Final = 0x52657469  # key of PostgreSQL's advisory lock: who holds 
 # database itself: whoever inserts a change, revision order is commit order and has no gaps.
 _POSTGRESQL: Final = """
     CREATE FUNCTION retinue_append_only() RETURNS trigger LANGUAGE plpgsql AS $$
-    BEGIN RAISE EXCEPTION '% is append-only', TG_TABLE_NAME USING ERRCODE = 'restrict_violation'; END $$;
+    BEGIN RAISE EXCEPTION '%% is append-only', TG_TABLE_NAME USING ERRCODE = 'restrict_violation'; END $$;
     CREATE FUNCTION retinue_next_revision() RETURNS trigger LANGUAGE plpgsql AS $$
     BEGIN
         PERFORM pg_advisory_xact_lock(WRITER_LOCK);

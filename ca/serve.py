@@ -25,11 +25,11 @@ import structlog
 from aiohttp import web
 
 from ca import admin_api, api
-from ca.authority import ServerIdentity
+from ca.authority import Lifetimes, ServerIdentity
 from ca.client import socket_path
 from ca.listener import Caps, Listener, allow_files, small_buffers
 from ca.plane import Plane
-from ca.service import Service
+from ca.service import MAINTAIN_S, Service
 from identity import cliout
 from identity.cliout import clean
 from identity.errors import BadInput, BadState, Conflict, NoPrivilege
@@ -50,6 +50,8 @@ class Options:
     heartbeat: float = 2.0
     limits: api.Limits | None = None
     caps: Caps | None = None
+    lifetimes: Lifetimes | None = None
+    upkeep: float = MAINTAIN_S
 
 
 # ---- addresses
@@ -249,8 +251,9 @@ async def running(options: Options) -> AsyncIterator[Running]:
         stack.enter_context(sole(options.directory))
         admin_path = socket_path(options.directory)
         sock = stack.enter_context(contextlib.closing(listener(*parse_listen(options.listen))))
-        plane = Plane.open(options.directory, time.time)
-        service = Service(plane, heartbeat=options.heartbeat)
+        plane = Plane.open(options.directory, time.time, lifetimes=options.lifetimes)
+        plane.listen = show(sock)
+        service = Service(plane, heartbeat=options.heartbeat, upkeep=options.upkeep)
         await service.start()
         async with contextlib.AsyncExitStack() as late:
             late.push_async_callback(service.stop)
@@ -279,8 +282,7 @@ async def _listen_tls(
     late: contextlib.AsyncExitStack, service: Service, sock: socket.socket, options: Options
 ) -> _Tls:
     plane = service.plane
-    identity = await service.read(lambda: plane.authority.server_chain(plane.clock()))
-    roots = plane.authority.trust_bundle(0, plane.clock()).roots_pem()
+    identity, roots = await service.read(lambda: _shown(plane))
     tls = _Tls(tls_context(identity, roots), identity)
     runner = web.AppRunner(
         api.make_app(service, lambda: tls.identity.leaf_der, options.limits),
@@ -297,6 +299,11 @@ async def _listen_tls(
     late.push_async_callback(front.close)
     tls.front = front
     return tls
+
+
+def _shown(plane: Plane) -> tuple[ServerIdentity, str]:
+    """Our TLS identity now, and the roots that callers may come from."""
+    return plane.authority.server_chain(plane.clock()), plane.trust.roots_pem()
 
 
 async def _listen_admin(late: contextlib.AsyncExitStack, service: Service, path: Path, listen: str) -> None:
@@ -321,12 +328,19 @@ async def _listen_admin(late: contextlib.AsyncExitStack, service: Service, path:
 
 
 async def _renew_tls(service: Service, tls: _Tls) -> None:
+    """A new certificate when it is time or its issuer went, and a new context whenever the roots may be others."""
     plane = service.plane
     while True:
-        await asyncio.sleep(RECHECK_S)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(RECHECK_S, service.upkeep)):
+                await service.trust_changed.wait()
+        service.trust_changed.clear()
         try:
-            tls.identity = await service.read(lambda: plane.authority.server_chain(plane.clock()))
-            tls.context.load_cert_chain(tls.identity.certificate, tls.identity.key)
+            identity, roots = await service.read(lambda: _shown(plane))
+            context = tls_context(identity, roots)
+            assert tls.front is not None
+            tls.front.use(context)
+            tls.context, tls.identity = context, identity
         except Exception as e:
             log.critical("the TLS certificate could not be renewed", why=f"{type(e).__name__}: {e}")
 

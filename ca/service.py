@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import structlog
 
+from ca import postgres, processes
+from ca.doorbell import POLL_S, Doorbell
 from ca.feed import Frame
 from ca.handover import HAND_OVER_S, Handover
 from ca.placements import Prepared
@@ -32,6 +34,7 @@ T = TypeVar("T")
 
 MAX_QUEUE: Final = 512  # frames an endpoint may lag behind before its stream is closed
 MAINTAIN_S: Final = 3600.0
+RECHECK: Final = 64  # streams whose certificates are checked in one job
 
 
 @dataclass(slots=True)
@@ -44,6 +47,8 @@ class Stream:
     closed: asyncio.Event = field(default_factory=asyncio.Event)
     why: str = ""
     turn: int = 0
+    serial: int | None = None  # of that certificate
+    chain: tuple[bytes, ...] = ()  # it and its issuers, DER
     held: list[Frame] | None = None  # frames that wait for their turn in a handover, oldest first
 
     def put(self, frame: Frame) -> None:
@@ -70,24 +75,38 @@ class Stream:
 class Service:
     """Use between `start` and `stop`, on one event loop."""
 
-    def __init__(self, plane: Plane, *, heartbeat: float = 2.0) -> None:
+    def __init__(self, plane: Plane, *, heartbeat: float = 2.0, upkeep: float = MAINTAIN_S) -> None:
         self.plane = plane
+        self.upkeep = upkeep  # seconds between looks at what the authority needs
         self.heartbeat = heartbeat
         self.reports: dict[str, Report] = {}
         self.streams: dict[str, Stream] = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="retinue-ca")
+        self._bell: Doorbell | None = None
+        self._elsewhere: dict[str, processes.Ready] = {}  # reports of move targets to other processes
+        self._current = True  # could the change log be read the last time?
         self._loop: asyncio.AbstractEventLoop
         self._tasks: list[asyncio.Task[None]] = []
         self._handovers: set[asyncio.Task[None]] = set()
         self._news: asyncio.Event
+        self.trust_changed: asyncio.Event  # set when the bundle is another one; who watches it clears it
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._news = asyncio.Event()
+        self.trust_changed = asyncio.Event()
         self._tasks = [asyncio.create_task(self._beats()), asyncio.create_task(self._upkeep())]
+        address = postgres.address_of(self.plane.directory)
+        if address is not None:
+            rung = asyncio.Event()
+            self._bell = Doorbell(address, lambda: _wake(self._loop, rung))
+            self._bell.start()
+            self._tasks.append(asyncio.create_task(self._follow(rung)))
 
     async def stop(self) -> None:
         """End the streams, finish running jobs, close the store."""
+        if self._bell is not None:
+            await self._loop.run_in_executor(None, self._bell.stop)
         tasks = [*self._tasks, *self._handovers]
         for task in tasks:
             task.cancel()
@@ -111,7 +130,11 @@ class Service:
                 result = job()
             finally:
                 # Part of a job may be committed before it fails.
+                before = self.plane.mirror.revision
                 published = self.plane.publish()
+                self._current = published.current
+                if self._bell is not None and self.plane.mirror.revision != before:
+                    self._bell.ring()
                 self._loop.call_soon_threadsafe(self._deliver, published, order, self.plane.feed.revision)
             if published.failed is not None:
                 raise published.failed
@@ -132,6 +155,11 @@ class Service:
             self._handovers.add(task)
             task.add_done_callback(self._handovers.discard)
         self._close(published.closed, "revoked")
+        if published.trust:
+            self.trust_changed.set()
+            self._spawn(self._recheck_trust())
+        if self.plane.store.shared and published.endpoints & self.streams.keys():
+            self._spawn(self._recheck(published.endpoints))
         self._tell()
 
     async def _hand_over(self, order: Handover, revision: int, held: dict[str, Stream]) -> None:
@@ -158,6 +186,9 @@ class Service:
         """Take the endpoint's seat; its first frame is in the queue afterwards. Raises Unreachable."""
 
         def run() -> None:
+            if self.plane.store.shared and revision is not None and revision > self.plane.feed.revision:
+                # Another process told it of something that this one has not read yet.
+                self._loop.call_soon_threadsafe(self._deliver, self.plane.publish(), None, self.plane.feed.revision)
             frame, stream.turn = self.plane.feed.connect(stream.endpoint, timeline, revision, self.plane.now)
             self._loop.call_soon_threadsafe(self._seat, stream, frame)
 
@@ -187,6 +218,62 @@ class Service:
             )
         self.reports[endpoint] = report
         self._tell()
+        if endpoint in self.plane.targets.values():
+            self._spawn(self._share(endpoint, report))
+
+    async def _share(self, endpoint: str, report: Report) -> None:
+        """The process that makes the move may be another one."""
+        plane = self.plane
+        try:
+            await self.read(lambda: processes.note_ready(
+                plane.store, endpoint, plane.process, report.revision, report.attached, plane.now
+            ))  # fmt: skip
+            if self._bell is not None:
+                self._bell.ring()
+        except RetinueError as e:
+            log.warning("a report could not be shared", endpoint=endpoint, code=e.code)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._handovers.add(task)
+        task.add_done_callback(self._handovers.discard)
+
+    async def _follow(self, rung: asyncio.Event) -> None:
+        """What other processes committed: at every bell, and once a second without one."""
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(POLL_S):
+                    await rung.wait()
+            rung.clear()
+            try:
+                await self.change(self._look_elsewhere)
+            except Exception as e:
+                log.critical("the change log cannot be followed", why=f"{type(e).__name__}: {e}")
+
+    def _look_elsewhere(self) -> None:
+        targets = set(self.plane.targets.values()) - self.streams.keys()
+        found = {name: processes.ready(self.plane.store, name) for name in targets}
+        self._elsewhere = {name: ready for name, ready in found.items() if ready is not None}
+
+    async def _recheck_trust(self) -> None:
+        """After a change of the bundle: whose certificate is believed no more has no stream either."""
+        waiting = [s for s in self.streams.values() if s.chain]
+        for start in range(0, len(waiting), RECHECK):
+            batch = waiting[start : start + RECHECK]
+            with contextlib.suppress(RuntimeError):  # the worker has stopped already
+                for stream in await self.read(lambda batch=batch: [s for s in batch if not self.plane.believes(s.chain)]):  # type: ignore[misc]  # a default binds the loop's value
+                    stream.close("its certificate is not believed any more")
+
+    async def _recheck(self, names: frozenset[str]) -> None:
+        """Streams of endpoints whose record changed: after enrolling anew elsewhere, the old certificate is out."""
+        for name in names & self.streams.keys():
+            stream = self.streams.get(name)
+            if stream is None or stream.serial is None:
+                continue
+            serial = stream.serial
+            with contextlib.suppress(RetinueError):
+                if not await self.read(lambda name=name, serial=serial: self.plane.still_in_force(name, serial)):  # type: ignore[misc]  # defaults bind the loop's values
+                    stream.close("enrolled anew")
 
     def _tell(self) -> None:
         news, self._news = self._news, asyncio.Event()
@@ -280,8 +367,10 @@ class Service:
 
     def _missing(self, prepared: Prepared) -> str:
         """What keeps the new holder from being ready; empty when nothing does."""
-        report = self.reports.get(prepared.target)
-        if prepared.target not in self.streams:
+        report: Report | processes.Ready | None = self.reports.get(prepared.target)
+        if prepared.target not in self.streams and prepared.target in self._elsewhere:
+            report = self._elsewhere[prepared.target]
+        elif prepared.target not in self.streams:
             return "it is not connected"
         if report is None or report.revision < prepared.revision:
             return "it has not applied the prepared placement"
@@ -316,6 +405,8 @@ class Service:
                 await self.change(self.plane.tick)
             except Exception as e:
                 log.critical("upkeep failed", why=f"{type(e).__name__}: {e}")
+            if self.plane.store.shared and not self._current:
+                continue  # others may have committed what this process cannot see: it vouches for nothing
             # Said even when the store fails: nothing can be committed then, so what was said stays the newest.
             try:
                 frame, names = await self.read(lambda: self.plane.feed.beat(self.plane.now))
@@ -329,7 +420,7 @@ class Service:
 
     async def _upkeep(self) -> None:
         while True:
-            await asyncio.sleep(MAINTAIN_S)
+            await asyncio.sleep(self.upkeep)
             try:
                 await self.change(self.plane.maintain)
             except Exception as e:
@@ -339,3 +430,7 @@ class Service:
 def _since(began: float) -> float:
     """Milliseconds."""
     return round((time.monotonic() - began) * 1000, 3)
+
+
+def _wake(loop: asyncio.AbstractEventLoop, rung: asyncio.Event) -> None:
+    loop.call_soon_threadsafe(rung.set)

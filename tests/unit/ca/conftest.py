@@ -25,6 +25,7 @@ from identity.names import TrustDomain
 from identity.records import EndpointRecord, P, PlacementRecord
 from identity.wire.admin import TokenCreate, WorkloadAdd
 from identity.wire.enroll import Challenge, EnrollReply, EnrollRequest
+from tests.postgres_server import Server, server
 
 TD = TrustDomain("reg.test")
 T0 = 1_800_000_000
@@ -106,9 +107,27 @@ def make_bench() -> Iterator[Callable[[Path], Bench]]:
         store.close()
 
 
-@pytest.fixture
-def bench(tmp_path: Path, make_bench: Callable[[Path], Bench]) -> Bench:
-    return make_bench(tmp_path / "ca.db")
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Server]:
+    """One server for all tests; every test has a database of its own."""
+    with server() as made:
+        yield made
+
+
+ENGINES = ("sqlite", "postgresql")
+
+
+@pytest.fixture(params=ENGINES)
+def bench(
+    request: pytest.FixtureRequest, tmp_path: Path, make_bench: Callable[[Path], Bench]
+) -> Iterator[Bench]:
+    """The same tests on both engines."""
+    if request.param == "sqlite":
+        yield make_bench(tmp_path / "ca.db")
+        return
+    store = Store.create_shared(request.getfixturevalue("postgres").database(), str(TD))
+    yield Bench(store)
+    store.close()
 
 
 @dataclass
@@ -126,10 +145,12 @@ def clock() -> Clock:
     return Clock()
 
 
-@pytest.fixture
-def plane(tmp_path: Path, clock: Clock) -> Iterator[Plane]:
+@pytest.fixture(params=ENGINES)
+def plane(request: pytest.FixtureRequest, tmp_path: Path, clock: Clock) -> Iterator[Plane]:
     directory = tmp_path / "ca"
-    Plane.create(directory, TD, clock())
+    shared = request.param == "postgresql"
+    address = request.getfixturevalue("postgres").database() if shared else None
+    Plane.create(directory, TD, clock(), address=address)
     opened = Plane.open(directory, clock)
     yield opened
     opened.store.close()

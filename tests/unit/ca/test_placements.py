@@ -52,6 +52,7 @@ def test_a_duplicate_name_needs_replica(hosts) -> None:
     ({"name": "web", "host": "aa"}, NotFound, "host.unknown"),
 ])  # fmt: skip
 def test_bad_requests_leave_nothing(hosts, request_, kind, code) -> None:
+    request_ = dict(request_)
     with pytest.raises(kind) as e:
         hosts.add(request_.pop("name"), request_.pop("host", None), **request_)
     assert e.value.code == code

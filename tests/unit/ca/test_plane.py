@@ -45,6 +45,7 @@ def test_a_used_directory_is_left_alone(tmp_path: Path) -> None:
     assert tmp_path.stat().st_mode == mode
 
 
+@pytest.mark.parametrize("plane", ["sqlite"], indirect=True)
 def test_parts_of_one_are_told(plane: Plane, tmp_path: Path) -> None:
     plane.store.close()
     (plane.directory / "ca.db").rename(tmp_path / "away")
@@ -174,7 +175,7 @@ def test_nothing_is_signed_before_its_serial_is_stored(
             stored.extend(tx.execute(select(tables.serials.c.serial)).scalars())
 
     monkeypatch.setattr(plane.registry, "record_serial", note)
-    signer = plane.authority._intermediate_key
+    signer = plane.authority.signer("intermediate")
     signed_after: list[int] = []
 
     class Watch:
@@ -184,7 +185,7 @@ def test_nothing_is_signed_before_its_serial_is_stored(
             signed_after.append(len(stored))
             return signer.sign(data)
 
-    plane.authority._intermediate_key = Watch()
+    plane.authority._signers["intermediate"] = Watch()
     plane.enroll(attempt.request(plane))
     assert signed_after
     assert min(signed_after) >= 1

@@ -35,9 +35,12 @@ def verify(store: Store, noted: Head | None = None) -> Head:
 def tamper(store: Store, *statements: str) -> None:
     """What somebody with the database can do: the triggers are no obstacle to them."""
     with store.write() as tx:
-        found = tx.exec_driver_sql("select name from sqlite_master where type = 'trigger'").scalars().all()
-        for name in found:
-            tx.exec_driver_sql(f"drop trigger {name}")
+        shared = tx.dialect.name == "postgresql"
+        names = "select tgname, tgrelid::regclass from pg_trigger where not tgisinternal"
+        if not shared:
+            names = "select name, '' from sqlite_master where type = 'trigger'"
+        for name, table in tx.exec_driver_sql(names).all():
+            tx.exec_driver_sql(f"drop trigger {name}" + (f" on {table}" if shared else ""))
         for statement in statements:
             tx.execute(text(statement))
 
@@ -109,8 +112,8 @@ def test_what_waits_has_no_proof_yet(bench) -> None:
         ("update ledger set actor = 'nobody' where seq = 3", "log.broken"),
         ("update ledger set detail = '{}' where seq = 5", "log.broken"),
         ("update ledger set at = 1 where seq = 1", "log.broken"),
-        ("update ledger_nodes set hash = lower(hex(zeroblob(32))) where level = 1 and position = 1", "log.broken"),
-        ("update ledger_heads set root = lower(hex(zeroblob(32)))", "log.broken"),
+        ("update ledger_nodes set hash = '0000000000000000000000000000000000000000000000000000000000000000' where level = 1 and position = 1", "log.broken"),
+        ("update ledger_heads set root = '0000000000000000000000000000000000000000000000000000000000000000'", "log.broken"),
         ("delete from ledger where seq = 2", "log.broken"),
         ("delete from ledger where seq = 5", "log.cut"),
         ("delete from ledger", "log.cut"),
