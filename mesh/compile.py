@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import TYPE_CHECKING, Final
 
@@ -30,14 +30,14 @@ from mesh.plan import (
     diff,
 )
 from mesh.snapshot import InstanceKey, Snapshot, instance_key
-from policy.evaluate import matches, permitted
+from policy.evaluate import Bound, bounds, enforced, matches, permitted
 from policy.ports import NOTHING, PortMap
 from policy.program import Program, Selector, Subject
 
 if TYPE_CHECKING:
     from policy.rollout import Staged
 
-__all__ = ["Changes", "Compiler", "LocalAttachment", "LocalFacts", "Plan", "compile_plan", "diff", "veth_name"]
+__all__ = ["Changes", "Compiler", "LocalAttachment", "LocalFacts", "Plan", "compile_plan", "diff", "running", "veth_name"]
 
 DEFAULT_MTU: Final = 1420  # 1500 less the outer IPv6 and WireGuard headers
 KEEPALIVE: Final = 25  # seconds; below the usual NAT binding of 30 s
@@ -83,8 +83,23 @@ def veth_name(interface: str, place: LocalAttachment) -> str:
     return "rt" + hashlib.sha256(f"{interface}\0{identity}".encode()).hexdigest()[:12]
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What one class may send to another: all that is forwarded, what of it is enforced, and on which conditions."""
+
+    ports: PortMap
+    enforced: PortMap
+    bounds: tuple[Bound, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.ports)
+
+
+_NONE: Final = Verdict(NOTHING, NOTHING)
+
+
 class Classes:
-    """Port maps of one program, computed once per pair of subject classes."""
+    """Verdicts of one program, computed once per pair of subject classes."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -92,7 +107,10 @@ class Classes:
         self._class_of: dict[tuple[str, str, tuple[tuple[str, str], ...]], int] = {}
         self._subjects: list[Subject] = []
         self._by_signature: dict[int, int] = {}
-        self._ports: dict[tuple[int, int], PortMap] = {}
+        self._verdicts: dict[tuple[int, int], Verdict] = {}
+        rules = [rule for tier in program.tiers for rule in tier.rules]
+        self._audits = bool(program.audits) or any(rule.audit for rule in rules)
+        self._bound = any(rule.max_rate is not None or rule.processes for rule in rules)
 
     def class_of(self, record: PlacementRecord) -> int:
         """Number of the class of the identity of a placement."""
@@ -111,11 +129,18 @@ class Classes:
         return number
 
     def permitted(self, src: PlacementRecord, dst: PlacementRecord) -> PortMap:
-        """All that `src` may send to `dst`."""
+        """All that is forwarded from `src` to `dst`."""
+        return self.verdict(src, dst).ports
+
+    def verdict(self, src: PlacementRecord, dst: PlacementRecord) -> Verdict:
+        """The same with what of it is enforced, and bounds."""
         pair = (self.class_of(src), self.class_of(dst))
-        if (known := self._ports.get(pair)) is None:
-            known = permitted(self.program, self._subjects[pair[0]], self._subjects[pair[1]])
-            self._ports[pair] = known
+        if (known := self._verdicts.get(pair)) is None:
+            one, other = self._subjects[pair[0]], self._subjects[pair[1]]
+            ports = permitted(self.program, one, other)
+            sure = enforced(self.program, one, other) if self._audits else ports
+            limits = bounds(self.program, one, other) if self._bound else ()
+            known = self._verdicts[pair] = Verdict(ports, sure, limits)
         return known
 
     @property
@@ -132,6 +157,9 @@ def _selectors(program: Program) -> Iterable[Selector]:
             if rule.concerns is not None:
                 found[rule.concerns] = None
         found.update(dict.fromkeys(tier.isolates.values()))
+    for audit in program.audits:
+        found.update(dict.fromkeys(s for s in (audit.members, audit.within, audit.concerns) if s is not None))
+    found[program.held] = None
     return found
 
 
@@ -154,8 +182,12 @@ class _Kept:
     classes: Classes
     since: int | None
     until: int | None
+    ends: frozenset[str]  # workloads with which grants end
+    running: frozenset[str]  # those of them that ran
 
-    def serves(self, now: int | None) -> bool:
+    def serves(self, now: int | None, running: Collection[str]) -> bool:
+        if self.ends and self.running != self.ends.intersection(running):
+            return False
         if now is None or self.since is None:
             return now is self.since
         return self.since <= now and (self.until is None or now < self.until)
@@ -167,22 +199,24 @@ class Compiler:
     def __init__(self) -> None:
         self._kept: OrderedDict[tuple[object, ...], _Kept] = OrderedDict()
 
-    def classes(self, record: PolicyRecord, now: int | None = None) -> Classes:
-        """The policy, compiled for `now`. Raises BadPolicy."""
-        return self._keep(record, now).classes
+    def classes(self, record: PolicyRecord, now: int | None = None, running: Collection[str] = ()) -> Classes:
+        """The policy, compiled for `now` and the workloads that run. Raises BadPolicy."""
+        return self._keep(record, now, running).classes
 
-    def changes_at(self, record: PolicyRecord, now: int) -> int | None:
+    def changes_at(self, record: PolicyRecord, now: int, running: Collection[str] = ()) -> int | None:
         """When a time window or an end in this policy next changes what it says; None for never. Raises BadPolicy."""
-        return self._keep(record, now).until
+        return self._keep(record, now, running).until
 
-    def _keep(self, record: PolicyRecord, now: int | None) -> _Kept:
+    def _keep(self, record: PolicyRecord, now: int | None, running: Collection[str]) -> _Kept:
         trial = None if record.trial is None else record.trial.model_dump_json()
         key = (tuple((file.name, file.text) for file in record.files), trial)
         kept = self._kept.get(key)
-        if kept is None or not kept.serves(now):
+        if kept is None or not kept.serves(now, running):
             policy = _load(record) if kept is None else kept.policy
             until = None if now is None else policy.next_change(now)
-            kept = self._kept[key] = _Kept(policy, Classes(policy.program(now)), now, until)
+            ends = policy.ends
+            there = ends.intersection(running)
+            kept = self._kept[key] = _Kept(policy, Classes(policy.program(now, there)), now, until, ends, there)
             while len(self._kept) > _PROGRAMS:
                 self._kept.popitem(last=False)
         self._kept.move_to_end(key)
@@ -190,8 +224,13 @@ class Compiler:
 
     def plan(self, snapshot: Snapshot, facts: LocalFacts, now: int | None = None) -> Plan:
         """The plan of this state at `now`. Raises BadPolicy for a policy that does not compile: the old plan stays."""
-        classes = None if snapshot.policy is None else self.classes(snapshot.policy, now)
+        classes = None if snapshot.policy is None else self.classes(snapshot.policy, now, running(snapshot.placements))
         return _Compilation(snapshot, facts, classes).run()
+
+
+def running(placements: Mapping[InstanceKey, PlacementRecord]) -> frozenset[str]:
+    """Workloads of which an instance is placed: those that have not ended."""
+    return frozenset(record.name for record in placements.values() if record.state == "active")
 
 
 def compile_plan(snapshot: Snapshot, facts: LocalFacts, *, program: Program | None = None) -> Plan:
@@ -300,7 +339,7 @@ class _Compilation:
             for other_key, other in others.items():
                 if other_key == key:
                     continue
-                there, back = self._permitted(record, other), self._permitted(other, record)
+                there, back = self._verdict(record, other), self._verdict(other, record)
                 if (not there and not back) or not self._usable(other, other_key):
                     continue
                 allowed.setdefault(other.endpoint, set()).add(other_key)
@@ -308,13 +347,13 @@ class _Compilation:
                     self._pair(pairs, key, record, other_key, other, there)
                     self._pair(pairs, other_key, other, key, record, back)
             for other_key, other in warming.items():
-                talks = other_key != key and (self._permitted(record, other) or self._permitted(other, record))
+                talks = other_key != key and (self._verdict(record, other) or self._verdict(other, record))
                 if talks and other.endpoint in self.endpoints:
                     warm.add(other.endpoint)
             if key in attached:
                 for other_key in attached:
                     if other_key != key:
-                        self._pair(pairs, key, record, other_key, ours[other_key], self._permitted(record, ours[other_key]))
+                        self._pair(pairs, key, record, other_key, ours[other_key], self._verdict(record, ours[other_key]))
         peers = [self._peer(name, allowed.get(name, set()), others) for name in sorted(allowed.keys() | warm)]
         return Plan(
             overlay=self.overlay,
@@ -336,19 +375,42 @@ class _Compilation:
         self._note("plan.no_endpoint", f"{key} is on {other.endpoint}, whose endpoint record is not here; no tunnel")
         return False
 
-    def _permitted(self, src: PlacementRecord, dst: PlacementRecord) -> PortMap:
-        return NOTHING if self.classes is None else self.classes.permitted(src, dst)
+    def _verdict(self, src: PlacementRecord, dst: PlacementRecord) -> Verdict:
+        return _NONE if self.classes is None else self.classes.verdict(src, dst)
 
     def _pair(
         self, pairs: dict[tuple[InstanceKey, InstanceKey], PairPlan], src_key: InstanceKey, src: PlacementRecord,
-        dst_key: InstanceKey, dst: PlacementRecord, ports: PortMap,
+        dst_key: InstanceKey, dst: PlacementRecord, verdict: Verdict,
     ) -> None:  # fmt: skip
+        ports, sure, limits = self._bounded(src_key, src, verdict)
         if ports:
             policy = self.snapshot.policy
             revision = f" (policy revision {policy.revision})" if policy is not None else ""
             pairs[src_key, dst_key] = PairPlan(
-                src_key, dst_key, _both(src), _both(dst), ports, f"{src_key} may reach {dst_key}: {ports}{revision}"
-            )
+                src_key, dst_key, _both(src), _both(dst), ports, f"{src_key} may reach {dst_key}: {ports}{revision}",
+                sure if sure != ports else None, limits,
+            )  # fmt: skip
+
+    def _bounded(
+        self, key: InstanceKey, src: PlacementRecord, verdict: Verdict
+    ) -> tuple[PortMap, PortMap, tuple[Bound, ...]]:
+        """Forwarded, enforced, bounds. A process is checked where it runs, and there only if it can be."""
+        ports, sure, kept = verdict.ports, verdict.enforced, []
+        for bound in verdict.bounds:
+            if bound.processes and src.endpoint != self.facts.endpoint:
+                continue
+            limit = replace(bound, ports=bound.ports & sure)
+            if bound.processes:
+                limit = replace(limit, processes=tuple(p for p in bound.processes if p.kind == "uid"))
+                place = self.facts.attachments.get(key)
+                if place is None or place.kind != "host" or not limit.processes:
+                    why = "control groups are not checked yet" if place and place.kind == "host" else "it is not the host itself"
+                    self._note("plan.process", f"{key} cannot use {limit.ports} of rule {bound.rule}, which names a process: {why}")
+                    ports, sure = ports - limit.ports, sure - limit.ports
+                    continue
+            if limit.ports:
+                kept.append(limit)
+        return ports, sure, tuple(kept)
 
     def _peer(self, name: str, instances: set[InstanceKey], others: Mapping[InstanceKey, PlacementRecord]) -> PeerPlan:
         record = self.endpoints[name]

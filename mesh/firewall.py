@@ -20,11 +20,20 @@ Sets, one of each per family (suffix 4 or 6):
     place   link . address                 which source address may come from which link
     self    address . address              a host-held instance talking to itself
     denied  src . dst . protocol . port    flows refused in the last minutes, with counters; bounded
+
+What only an audit lets through stands in sets of its own (apair, arange, aproto, arest, aexcept), looked up last: it is
+counted, noted like a refusal (set `audited`) and passed. Ports that only some users may reach from an instance on the
+host itself stand in `uid` (user . src . dst . protocol . port) instead of the others, and in `bound` for the answers.
+Ceilings are limit objects named by rate (packets of the first direction) and back (answers), asked where a packet
+leaves its sender.
+
+The first packet of each noted flow is also logged to LOG_GROUP, at most LOG_RATE a second; what is not is counted.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -33,14 +42,21 @@ from typing import Any, Final
 from identity.errors import BadInput
 from mesh import nft
 from mesh.plan import AttachmentPlan, Elements, PairPlan, Plan, diff, elements_of
-from policy.ports import ICMP, ICMPV6, proto_name, proto_number
+from policy.evaluate import Bound
+from policy.ports import ICMP, ICMPV6, NOTHING, PortMap, proto_name, proto_number, union
 
 Sets = dict[str, set[str]]
 
 PORTED_PROTOCOLS: Final = "meta l4proto { 6, 17, 132 }"
 DENIED_SIZE: Final = 4096
 DENIED_TIMEOUT: Final = 300  # seconds
-COUNTERS: Final = ("accepted", "denied", "strangers", "spoofed", "outside", "invalid")
+COUNTERS: Final = ("accepted", "denied", "strangers", "spoofed", "outside", "invalid", "audited", "limited", "unlogged")
+LOG_GROUP: Final = 0x5254  # plus the slot of the interface; a group belongs to one namespace
+LOG_RATE: Final = 500  # a second, of each kind
+LOG_BYTES: Final = 128  # of a packet: both headers
+LIMITS: Final = "limits"  # in Sets: the limit objects, as "name rate"
+_BURST: Final = 131_072  # bytes; a superpacket has to fit
+NOTED: Final = ("denied", "audited")
 _COMPARE_LIMIT: Final = 20_000  # elements; larger tables are put back, not compared, when others commit
 _CHUNK: Final = 4000  # elements in one statement
 _INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,14}")
@@ -50,6 +66,11 @@ def slot(interface: str) -> int:
     """0-3 from the trailing digits of an interface name: agents that share a namespace use different marks."""
     digits = re.search(r"\d+$", interface)
     return int(digits[0]) % 4 if digits else 0
+
+
+def log_group(interface: str) -> int:
+    """The netlink log group of the table of an interface."""
+    return LOG_GROUP + slot(interface)
 
 
 def accepted_mark(interface: str) -> int:
@@ -71,18 +92,63 @@ def table_name(interface: str) -> str:
 def pair_sets(pair: PairPlan) -> Sets:
     """The elements of one pair, by set."""
     out: Sets = {}
-    elements = elements_of(pair.ports)
+    bound = union(b.ports for b in pair.bounds if b.processes)
+    elements = elements_of((pair.ports if pair.enforced is None else pair.enforced) - bound)
+    # The sets of audits are asked after the others, so they may hold what stands there too and stay small.
+    audited = elements_of(NOTHING if pair.enforced is None else pair.ports - bound)
     for family, src, dst in zip((4, 6), pair.src_addresses, pair.dst_addresses, strict=True):
-        _add_pair(out, family, f"{src} . {dst}", elements)
+        ends = f"{src} . {dst}"
+        _add_pair(out, family, ends, elements)
+        _add_pair(out, family, ends, audited, "a")
+        for one in pair.bounds:
+            _add_bound(out, family, ends, one, pair)
         out.setdefault(f"error{family}", set()).update((f"{src} . {src} . {dst}", f"{dst} . {src} . {dst}"))
     return out
 
 
-def _add_pair(out: Sets, family: int, ends: str, elements: Elements) -> None:
+def _add_bound(out: Sets, family: int, ends: str, bound: Bound, pair: PairPlan) -> None:
+    flows = [f"{ends} . {flow}" for flow in intervals(bound.ports, family)]
+    if bound.processes:
+        out.setdefault(f"bound{family}", set()).update(flows)
+        users = [p.value for p in bound.processes if p.kind == "uid"]
+        out.setdefault(f"uid{family}", set()).update(f"{user} . {flow}" for user in users for flow in flows)
+    if bound.max_rate is not None:
+        for name in ("rate", "back"):
+            limit = limit_name(name, bound, pair)
+            out.setdefault(LIMITS, set()).add(f"{limit} {bound.max_rate}")
+            out.setdefault(f"{name}{family}", set()).update(f'{flow} : "{limit}"' for flow in flows)
+
+
+def limit_name(kind: str, bound: Bound, pair: PairPlan) -> str:
+    """Name of the limit object of one pair, rule, rate and direction."""
+    text = f"{pair.src}\0{pair.dst}\0{bound.rule}\0{bound.max_rate}"
+    return f"{kind}_{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def intervals(ports: PortMap, family: int) -> list[str]:
+    """A port map as ``protocol . port`` intervals of one family that do not overlap.
+
+    Single ports too: nft 1.0.6 cannot delete from an interval set what was added as a plain value.
+    """
+    elements = elements_of(ports)
+    out = [f"{proto} . {port}-{port}" for proto, port in elements.exact]
+    out += [f"{proto} . {first}-{last}" for proto, first, last in elements.ranges]
+    out += [f"{_number(proto, family)} . 0-65535" for proto in elements.protocols]
+    if elements.rest:
+        named = sorted({_number(p, family) for p in elements.except_} | ({ICMP, ICMPV6} if ICMP in elements.except_ else set()))
+        start = 0
+        for number in (*named, 256):
+            if number > start:
+                out.append(f"{start}-{number - 1} . 0-65535" if number - 1 > start else f"{start} . 0-65535")
+            start = number + 1
+    return out
+
+
+def _add_pair(out: Sets, family: int, ends: str, elements: Elements, prefix: str = "") -> None:
     def add(name: str, lines: Iterable[str]) -> None:
         lines = set(lines)
         if lines:
-            out.setdefault(f"{name}{family}", set()).update(lines)
+            out.setdefault(f"{prefix}{name}{family}", set()).update(lines)
 
     add("pair", (f"{ends} . {proto} . {port}" for proto, port in elements.exact))
     add("range", (f"{ends} . {proto} . {first}-{last}" for proto, first, last in elements.ranges))
@@ -169,13 +235,18 @@ def _minus(a: Sets, b: Sets) -> Sets:
 
 
 def statements(table: str, verb: str, sets: Mapping[str, set[str]]) -> str:
-    """``add|delete element`` statements."""
+    """``add|delete element`` statements; limit objects before the elements that name them, and gone after them."""
     lines = []
-    for name in sorted(sets):
+    limits = [line.partition(" ") for line in sorted(sets.get(LIMITS, ()))]
+    if verb == "add":
+        lines += [f"add limit inet {table} {n} {{ rate over {r} bytes/second burst {_BURST} bytes ; }}" for n, _, r in limits]
+    for name in sorted(sets.keys() - {LIMITS}):
         elements = sorted(sets[name])
         for start in range(0, len(elements), _CHUNK):
             chunk = ", ".join(elements[start : start + _CHUNK])
             lines.append(f"{verb} element inet {table} {name} {{ {chunk} }}")
+    if verb == "delete":
+        lines += [f"delete limit inet {table} {n}" for n, _, _ in limits]
     return "\n".join(lines) + "\n" if lines else ""
 
 
@@ -197,6 +268,7 @@ def skeleton(interface: str, *, close_v6: bool = False) -> str:
     closed = "meta nfproto ipv6 drop" if close_v6 else ""
     mark = f"0x{accepted_mark(interface):08x}"
     clear = f"0x{0xFFFF_FFFF ^ accepted_mark(interface):08x}"
+    group = log_group(interface)
     parts = [f"table inet {table_name(interface)} {{"]
     parts += [f"counter {name} {{ }}" for name in COUNTERS]
     parts.append("set links { type ifname; }")
@@ -227,8 +299,15 @@ chain far {{
     ip6 saddr @member6 meta l4proto 6 reject with tcp reset
     drop
 }}
-chain note {{
-{_note(4)}{_note(6)}}}
+chain watch {{
+    counter name audited
+    jump seen
+    goto pass
+}}
+{_note("note", "denied", group)}{_note("seen", "audited", group)}
+chain unlogged {{
+    counter name unlogged
+}}
 {_verdict(4)}{_verdict(6)}
 chain prerouting {{
     type filter hook prerouting priority mangle; policy accept;
@@ -308,33 +387,67 @@ chain quiet {{
 
 def _sets(family: int, address: str) -> list[str]:
     ends = f"{address} . {address}"
-    denied = f"size {DENIED_SIZE}; flags dynamic,timeout; timeout {DENIED_TIMEOUT}s; counter;"
+    flow = f"{ends} . inet_proto . inet_service"
+    noted = f"size {DENIED_SIZE}; flags dynamic,timeout; timeout {DENIED_TIMEOUT}s; counter;"
     return [
-        f"set pair{family} {{ type {ends} . inet_proto . inet_service; }}",
-        f"set range{family} {{ type {ends} . inet_proto . inet_service; flags interval; }}",
-        f"set proto{family} {{ type {ends} . inet_proto; }}",
-        f"set rest{family} {{ type {ends}; }}",
-        f"set except{family} {{ type {ends} . inet_proto; }}",
+        *(line for prefix in ("", "a") for line in (
+            f"set {prefix}pair{family} {{ type {flow}; }}",
+            f"set {prefix}range{family} {{ type {flow}; flags interval; }}",
+            f"set {prefix}proto{family} {{ type {ends} . inet_proto; }}",
+            f"set {prefix}rest{family} {{ type {ends}; }}",
+            f"set {prefix}except{family} {{ type {ends} . inet_proto; }}",
+        )),
+        f"set uid{family} {{ type uid . {flow}; flags interval; }}",
+        f"set bound{family} {{ type {flow}; flags interval; }}",
+        f"map rate{family} {{ type {flow} : limit; flags interval; }}",
+        f"map back{family} {{ type {flow} : limit; flags interval; }}",
         f"set error{family} {{ type {ends} . {address}; }}",
         f"set local{family} {{ type {address}; }}",
         f"set held{family} {{ type {address}; }}",
         f"set member{family} {{ type {address}; }}",
         f"set place{family} {{ type ifname . {address}; }}",
         f"set self{family} {{ type {ends}; }}",
-        f"set denied{family} {{ type {ends} . inet_proto . inet_service; {denied} }}",
-    ]
+        f"set denied{family} {{ type {flow}; {noted} }}",
+        f"set audited{family} {{ type {flow}; {noted} }}",
+    ]  # fmt: skip
 
 
-def _note(family: int) -> str:
-    """Remember the refused flow under the tuple of its first packet.
+def _note(chain: str, kind: str, group: int) -> str:
+    """Remember a flow under the tuple of its first packet, and log that packet.
 
+    A flow that is known is only counted; one that finds the set full is neither remembered nor logged, but counted.
     Protocols are numbers throughout: names need /etc/protocols, which a minimal system does not have.
     """
-    ip = "ip" if family == 4 else "ip6"
-    return f"""\
-    {PORTED_PROTOCOLS} ct direction reply update @denied{family} {{ {ip} daddr . {ip} saddr . meta l4proto . th sport }} return
-    {PORTED_PROTOCOLS} update @denied{family} {{ {ip} saddr . {ip} daddr . meta l4proto . th dport }} return
-    update @denied{family} {{ {ip} saddr . {ip} daddr . meta l4proto . 0 }} return
+    out = f"""
+chain {chain}_log {{
+    limit rate {LOG_RATE}/second burst {LOG_RATE} packets log prefix "{kind}" group {group} snaplen {LOG_BYTES} return
+    goto unlogged
+}}"""
+    for family in (4, 6):
+        ip, held = "ip" if family == 4 else "ip6", f"@{kind}{family}"
+        there, back = f"{ip} saddr . {ip} daddr . meta l4proto", f"{ip} daddr . {ip} saddr . meta l4proto"
+        for suffix, flow in (("", f"{there} . th dport"), ("_back", f"{back} . th sport")):
+            out += f"""
+chain {chain}{suffix}{family} {{
+    {flow} {held} update {held} {{ {flow} }} return
+    update {held} {{ {flow} }} goto {chain}_log
+    goto unlogged
+}}"""
+        # Without ports nothing can be looked up that ends in a constant: these are counted, and read from the set.
+        out += f"""
+chain {chain}_plain{family} {{
+    update {held} {{ {there} . 0 }} return
+    goto unlogged
+}}"""
+    return out + f"""
+chain {chain} {{
+    {PORTED_PROTOCOLS} ct direction reply meta nfproto ipv4 goto {chain}_back4
+    {PORTED_PROTOCOLS} ct direction reply goto {chain}_back6
+    {PORTED_PROTOCOLS} meta nfproto ipv4 goto {chain}4
+    {PORTED_PROTOCOLS} goto {chain}6
+    meta nfproto ipv4 goto {chain}_plain4
+    goto {chain}_plain6
+}}
 """
 
 
@@ -352,6 +465,10 @@ def _verdict(family: int) -> str:
         floor = "icmpv6 type packet-too-big icmpv6 mtu < 1280 drop"
     lookups = ""
     for direction, ends, port in (("original", there, "th dport"), ("reply", back, "th sport")):
+        own = f"meta skuid . {ends} . meta l4proto . {port} @uid{family}" if direction == "original" else (
+            f"{ends} . meta l4proto . {port} @bound{family}"
+        )  # fmt: skip
+        end = "watch" if direction == "original" else "pass"
         lookups += f"""
 chain {direction}{family} {{
     {ends} . meta l4proto . {port} @pair{family} goto pass
@@ -359,6 +476,11 @@ chain {direction}{family} {{
     {ends} . meta l4proto @proto{family} goto pass
     {ends} . meta l4proto . {port} @range{family} goto pass
     {ends} @rest{family} {ends} . meta l4proto != @except{family} goto pass
+    {own} goto pass
+    {ends} . meta l4proto . {port} @apair{family} goto {end}
+    {ends} . meta l4proto @aproto{family} goto {end}
+    {ends} . meta l4proto . {port} @arange{family} goto {end}
+    {ends} @arest{family} {ends} . meta l4proto != @aexcept{family} goto {end}
 }}"""
     return f"""{lookups}
 chain verdict{family} {{
@@ -374,6 +496,8 @@ chain error{family} {{
     drop
 }}
 chain here{family} {{
+    ct direction original limit name {there} . meta l4proto . th dport map @rate{family} counter name limited drop
+    ct direction reply limit name {back} . meta l4proto . th sport map @back{family} counter name limited drop
     jump verdict{family}
     goto refuse
 }}
@@ -400,9 +524,13 @@ def fingerprint(objects: Iterable[Mapping[str, Any]]) -> tuple[frozenset[str], S
         elif "chain" in entry:
             chain = {k: v for k, v in entry["chain"].items() if k != "handle"}
             rules.append(f"chain {_plain(chain)}")
-        elif "set" in entry and not entry["set"]["name"].startswith("denied"):
-            one = entry["set"]
-            sets[one["name"]] = {_plain(e) for e in one.get("elem", ())}
+        elif "limit" in entry:
+            limit = {k: v for k, v in entry["limit"].items() if k != "handle"}
+            sets.setdefault(LIMITS, set()).add(_plain(limit))
+        elif "set" in entry or "map" in entry:
+            one = entry.get("set") or entry["map"]
+            if not one["name"].startswith(NOTED):
+                sets[one["name"]] = {_plain(e) for e in one.get("elem", ())}
     return frozenset(rules), sets
 
 
@@ -419,7 +547,9 @@ def _plain(value: Any) -> str:
 
 @dataclass(frozen=True, slots=True)
 class DeniedFlow:
-    """A refused flow under the tuple of its first packet; port 0 for protocols without ports."""
+    """A noted flow (refused, or let through by an audit) under the tuple of its first packet; port 0 for protocols
+    without ports.
+    """
 
     src: str
     dst: str
@@ -534,13 +664,20 @@ class Firewall:
 
     async def counters(self) -> tuple[dict[str, int], list[DeniedFlow]]:
         """Packets by verdict, and the flows refused lately. Empty when the table is gone."""
+        return await self.verdicts(), await self.noted("denied")
+
+    async def verdicts(self) -> dict[str, int]:
+        """Packets by verdict since the table was made."""
         listed = await nft.list_objects("counters", "table", "inet", self.table)
-        verdicts = {e["counter"]["name"]: int(e["counter"]["packets"]) for e in listed if "counter" in e}
+        return {e["counter"]["name"]: int(e["counter"]["packets"]) for e in listed if "counter" in e}
+
+    async def noted(self, kind: str) -> list[DeniedFlow]:
+        """Flows ``denied`` or ``audited`` lately."""
         flows: list[DeniedFlow] = []
         for family in (4, 6):
-            for entry in await nft.list_objects("set", "inet", self.table, f"denied{family}"):
+            for entry in await nft.list_objects("set", "inet", self.table, f"{kind}{family}"):
                 flows += [flow for e in entry.get("set", {}).get("elem", ()) if (flow := _flow(e)) is not None]
-        return verdicts, sorted(flows, key=lambda f: (f.src, f.dst, f.proto, f.port))
+        return sorted(flows, key=lambda f: (f.src, f.dst, f.proto, f.port))
 
 
 def _flow(element: Any) -> DeniedFlow | None:

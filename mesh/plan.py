@@ -14,6 +14,7 @@ from typing import Final, Literal, TypeVar
 
 from identity.names import OVERLAY_V4, TrustDomain
 from mesh.snapshot import InstanceKey
+from policy.evaluate import Bound
 from policy.ports import ALL_PORTS, ICMP, ICMPV6, PORTED, PortMap, ranges
 
 K = TypeVar("K")
@@ -128,7 +129,11 @@ class AttachmentPlan:
 
 @dataclass(frozen=True, slots=True)
 class PairPlan:
-    """All that one instance may send to another; at least one of the two is local."""
+    """All that is forwarded from one instance to another; at least one of the two is local.
+
+    enforced: what of it policy permits; the rest is open only while something audits, and is recorded. None: all of it
+    bounds:   ceilings, and processes that this host checks because the source is here
+    """
 
     src: InstanceKey
     dst: InstanceKey
@@ -136,6 +141,8 @@ class PairPlan:
     dst_addresses: tuple[str, str]
     ports: PortMap
     why: str
+    enforced: PortMap | None = None
+    bounds: tuple[Bound, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,7 +96,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Audit:
-    """A segment that audits until `until` (seconds since the epoch); flows leave `within` for no end.
+    """A segment that audits until `until` (seconds since the epoch); both ends of a flow lie `within`.
 
     concerns: narrows it to flows with at least one end that it selects
     """

@@ -142,5 +142,10 @@ class Staged:
         return min((one for one in found if one is not None), default=None)
 
     @property
+    def ends(self) -> frozenset[str]:
+        """Workloads with which a grant ends."""
+        return frozenset(g.ends_with for p in self.policies for g in p.grants if g.ends_with is not None)
+
+    @property
     def policies(self) -> Sequence[Policy]:
         return (self.base,) if self.trial is None else (self.base, self.trial)

@@ -15,7 +15,7 @@ from mesh.plan import AES, CHACHA, Plan, elements_of
 from mesh.snapshot import InstanceKey, Snapshot
 from policy.evaluate import evaluate
 from policy.ports import PORTED
-from policy.program import Action, Program, Rule, Subject, Tier
+from policy.program import Action, Audit, Named, Nothing, Program, Rule, Subject, Tier
 from tests.unit.mesh.plans import (
     ANYBODY,
     ME,
@@ -237,30 +237,101 @@ def test_link_names() -> None:
 POLICY = "version: 1\nsegments:\n  - name: s\n    members: {name: [web, api]}\n"
 
 
+ONE = """meshpolicy: 1
+segments:
+  - name: %s
+    allow: [{id: r, from: {workload: web}, to: {workload: api}, on: tcp/80}]
+grants: [{id: g, from: "*", to: "*", on: udp, not_after: "1970-01-01T00:01:40Z"}]
+"""
+
+
 def test_policies_are_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    import policy.compile
     import policy.language
 
-    loaded: list[str] = []
-    monkeypatch.setattr(policy.language, "load", lambda files: loaded.append(files[0][1]) or files[0][1])
-    monkeypatch.setattr(policy.compile, "compile_policy", lambda text, now=None: program(allow("web", "api", "tcp/80")))
-    monkeypatch.setattr(policy.compile, "next_change", lambda text, now: 100 if now < 100 else None)
+    real, loaded = policy.language.load, []
+    monkeypatch.setattr(policy.language, "load", lambda files: loaded.append(files[0][1].split()[5]) or real(files))
     compiler = Compiler()
-    snap = snapshot([WEB, API], endpoints=ENDPOINTS, policy=policy_record("one"))
+    snap = snapshot([WEB, API], endpoints=ENDPOINTS, policy=policy_record(ONE % "one"))
     plan = compiler.plan(snap, facts("web/0"))
     assert plan == compiler.plan(snap, facts("web/0")) == compile_plan(snap, facts("web/0"))
     assert plan.policy_digest == "d"
     assert next(iter(plan.pairs.values())).why == "web/0 may reach api/0: tcp/80 (policy revision 3)"
     assert loaded == ["one", "one"]  # the second is compile_plan, which keeps nothing
-    at = [compiler.classes(policy_record("one"), now) for now in (10, 99, 100, 10_000)]
+    at = [compiler.classes(policy_record(ONE % "one"), now) for now in (10, 99, 100, 10_000)]
     assert at[0] is at[1]
     assert at[1] is not at[2]
     assert at[2] is at[3]
-    assert compiler.changes_at(policy_record("one"), 10) == 100
+    assert compiler.changes_at(policy_record(ONE % "one"), 10) == 100
     for n in range(5):
-        compiler.classes(policy_record(f"more{n}"))
-    compiler.classes(policy_record("one"))
+        compiler.classes(policy_record(ONE % f"more{n}"))
+    compiler.classes(policy_record(ONE % "one"))
     assert loaded.count("one") == 3  # it had been pushed out
+
+
+UNTIL = """meshpolicy: 1
+grants: [{id: g, from: {workload: web}, to: {workload: api}, on: tcp/80, until: {workload_ends: job}}]
+"""
+
+
+def test_a_grant_ends_with_its_workload() -> None:
+    compiler = Compiler()
+    job = placement("job", "h2", 9)
+    for there, wanted in (([job], True), ([], False), ([job], True), ([job.model_copy(update={"state": "revoked", "epoch": 2})], False)):
+        snap = snapshot([WEB, API, *there], endpoints=ENDPOINTS, policy=policy_record(UNTIL))
+        plan = compiler.plan(snap, facts("web/0"), 1000)
+        assert bool(plan.pairs) == wanted == bool(plan.peers)
+
+
+AUDITED = """meshpolicy: 1
+segments:
+  - name: s
+    members: {workload: [web, api]}
+    mode: {audit_until: 2031-01-01}
+    allow: [{id: r, from: {workload: web}, to: {workload: api}, on: tcp/80}]
+"""
+
+
+def test_an_audit_opens_its_members_and_marks_what_is_only_recorded() -> None:
+    other = placement("batch", "h2", 5)
+    snap = snapshot([WEB, API, other], endpoints=[*ENDPOINTS, endpoint("h2")], policy=policy_record(AUDITED))
+    plan = compile_plan_at(snap, 1_900_000_000)
+    assert {(str(a), str(b)) for a, b in plan.pairs} == {("web/0", "api/0"), ("api/0", "web/0")}
+    there, back = plan.pairs[WEB_KEY, API_KEY], plan.pairs[API_KEY, WEB_KEY]
+    assert (str(there.ports), str(there.enforced)) == ("any", "tcp/80")
+    assert (str(back.ports), str(back.enforced)) == ("any", "nothing")
+    assert {p.endpoint for p in plan.peers.values()} == {"h1"}  # and no tunnel to anybody else
+    after = compile_plan_at(snap, 1_924_992_000)
+    assert [(str(p.ports), p.enforced) for p in after.pairs.values()] == [("tcp/80", None)]
+
+
+BOUND = """meshpolicy: 1
+segments:
+  - name: s
+    allow:
+      - {id: r, from: {workload: web, process: "uid:7"}, to: {workload: api}, on: tcp/80}
+      - {id: u, from: {workload: web, process: "unit:x.service"}, to: {workload: api}, on: tcp/81}
+      - {id: f, from: {workload: web}, to: {workload: api}, on: tcp/82, max_rate: 8Mbit}
+"""
+
+
+@pytest.mark.parametrize("place", ["host", "netns", "far"])
+def test_a_process_is_checked_where_it_runs_or_not_let_through(place: str) -> None:
+    where = {"host": facts(host=["web/0"]), "netns": facts("web/0"), "far": facts("api/0")}[place]
+    web, api = (placement("web", "h1", 1), placement("api", ME, 2)) if place == "far" else (WEB, API)
+    plan = compile_plan(snapshot([web, api], endpoints=ENDPOINTS, policy=policy_record(BOUND)), where)
+    pair = plan.pairs[WEB_KEY, API_KEY]
+    assert str(pair.ports) == {"host": "tcp/80,82", "netns": "tcp/82", "far": "tcp/80-82"}[place]
+    assert [(b.rule, b.max_rate, [str(p) for p in b.processes]) for b in pair.bounds] == [
+        ("f", 1_000_000, []), *([("r", None, ["uid 7"])] if place == "host" else [])
+    ]  # fmt: skip
+    assert len([n for n in plan.notes if n.code == "plan.process"]) == {"host": 1, "netns": 2, "far": 0}[place]
+
+
+WEB_KEY, API_KEY = InstanceKey("web/0"), InstanceKey("api/0")
+
+
+def compile_plan_at(snap: Snapshot, now: int) -> Plan:
+    return Compiler().plan(snap, facts("web/0"), now)
 
 
 def test_a_policy_that_does_not_compile_raises_and_makes_no_plan() -> None:
@@ -281,8 +352,12 @@ def programs(draw: st.DrawFn) -> Program:
     rules = []
     for n in range(draw(st.integers(0, 6))):
         rule = allow(draw(who), draw(who), draw(words), n=n)
-        rules.append(replace(rule, action=draw(st.sampled_from([Action.ALLOW, Action.ALLOW, Action.DENY]))))
-    return Program((Tier("t", tuple(rules)),), digest="d")
+        action = draw(st.sampled_from([Action.ALLOW, Action.ALLOW, Action.DENY]))
+        rate = draw(st.none() | st.integers(1000, 1002)) if action is Action.ALLOW else None
+        rules.append(replace(rule, action=action, audit=action is Action.DENY and draw(st.booleans()), max_rate=rate))
+    one = st.one_of(st.sampled_from(WORKLOADS).map(lambda n: Named(frozenset({n}))), st.just(ANYBODY), st.just(labelled("tier", "a")))
+    audits = [Audit("s", draw(one), 1 << 31, draw(st.none() | one)) for _ in range(draw(st.sampled_from([0, 0, 1, 2])))]
+    return Program((Tier("t", tuple(rules)),), digest="d", audits=tuple(audits), held=draw(st.just(Nothing()) | one))
 
 
 @st.composite
@@ -328,6 +403,9 @@ def test_plan_and_evaluator_agree(prog: Program, snap: Snapshot, attached: set[s
                 wanted = evaluate(prog, subject(snap, src), subject(snap, dst), proto, port).verdict == "allow"
                 given_ = pair is not None and elements_of(pair.ports).allows(proto, port)
                 assert given_ == wanted, (src, dst, proto, port)
+                if pair is not None and wanted:
+                    audited = evaluate(prog, subject(snap, src), subject(snap, dst), proto, port).audited
+                    assert audited == (pair.enforced is not None and not pair.enforced.allows(proto, port))
     assert all({s, d} <= known and {s, d} & here for s, d in plan.pairs)
 
 

@@ -15,12 +15,14 @@ from identity.errors import BadInput, NoPrivilege
 from mesh import nft
 from mesh.compile import compile_plan
 from mesh.firewall import (
+    LIMITS,
     Delta,
     Firewall,
     Sets,
     accepted_mark,
     all_sets,
     fingerprint,
+    intervals,
     pair_sets,
     replacement,
     sets_delta,
@@ -31,9 +33,9 @@ from mesh.firewall import (
     topology_sets,
 )
 from mesh.plan import Plan
-from policy.evaluate import evaluate
-from policy.ports import ANYTHING
-from policy.program import Program
+from policy.evaluate import Bound, evaluate
+from policy.ports import ANYTHING, NOTHING
+from policy.program import Process, Program
 from tests.unit.mesh.plans import TD, allow, endpoint, facts, placement, ports, program, snapshot
 from tests.unit.mesh.test_compile import WORKLOADS, programs, subject, worlds
 
@@ -110,7 +112,7 @@ def test_the_table_denies_what_is_in_no_set_and_every_jump_has_its_chain() -> No
         text = skeleton(interface)
         chains = set(re.findall(r"^chain (\w+)", text, re.MULTILINE))
         assert set(re.findall(r"(?:goto|jump) (\w+)", text)) <= chains
-        assert set(re.findall(r"@(\w+)", text)) <= set(re.findall(r"set (\w+)", text))
+        assert set(re.findall(r"@(\w+)", text)) <= set(re.findall(r"(?:set|map) (\w+)", text))
         assert "established accept" not in text
         assert f"0x{accepted_mark(interface):08x}" in text
     assert "meta nfproto ipv6 drop" in skeleton("rtn0", close_v6=True)
@@ -148,8 +150,10 @@ def whole(snap: Any, attached: set[str], prog: Program) -> Plan:
     return compile_plan(snap, facts(*(f"{n}/{i}" for n in attached for i in (0, 1))), program=prog)
 
 
-def passes(sets: Sets, src: str, dst: str, proto: int, port: int | None) -> bool:
+def passes(sets: Sets, src: str, dst: str, proto: int, port: int | None, *, audits: bool = True) -> bool:
     """The verdict chain, as a person would read it, over the element texts."""
+    if audits and passes({k[1:]: v for k, v in sets.items() if k[0] == "a"}, src, dst, proto, port, audits=False):
+        return True
     family = 6 if ":" in src else 4
     ends = f"{src} . {dst}"
     if f"{ends} . {proto}" in sets.get(f"proto{family}", ()):
@@ -183,6 +187,8 @@ def test_the_sets_agree_with_the_evaluator(prog: Program, snap: Any, attached: s
                     assert want or not got
                 else:
                     assert got == want, (a, b, proto, port)
+                    audited = evaluate(prog, subject(snap, a), subject(snap, b), proto, port).audited
+                    assert passes(sets, src, dst, proto, port, audits=False) == (want and not audited)
 
 
 @given(programs(), programs(), worlds(), worlds(), st.sets(st.sampled_from(WORKLOADS)), st.sets(st.sampled_from(WORKLOADS)))
@@ -377,3 +383,49 @@ async def test_counters_and_denied_flows(monkeypatch: pytest.MonkeyPatch) -> Non
     verdicts, flows = await Firewall("rtn0").counters()
     assert verdicts == {"denied": 4}
     assert [(f.src, f.dst, f.proto, f.port, f.packets) for f in flows] == [("100.64.0.2", "100.64.0.1", "tcp", 80, 3)]
+
+
+# ---- ceilings and processes
+
+
+def test_bounds_stand_in_sets_of_their_own() -> None:
+    (pair,) = plan(allow("web", "api", "tcp/80-90", "icmp")).pairs.values()
+    user = Bound("u", ports("tcp/80-82"), None, (Process("uid", "7"), Process("uid", "8")))
+    rate = Bound("r", ports("tcp/80", "icmp"), 1000)
+    sets = pair_sets(replace(pair, bounds=(user, rate)))
+    ends = f"{V4['web']} . {V4['api']}"
+    assert sets["pair4"] == {f"{ends} . 6 . {p}" for p in range(83, 91)}
+    assert sets["uid4"] == {f"{u} . {ends} . 6 . {p}-{p}" for u in (7, 8) for p in (80, 81, 82)}
+    assert sets["bound4"] == {f"{ends} . 6 . {p}-{p}" for p in (80, 81, 82)}
+    rated, back = sorted(sets[LIMITS])[1].split()[0], min(sets[LIMITS]).split()[0]
+    assert sets["rate4"] == {f'{ends} . 6 . 80-80 : "{rated}"', f'{ends} . 1 . 0-65535 : "{rated}"'}
+    assert f'{V6["web"]} . {V6["api"]} . 58 . 0-65535 : "{back}"' in sets["back6"]
+    text = statements("retinue", "add", sets)
+    assert text.index(f"add limit inet retinue {rated}") < text.index("add element inet retinue rate4")
+    gone = statements("retinue", "delete", sets)
+    assert gone.index("delete element inet retinue rate4") < gone.index(f"delete limit inet retinue {rated}")
+
+
+def test_what_only_an_audit_allows_never_stands_with_the_rest() -> None:
+    (pair,) = plan(allow("web", "api", "any")).pairs.values()
+    sets = pair_sets(replace(pair, enforced=ports("tcp/80")))
+    ends = f"{V4['web']} . {V4['api']}"
+    assert (sets["pair4"], sets["arest4"]) == ({f"{ends} . 6 . 80"}, {ends})
+    assert "rest4" not in sets
+    bound = Bound("u", ports("tcp/80"), None, (Process("uid", "7"),))
+    sets = pair_sets(replace(pair, enforced=ports("tcp/80"), bounds=(bound,)))
+    assert "pair4" not in sets
+    assert sets["aexcept4"] == {f"{ends} . 6"}  # an audit is no way round a process constraint
+    assert not passes(sets, V4["web"], V4["api"], 6, 80)
+    assert passes(sets, V4["web"], V4["api"], 6, 81)
+
+
+@given(st.sampled_from(["any", "tcp", "tcp/1-70", "icmp", "47", "udp/9"]), st.sampled_from(["", "tcp/80", "icmp", "47", "0", "255"]), st.sampled_from([4, 6]))
+def test_intervals_say_what_the_port_map_says(word: str, less: str, family: int) -> None:
+    one = ports(word) - (ports(less) if less else NOTHING)
+    found = [[[int(n) for n in (part.split("-") * 2)[:2]] if "-" not in part else [int(n) for n in part.split("-")]
+              for part in line.split(" . ")] for line in intervals(one, family)]  # fmt: skip
+    icmp = 1 if family == 4 else 58
+    for proto, port in ((6, 70), (6, 71), (6, 80), (17, 9), (icmp, 0), (47, 0), (0, 0), (255, 0), (50, 0)):
+        hits = [p for p, q in found if p[0] <= proto <= p[1] and q[0] <= port <= q[1]]
+        assert len(hits) == one.allows(1 if proto == icmp else proto, port if proto in (6, 17) else None)

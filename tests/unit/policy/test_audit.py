@@ -28,7 +28,7 @@ from tests.unit.policy.test_random_programs import (
     subjects,
 )
 
-audits = st.builds(Audit, st.just("seg"), selectors, st.just(1 << 31), st.none() | selectors)
+audits = st.builds(Audit, st.just("seg"), selectors, st.just(1 << 31), st.none() | selectors, st.none(), st.none() | selectors)
 
 
 def _audited(program: Program, recorded: set[int], found: list[Audit], held: Any) -> Program:
@@ -61,6 +61,8 @@ def model_covered(program: Program, src: Subject, dst: Subject) -> bool:
     for audit in program.audits:
         members = [model_matches(audit.members, s) for s in ends]
         if audit.within is not None and not all(model_matches(audit.within, s) for s in ends):
+            continue
+        if audit.concerns is not None and not any(model_matches(audit.concerns, s) for s in ends):
             continue
         if all(members) or (any(members) and known):
             return True
