@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, insert, select, update
 
-from ca import audit, policy_authority, rows, schema, transparency
+from ca import audit, flow_store, policy_authority, rows, schema, transparency
 from ca.desk import Desk
 from ca.rows import InstanceRow
 from ca.store import any_of
@@ -24,6 +24,7 @@ from policy.explain import explain
 from policy.model import Policy
 from policy.ports import PortMap, proto_name, proto_number
 from policy.program import Program, Subject
+from policy.replay import Recording
 from policy.rollout import Canary, Staged
 from policy.signing import Authority, PartMark, verify_bundle
 from policy.test import run_tests
@@ -170,7 +171,7 @@ class Policies:
                 hint="remove review:, or set up an authority: retinue policy authority new",
             )  # fmt: skip
         program = compile_policy(policy, now, known)
-        self._tests(policy, program, known)
+        self._tests(policy, program, known, flow_store.recording(tx, now))
         return policy, program
 
     def marks(self, authority: Authority, current: PolicyRow | None) -> dict[str, PartMark]:
@@ -280,8 +281,8 @@ class Policies:
         return self.apply(files, author, now, actor, parts=parts, kind=f"rollback {revision}")
 
     @staticmethod
-    def _tests(policy: Policy, program: Program, known: dict[str, Subject]) -> None:
-        failed = [r for r in run_tests(policy, program, list(known.values()), known) if not r.passed]
+    def _tests(policy: Policy, program: Program, known: dict[str, Subject], recorded: Recording) -> None:
+        failed = [r for r in run_tests(policy, program, list(known.values()), known, recorded) if not r.passed]
         if failed:
             first = failed[0]
             more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""

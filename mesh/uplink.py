@@ -5,6 +5,7 @@ for as long as it likes: nothing here widens or removes anything, and every wait
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -21,6 +22,7 @@ from identity.wire.jwt import JwtReply, JwtRequest
 from mesh.control import FEED_IDLE, Busy, ControlClient, backoff
 from mesh.enroll import Enrollment, renew
 from mesh.health import Health
+from mesh.summaries import APART, EVERY, Summaries
 from mesh.svid import renew_at
 from mesh.sync import Accepted, Event, FrameRefused, NeedSnapshot, RecordRefused, Refreshed, SyncMachine
 
@@ -63,6 +65,7 @@ class Uplink:
         self._instead = instead
         self._client: tuple[ControlClient, TrustBundle, Enrollment] | None = None
         self._tell = asyncio.Event()
+        self.summaries = Summaries(on_denial=self.tell)
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -182,17 +185,28 @@ class Uplink:
     # ---- reports
 
     async def _reports(self) -> None:
-        attempt, sent = 0, None
+        attempt, sent, flows_sent = 0, None, 0.0
         while True:
-            await self._tell.wait()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(EVERY):
+                    await self._tell.wait()
             self._tell.clear()
             report = self._report()
-            if report is None or (report == sent and attempt == 0) or self.control == "disconnected":
+            same = report == sent and attempt == 0
+            if report is None or (same and not len(self.summaries)) or self.control == "disconnected":
                 continue
+            if same and boottime() - flows_sent < APART:
+                asyncio.get_running_loop().call_later(APART, self._tell.set)
+                continue
+            batch, flows_sent = self.summaries.take(), boottime()
             try:
-                await (await self._current()).send("/v1/report", report, timeout=10.0)
+                full = report.model_copy(update={"flows": batch}) if batch else report
+                await (await self._current()).send("/v1/report", full, timeout=10.0)
                 attempt, sent = 0, report
+                if len(self.summaries):
+                    self._tell.set()
             except RetinueError as e:
+                self.summaries.give_back(batch)
                 log.info("a report could not be sent", code=e.code, why=e.message)
                 attempt += 1
                 asyncio.get_running_loop().call_later(backoff(attempt, random.random(), cap=5.0), self._tell.set)  # noqa: S311 -- jitter

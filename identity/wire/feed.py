@@ -16,6 +16,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from identity.errors import BadInput
 from identity.wire import Message
+from identity.wire.flows import MAX as FLOWS_MAX
+from identity.wire.flows import FlowSummary
 
 
 class Snapshot(Message):
@@ -70,3 +72,4 @@ class Report(Message):
     hash: str
     held: dict[str, int] = {}  # "<workload>/<instance>" -> epoch held here
     attached: list[str] = []  # "<workload>/<instance>" attached here, active or waiting
+    flows: list[FlowSummary] = Field(default=[], max_length=FLOWS_MAX)  # since the last report that was answered
