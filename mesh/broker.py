@@ -8,7 +8,6 @@ A taken-over agent gains through it: handles of network namespaces and the addre
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import pwd
 import resource
@@ -23,6 +22,7 @@ from typing import Annotated, Final
 import structlog
 import typer
 
+from identity.confine import Bounds, enter
 from identity.errors import BadInput, BadState, Bug, NotFound, Refused, RetinueError, Unreachable, from_wire
 from identity.wire import parse
 from identity.wire.broker import MAX_PACKET, Answer, Configure, LinkAddress, Open, Side, parse_request
@@ -226,7 +226,7 @@ def broker(
     """
     configure_logging(log_level)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    ctypes.CDLL(None, use_errno=True).prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    enter(Bounds(read=None))
     listener = listen(path, user_id(user))
     done = threading.Event()
     _on_signals(done.set)
