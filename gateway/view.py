@@ -15,7 +15,7 @@ from identity.errors import NotVerified
 from identity.names import TrustDomain
 from identity.records import EndpointRecord, PlacementRecord, PolicyRecord
 from identity.wire.local import SnapshotReply
-from mesh.compile import Compiler
+from mesh.compile import Compiler, running
 from mesh.snapshot import InstanceKey, instance_key
 from policy.evaluate import Decision, evaluate
 from policy.ports import TCP
@@ -46,7 +46,7 @@ class View:
 
     def changes_at(self, now: float) -> int | None:
         """When a time window next changes what the policy says, seconds since the epoch; None for never."""
-        return None if self.policy is None else self.compiler.changes_at(self.policy, int(now))
+        return None if self.policy is None else self.compiler.changes_at(self.policy, int(now), running(self.placements))
 
     def instances(self, workload: str) -> list[PlacementRecord]:
         """Active placements of a workload, by instance."""
@@ -86,7 +86,7 @@ def verify_reply(reply: SnapshotReply, endpoint: str, pin: Pin, before: View | N
     tunnel_key = trust.verify(EndpointRecord, own).tunnel_key if own is not None else ""
     compiler = before.compiler if before is not None else Compiler()
     if policy is not None:
-        compiler.classes(policy, int(now))
+        compiler.classes(policy, int(now), running(placements))
     return View(
         endpoint, trust, reply.timeline or "", reply.revision or 0, tunnel_key, policy, compiler, placements, epochs
     )  # fmt: skip
@@ -138,7 +138,7 @@ def rule_on(view: View, caller: Caller, route: Route, now: float) -> Ruling:
     targets = view.instances(route.workload)
     if not targets or view.policy is None:
         return Ruling("unknown", f"no rule permits {caller.workload} -> {route.workload} tcp/{route.port}", source=source)
-    program = view.compiler.classes(view.policy, int(now)).program
+    program = view.compiler.classes(view.policy, int(now), running(view.placements)).program
     decisions = [(t, evaluate(program, subject(source), subject(t), TCP, route.port)) for t in targets]
     allowed = tuple(t for t, d in decisions if d.verdict == "allow")
     decision = next((d for _, d in decisions if d.verdict == "allow"), decisions[0][1])

@@ -344,13 +344,17 @@ def show_explanation(e: ExplainReply) -> None:
     flow = e.proto if e.port is None else f"{e.proto}/{e.port}"
     mark = "ALLOWED" if e.verdict == "allow" else "DENIED"
     print(cliout.clean(f"{mark}  {e.src} -> {e.dst} {flow}"))
-    rule = f"rule {e.rule}" + (f" ({e.where})" if e.where else "") if e.rule else "default deny: no rule permits it"
+    none = "an audit: no rule permits it" if e.audited else "default deny: no rule permits it"
+    rule = f"rule {e.rule}" + (f" ({e.where})" if e.where else "") if e.rule else none
     print(cliout.clean(f"  by       {rule}"))
+    if e.audited:
+        print(cliout.clean(f"  audit    will be denied by {e.would_deny} when the audit ends"))
     print(cliout.clean(f"  because  {e.reason}"))
     for miss in e.near_misses:
         print(cliout.clean(f"  nearly   {miss}"))
     if e.smallest_change:
-        print(cliout.clean(f"  {'to deny ' if e.verdict == 'allow' else 'to allow'} {e.smallest_change}"))
+        denies = e.verdict == "allow" and not e.audited
+        print(cliout.clean(f"  {'to deny ' if denies else 'to allow'} {e.smallest_change}"))
     print(cliout.clean(f"  policy   {e.digest[:12]}"))
 
 

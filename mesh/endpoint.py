@@ -27,7 +27,7 @@ from identity.wire.feed import Report
 from identity.wire.local import Attach
 from mesh import broker, policy_trust, svid_files
 from mesh.attachments import Attachments
-from mesh.compile import Compiler, LocalAttachment, LocalFacts
+from mesh.compile import Compiler, LocalAttachment, LocalFacts, running
 from mesh.dataplane import DataPlane, PlaneConfig
 from mesh.dataplane import Event as PlaneEvent
 from mesh.devices import Choice
@@ -218,7 +218,8 @@ class Agent:
         for texts, stated in [(files, record.digest), *beside]:
             if digest(texts) != stated:
                 raise BadInput("policy.digest", f"policy revision {record.revision} does not have the digest it states")
-        self.compiler.classes(record, int(time.time()))
+        there = running(self.in_force.view.snapshot.placements) if self.in_force is not None else frozenset()
+        self.compiler.classes(record, int(time.time()), there)
 
     # ---- to the data plane
 
@@ -258,7 +259,7 @@ class Agent:
         try:
             plan = self.compiler.plan(view.snapshot, self._facts(view), now)
             if view.snapshot.policy is not None:
-                change = self.compiler.changes_at(view.snapshot.policy, now)
+                change = self.compiler.changes_at(view.snapshot.policy, now, running(view.snapshot.placements))
                 self._policy_change = float("inf") if change is None else float(change)
             applied = await self.plane.apply(plan)
         except RetinueError as e:

@@ -35,6 +35,7 @@ from identity.wire.local import (
     Status,
     SvidFiles,
 )
+from mesh.compile import running
 from mesh.plan import AttachmentPlan
 from mesh.snapshot import InstanceKey, instance_key
 from mesh.uplink import boottime
@@ -340,21 +341,22 @@ async def explain(agent: Agent, src: str, dst: str, proto: str, port: int | None
                 "explain.unknown", f"{unknown} is not known on this host, and the CA cannot be asked",
                 hint="this host knows the workloads that its own may talk to",
             ) from None  # fmt: skip
-    from policy.compile import compile_policy, inactive
+    from policy.compile import inactive
     from policy.explain import explain as explain_flow
     from policy.language import load
 
     loaded = load([(f.name, f.text) for f in policy.files])
     seconds = int(time.time())
-    found = explain_flow(
-        compile_policy(loaded, seconds), one, other, number, port, asleep=inactive(loaded, seconds)
-    )
+    there = running(now.view.snapshot.placements) if now else frozenset[str]()
+    program = agent.compiler.classes(policy, seconds, there).program
+    found = explain_flow(program, one, other, number, port, asleep=inactive(loaded, seconds, there))
     decision, rule = found.decision, found.decision.rule
     return ExplainReply(
         src=src, dst=dst, proto=proto_name(number), port=port, verdict=decision.verdict, reason=decision.reason,
         rule=rule.id if rule else None, where=str(rule.where) if rule and rule.where else None, digest=decision.digest,
         near_misses=[f"{m.rule.id}: {m.failed}" for m in found.near_misses],
         smallest_change=str(found.smallest_change) if found.smallest_change else None,
+        audited=decision.audited, would_deny=decision.by if decision.audited else None,
     )  # fmt: skip
 
 

@@ -179,3 +179,5 @@ class ExplainReply(Message):
     digest: str
     near_misses: list[str] = []
     smallest_change: str | None = None
+    audited: bool = False  # allowed only while something audits
+    would_deny: str | None = None  # what denies it then: a rule's id, "default"
