@@ -1,24 +1,23 @@
-"""The administrators' API on a unix socket. The file mode and the kernel's word on the peer are the authentication."""
+"""The administrators' API: on a unix socket for root, and below /admin beside the endpoints' API for administrators with
+a certificate. ca/gate.py says who may ask, ca/roles.py for what.
+"""
 
 from __future__ import annotations
 
 import os
-import pwd
-import socket
-import struct
 from collections.abc import Callable
 from typing import Final
 
 import structlog
 from aiohttp import web
-from aiohttp.typedefs import Middleware
 
-from ca import admin_authority, admin_entries, audit
-from ca.http import Handler, body, errors, number, reply, text
+from ca import admin_authority, admin_entries, admin_people, audit
+from ca.gate import audited, door
+from ca.http import body, errors, number, reply, text
 from ca.principals import ACTOR
 from ca.service import Service
 from ca.transparency import Entry, Head
-from identity.errors import BadInput, NoPrivilege, RetinueError
+from identity.errors import BadInput
 from identity.wire.admin import (
     HostList,
     HostRef,
@@ -36,13 +35,11 @@ log = structlog.get_logger("retinue.ca.admin")
 MAX_BODY: Final = 16 * 1024 * 1024  # a policy
 MAX_AUDIT: Final = 10_000  # entries in one answer
 
-_UCRED = struct.Struct("3i")  # pid, uid, gid: struct ucred, unix(7)
-
 
 def make_app(service: Service, listen: Callable[[], str]) -> web.Application:
     """`listen` tells where the endpoints' API is."""
     admin = _Admin(service, listen)
-    app = web.Application(middlewares=[errors, _audited(service), _privileged], client_max_size=MAX_BODY)
+    app = web.Application(middlewares=[errors, audited(service), door(service, MAX_BODY)], client_max_size=MAX_BODY)
     app.add_routes([
         web.get("/v1/info", admin.info),
         web.post("/v1/tokens", admin.token),
@@ -53,6 +50,7 @@ def make_app(service: Service, listen: Callable[[], str]) -> web.Application:
         web.post("/v1/workloads/move", admin.move),
         web.post("/v1/workloads/revoke", admin.revoke),
         *admin_entries.routes(service),
+        *admin_people.routes(service),
         *admin_authority.routes(service),
         web.get("/v1/policy", admin.policy),
         web.post("/v1/policy", admin.apply),
@@ -62,50 +60,6 @@ def make_app(service: Service, listen: Callable[[], str]) -> web.Application:
         web.get("/v1/audit/verify", admin.verify),
     ])  # fmt: skip
     return app
-
-
-def peer_uid(connection: socket.socket) -> int:
-    """User id of the process at the other end, by the kernel's word."""
-    _, uid, _ = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    return int(uid)
-
-
-def _audited(service: Service) -> Middleware:
-    """Acts are audited where they are done; what was refused, here."""
-
-    @web.middleware
-    async def audited(request: web.Request, handler: Handler) -> web.StreamResponse:
-        try:
-            return await handler(request)
-        except RetinueError as e:
-            error, actor, path = e, request.get(ACTOR, "admin:?"), request.path
-            if request.method != "GET" or error.code == "admin.user":
-                await service.read(lambda: service.plane.refused("admin", path, error, actor=actor))
-            raise
-
-    return audited
-
-
-@web.middleware
-async def _privileged(request: web.Request, handler: Handler) -> web.StreamResponse:
-    connection = request.transport.get_extra_info("socket") if request.transport else None
-    uid = peer_uid(connection) if connection is not None else -1
-    if uid not in {0, os.geteuid()}:
-        log.warning("an administrator was refused", uid=uid, path=request.path)
-        raise NoPrivilege(
-            "admin.user",
-            f"user id {uid} may not administer this CA",
-            hint="run it as root or as the CA's own user",
-        )
-    request[ACTOR] = _user_of(uid)
-    return await handler(request)
-
-
-def _user_of(uid: int) -> str:
-    try:
-        return f"admin:{pwd.getpwuid(uid).pw_name}"
-    except KeyError:
-        return f"admin:{uid}"
 
 
 class _Admin:
@@ -179,7 +133,7 @@ class _Admin:
         files = [(f.name, f.text) for f in asked.files]
         author = asked.author or actor
         done, _ = await self._service.change(
-            lambda: plane.policies.apply(files, author, plane.now, actor, dry_run=asked.dry_run)
+            lambda: plane.policies.apply(files, author, plane.now, actor, dry_run=asked.dry_run, parts=asked.parts)
         )
         return reply(done)
 

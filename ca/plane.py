@@ -6,7 +6,7 @@ Whatever changes the store is followed by `publish`, in the same thread, so fram
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from uuid import uuid4
 import structlog
 
 from ca import audit, leases, postgres, processes, succession, transparency
+from ca.admins import Admins
 from ca.authority import Authority, Issuing, Lifetimes
 from ca.desk import Desk
 from ca.enroll import Admitted, Challenges, JoinTokenAttestor, admit
@@ -27,9 +28,12 @@ from ca.highwater import HighWater, Mark
 from ca.jwt_authority import JwtAuthority
 from ca.life import end_of
 from ca.mirror import BUNDLE, Mirror
+from ca.people import People
 from ca.placements import Placements
 from ca.policies import Policies
 from ca.registry import Applicant, Grant, Registry
+from ca.roles import Principal
+from ca.rollouts import Rollouts
 from ca.rows import EndpointRow, InstanceRow, TokenRow
 from ca.store import Store
 from ca.transparency import Head, Log
@@ -92,7 +96,10 @@ class Plane:
         self.placements = Placements(desk)
         self.registry = Registry(desk, self.placements)
         self.policies = Policies(desk)
+        self.rollouts = Rollouts(desk, self.policies)
         self.entries = Entries(desk)
+        self.admins = Admins(desk)
+        self.people = People(self, self.admins, lambda: self.now)
         self.mirror = Mirror(store)
         self.challenges = Challenges()
         self.water: HighWater
@@ -348,6 +355,8 @@ class Plane:
         if self.authority.refresh(self.clock()):
             succession.follow(self, NOBODY)
         self.expire()
+        if (rollout := self.rollouts.tick(self.now)) is not None:
+            log.warning("a rollout goes on by itself", rollout=rollout.id, state=rollout.state, why=rollout.why)
         in_force = self.mirror.in_force
         if in_force is None or in_force.until is None or self._ticked == in_force.until:
             return
@@ -472,7 +481,7 @@ class Plane:
         assert row.record is not None
         return EnrollReply(
             trust_domain=str(self.trust_domain), endpoint=row.name, kind=row.kind, workload=row.workload, chain=chain,
-            bundle=self.bundle, record=row.record,
+            bundle=self.bundle, record=row.record, authority=self.policies.authority_chain(),
         )  # fmt: skip
 
     def _admit(self, request: EnrollRequest) -> Admitted:
@@ -504,7 +513,14 @@ class Plane:
 
     def caller(self, chain: list[bytes]) -> tuple[EndpointRow, int]:
         """Who presented this chain (DER, leaf first), and when its certificate ends. Raises NotVerified, Refused."""
-        svid = self.trust.verify_svid(certs.parse_der_chain(chain), self.clock())
+        shown = certs.parse_der_chain(chain)
+        try:
+            svid = self.trust.verify_svid(shown, self.clock())
+        except NotVerified as e:
+            if e.code == "cert.revoked":  # the registry may know why
+                svid = certs.verify_chain(shown, self.trust.roots, self.trust_domain, self.clock())
+                self.registry.caller(svid.spiffe_id, svid.serial, certs.not_before(svid.leaf))
+            raise
         if svid.spiffe_id.kind not in {"host", "sidecar"}:
             raise Refused(
                 "caller.kind",
@@ -521,6 +537,12 @@ class Plane:
         except NotVerified:
             return False
         return True
+
+    def admin_caller(self, chain: list[bytes]) -> Principal:
+        """The administrator who presented this chain (DER, leaf first). Raises NotVerified, Refused ``admin.*``."""
+        svid = self.trust.verify_svid(certs.parse_der_chain(chain), self.clock())
+        with self.store.read() as tx:
+            return self.admins.caller(tx, svid)
 
     def renew(self, caller: EndpointRow, request: RenewRequest) -> RenewReply:
         with self._issuing(caller.name):

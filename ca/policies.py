@@ -214,6 +214,12 @@ class Policies:
         self.insert(tx, revision, digest, files, author, now, parts=parts, kind=kind, trial=trial)
         return revision
 
+    def authority_chain(self) -> list[str]:
+        """The documents of the policy authority, oldest first; none while there is none."""
+        with self._desk.store.read() as tx:
+            found = policy_authority.load(tx, str(self._desk.trust_domain))
+        return found.texts() if found is not None else []
+
     def set_authority(
         self, chain: Sequence[str], now: int, actor: str, bundle: tuple[Files, Sequence[str]] | None = None
     ) -> Authority:

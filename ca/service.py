@@ -27,6 +27,7 @@ from identity.errors import Conflict, RetinueError
 from identity.wire.admin import Host, MoveReply, Workload, WorkloadMove
 from identity.wire.enroll import EnrollReply, EnrollRequest
 from identity.wire.feed import Report
+from identity.wire.flows import FlowSummary
 
 log = structlog.get_logger("retinue.ca")
 
@@ -216,10 +217,24 @@ class Service:
             raise Conflict(
                 "report.timeline", "that report is of another timeline", hint="ask the feed for a snapshot"
             )
-        self.reports[endpoint] = report
+        self.reports[endpoint] = report.model_copy(update={"flows": []})
         self._tell()
+        if report.flows:
+            self._spawn(self._observe(endpoint, report.flows))
         if endpoint in self.plane.targets.values():
             self._spawn(self._share(endpoint, report))
+
+    async def _observe(self, endpoint: str, flows: list[FlowSummary]) -> None:
+        """Keep what it carried and refused; a rollout is judged at once."""
+        plane = self.plane
+        try:
+            noted = await self.read(lambda: plane.rollouts.observe(endpoint, flows, plane.now))
+            if noted.foreign:
+                log.warning("flows of others' workloads were reported", endpoint=endpoint, count=noted.foreign)
+            if any(one.verdict == "deny" for one in flows):
+                await self.change(lambda: plane.rollouts.tick(plane.now))
+        except RetinueError as e:
+            log.warning("what an endpoint saw could not be kept", endpoint=endpoint, code=e.code)
 
     async def _share(self, endpoint: str, report: Report) -> None:
         """The process that makes the move may be another one."""
