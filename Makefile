@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(HOME)/.cargo/bin:$(PATH):/usr/sbin:/sbin
 CARGO := cargo --quiet
 CRATE := --manifest-path mesh/engine/Cargo.toml
 
-.PHONY: differential help setup demo test check test-unit test-native test-netns test-kernel bench docs docs-check lock clean
+.PHONY: differential help setup demo test check test-unit test-native test-netns test-kernel bench docs docs-check sbom lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -50,6 +50,9 @@ bench: setup  ## tunnel throughput and latency beside no tunnel and wireguard-go
 
 docs: setup  ## generate docs/reference from the code
 	@$(BIN)/python tools/reference_docs.py
+
+sbom: setup  ## the bill of materials: out/sbom.json (CycloneDX)
+	@$(BIN)/python tools/sbom.py
 
 lock: setup  ## pin the closure of the Python dependencies with hashes
 	@$(BIN)/python -m pip install -q uv && $(BIN)/uv pip compile -q --generate-hashes --no-emit-index-url --no-header --extra dev -o requirements.lock pyproject.toml
