@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ssl
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 import structlog
 from aiohttp import web
 
 from ca.feed import Frame
-from ca.http import Buckets, Handler, body, errors, number, reply, source, text
+from ca.http import Buckets, Handler, body, errors, number, peer_chain, reply, source, text
 from ca.rows import EndpointRow
 from ca.service import Service, Stream
 from identity import certs
@@ -71,18 +70,6 @@ def make_app(
         web.get("/v1/feed", api.feed),
     ])  # fmt: skip
     return app
-
-
-def peer_chain(request: web.Request) -> list[bytes]:
-    """DER of the certificates the client presented, leaf first; empty when none."""
-    tls = request.transport.get_extra_info("ssl_object") if request.transport else None
-    if tls is None:
-        return []
-    public = getattr(tls, "get_unverified_chain", None)  # Python 3.13
-    if public is not None:
-        return list(public())
-    sent: Any = tls._sslobj.get_unverified_chain() or ()
-    return [ssl.PEM_cert_to_DER_cert(cert.public_bytes()) for cert in sent if cert is not None]
 
 
 class _Api:

@@ -250,6 +250,11 @@ class Authority:
             self._signers[name] = self.keys.open(name)
         return self._signers[name]
 
+    @staticmethod
+    def signer_key(cert: x509.Certificate) -> PublicKey:
+        """The key of a certificate of ours. Raises BadState ``ca.key``."""
+        return _key(cert)
+
     def adopt(self, name: str, signer: Signer, chain: Sequence[x509.Certificate]) -> None:
         """Keep a new certificate of a member, durably."""
         write_file(self.directory / f"{name}.pem", "".join(map(certs.pem, chain)).encode())

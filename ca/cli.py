@@ -101,16 +101,21 @@ def _format(output: Output, as_json: bool) -> Output:
 @app.command(epilog="Example: retinue-ca init --dir /var/lib/retinue-ca --trust-domain prod.example")
 def init(
     trust_domain: Annotated[str, typer.Option("--trust-domain", metavar="NAME", help="Name of the trust domain, e.g. prod.example.")],
-    directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
+    directory: Dir = DEFAULT_DIR,
+    store: Annotated[str | None, typer.Option("--store", metavar="URL", help="postgresql://user@host/database instead of SQLite; no password here.")] = None,
+    store_file: Annotated[Path | None, typer.Option("--store-file", metavar="FILE", help="A file (0600) with that address; may hold a password. Also: RETINUE_CA_STORE.")] = None,
+    output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Make a new control plane: root, intermediate, record keys, database."""
     import time
 
+    from ca import postgres
     from ca.plane import Plane
     from identity.names import TrustDomain
 
     try:
-        authority = Plane.create(directory, TrustDomain(trust_domain), time.time())
+        address = postgres.chosen(store, store_file)
+        authority = Plane.create(directory, TrustDomain(trust_domain), time.time(), address=address)
     except OSError as e:
         raise BadState(
             "ca.dir", f"cannot write {directory}: {e.strerror}", hint="choose another --dir, or run as root"
@@ -206,8 +211,9 @@ def backup(
 
 @app.command(epilog="Example: retinue-ca restore /backups/ca-2031-02-11.db --new-timeline")
 def restore(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that retinue-ca backup made.")],
+    file: Annotated[Path | None, typer.Argument(metavar="FILE", help="A file that retinue-ca backup made.")] = None,
     new_timeline: Annotated[bool, typer.Option("--new-timeline", help="Give up what was acknowledged after the backup.")] = False,
+    in_place: Annotated[bool, typer.Option("--in-place", help="PostgreSQL: the database was put back with its own tools.")] = False,
     directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Put a backup in the place of the database, with the server stopped. The old database is kept beside it.
@@ -221,7 +227,12 @@ def restore(
     from ca.serve import sole
 
     with sole(directory):
-        done = backups.restore(directory, file, int(time.time()), new_timeline=new_timeline)
+        if in_place and file is None and new_timeline:
+            done = backups.continue_in_place(directory, int(time.time()))
+        elif file is not None and not in_place:
+            done = backups.restore(directory, file, int(time.time()), new_timeline=new_timeline)
+        else:
+            raise BadInput("restore.what", "restore a FILE, or with --in-place --new-timeline what is in PostgreSQL")
 
     def human() -> None:
         lost = "an unknown number of" if done.lost is None else str(done.lost)
@@ -578,11 +589,11 @@ client, output_of = _client, _format  # for the command groups in modules of the
 
 
 def _register() -> None:
-    from ca import cli_authority, cli_entry
+    from ca import cli_authority, cli_entry, cli_store
 
     app.add_typer(cli_authority.app, name="authority")
-
     app.add_typer(cli_entry.app, name="entry")
+    cli_store.register(app)
 
 
 _register()

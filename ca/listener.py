@@ -72,6 +72,10 @@ class Listener:
         """Connections in their handshake."""
         return len(self._half)
 
+    def use(self, tls: ssl.SSLContext) -> None:
+        """Another context for the handshakes from now on: OpenSSL cannot drop a root from a living one."""
+        self._tls = tls
+
     async def close(self) -> None:
         """Stop accepting and end the handshakes; established connections stay."""
         left = list(self._half.values())

@@ -27,6 +27,7 @@ from aiohttp import web
 from ca import admin_api, api
 from ca.authority import Lifetimes, ServerIdentity
 from ca.client import socket_path
+from ca.gate import PREFIX
 from ca.listener import Caps, Listener, allow_files, small_buffers
 from ca.plane import Plane
 from ca.service import MAINTAIN_S, Service
@@ -284,8 +285,10 @@ async def _listen_tls(
     plane = service.plane
     identity, roots = await service.read(lambda: _shown(plane))
     tls = _Tls(tls_context(identity, roots), identity)
+    app = api.make_app(service, lambda: tls.identity.leaf_der, options.limits)
+    app.add_subapp(PREFIX, admin_api.make_app(service, lambda: show(sock)))
     runner = web.AppRunner(
-        api.make_app(service, lambda: tls.identity.leaf_der, options.limits),
+        app,
         access_log=None, keepalive_timeout=IDLE_S, shutdown_timeout=STOP_S, handler_cancellation=True,
         auto_decompress=False,
     )  # fmt: skip
