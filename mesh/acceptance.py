@@ -12,8 +12,8 @@ from identity.entries import EntriesRecord
 from identity.errors import NotVerified, RetinueError
 from identity.names import OVERLAY_V4, SpiffeId, TrustDomain
 from identity.records import EndpointRecord, Payload, PlacementRecord, PolicyRecord
-from mesh.policy_trust import PolicyTrust
 from mesh.snapshot import InstanceKey, addresses, instance_key
+from policy.trust import PolicyTrust
 
 TAKEN: Final = "placement.address_taken"
 ENTRIES: Final = InstanceKey("entries")  # object key, and where its mark is kept: no instance is called so

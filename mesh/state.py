@@ -174,7 +174,7 @@ class StateDir:
             epochs={key: _saved(mark) for key, mark in sorted(machine.marks.items())},
         )
         self._write("epochs.json", marks.model_copy(update={"check": marks.digest()}))
-        authority = machine.policy_trust.saved()
+        authority = policy_trust.saved(machine.policy_trust)
         if authority is not None:
             self._write(policy_trust.FILE, authority)
 

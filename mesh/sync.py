@@ -31,8 +31,8 @@ from identity.records import (
 )
 from identity.wire import feed
 from mesh.acceptance import ENTRIES, TAKEN, Held, Mark, Rules, overtaken, settle_addresses
-from mesh.policy_trust import PolicyTrust
 from mesh.snapshot import InstanceKey, Snapshot, instance_key
+from policy.trust import PolicyTrust
 
 LEASE: Final = 30.0  # seconds without a newer heartbeat until `fence: strict` instances are gone
 STALE_MAX: Final = 12 * 3600.0  # the same for `fence: available`
