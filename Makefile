@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(HOME)/.cargo/bin:$(PATH):/usr/sbin:/sbin
 CARGO := cargo --quiet
 CRATE := --manifest-path mesh/engine/Cargo.toml
 
-.PHONY: differential help setup demo test check test-unit test-native test-netns test-kernel bench docs docs-check sbom lock clean
+.PHONY: differential help setup demo test check test-unit test-native test-netns test-kernel bench bench-floor docs docs-check sbom lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -17,9 +17,10 @@ setup:  ## system packages, Python environment, native build
 demo: setup  ## the product's main job on real packets, in under half a minute (root)
 	@$(BIN)/retinue demo $(ARGS)
 
-test: setup  ## all checks and all tests
+test: setup  ## all checks and all tests; with CI set the kernel lane, too
 	@$(MAKE) --no-print-directory check test-native
 	@$(BIN)/python tools/run_tests.py
+	@[ -z "$$CI" ] || $(MAKE) --no-print-directory test-kernel
 
 check: setup  ## formatting, lints, types, architecture, generated docs
 	@$(BIN)/ruff check
@@ -45,8 +46,11 @@ test-kernel: setup  ## the kernel's WireGuard: Debian's kernel booted in qemu, n
 differential: setup  ## 100,000 random flows, evaluator against packets (root)
 	@CI=true RETINUE_FLOWS=100000 $(BIN)/python -m pytest -s tests/netns/test_differential.py
 
-bench: setup  ## tunnel throughput and latency beside no tunnel and wireguard-go; writes out/bench.json (root)
+bench: setup  ## speed beside no tunnel, wireguard-go and nebula, and the table of ratios; writes out/bench.json (root)
 	@$(BIN)/python -m tests.bench $(ARGS)
+
+bench-floor: setup  ## a minute against the distribution's wireguard-go and nebula; fails below the floor (root)
+	@$(BIN)/python -m tests.bench --floor $(ARGS)
 
 docs: setup  ## generate docs/reference from the code
 	@$(BIN)/python tools/reference_docs.py

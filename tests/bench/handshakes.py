@@ -97,7 +97,7 @@ def handshakes(pair: Pair, rounds: int) -> list[tuple[str, Row]]:
     with tempfile.TemporaryDirectory(prefix="retinue-bench-") as directory:
         path = Path(directory, "initiations")
         path.write_bytes(recorded)
-        engines = [("bare", engine_program(), Path(directory))]
+        engines = [("retinue bare", engine_program(), Path(directory))]
         engines += [(f"wireguard-go {version.removeprefix('v')}", [program, "-f"], UAPI_DIR) for program, version in wireguard_go()]
         for number in range(rounds):
             for subject, program, where in engines:

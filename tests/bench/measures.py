@@ -25,7 +25,7 @@ while True:
 """
 PING = """
 import socket, sys, time, json
-s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(1); s.connect((sys.argv[1], 7007))
+s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); s.settimeout(0.25); s.connect((sys.argv[1], 7007))
 out, end, n = [], time.monotonic() + float(sys.argv[2]), 0
 while time.monotonic() < end:
     n += 1
@@ -35,7 +35,7 @@ while time.monotonic() < end:
     except TimeoutError: continue
     out.append((time.perf_counter_ns() - t) / 1000)
     time.sleep(0.002)
-print(json.dumps(out))
+print(json.dumps([n, out]))
 """
 
 
@@ -97,14 +97,20 @@ def udp(t: Target, size: int) -> list[Row]:
     return [(f"UDP {size} B delivered", delivered / 1000, "kpps")]
 
 
-def rtt(t: Target, words: str = "") -> list[Row]:
+def rtt(t: Target) -> list[Row]:
     """Round trips of 64-byte datagrams, one at a time with pauses, microseconds."""
-    with _server(t.pair, ":7007", sys.executable, "-IS", "-c", ECHO, t.far):
-        times = json.loads(t.pair.at(0, sys.executable, "-IS", "-c", PING, t.far, str(t.seconds), timeout=t.seconds + 20))
-    if len(times) < 20:
-        raise RuntimeError(f"only {len(times)} round trips")
+    _, times = _ping(t, t.seconds)
     cut = statistics.quantiles(times, n=100)
-    return [(f"RTT{words} p50", cut[49], "us"), (f"RTT{words} p99", cut[98], "us")]
+    return [("RTT p50", cut[49], "us"), ("RTT p99", cut[98], "us")]
+
+
+def _ping(t: Target, seconds: float) -> tuple[int, list[float]]:
+    """(datagrams sent, round trips in microseconds); a datagram without answer within 250 ms counts as lost."""
+    with _server(t.pair, ":7007", sys.executable, "-IS", "-c", ECHO, t.far):
+        sent, times = json.loads(t.pair.at(0, sys.executable, "-IS", "-c", PING, t.far, str(seconds), timeout=seconds + 20))
+    if len(times) < 5:
+        raise RuntimeError(f"only {len(times)} round trips")
+    return sent, times
 
 
 def loaded_rtt(t: Target) -> list[Row]:
@@ -115,11 +121,16 @@ def loaded_rtt(t: Target) -> list[Row]:
             time.sleep(0.5)  # until the stream has its speed
             if load.poll() is not None:
                 raise RuntimeError("the load did not start")
-            return rtt(t, " under load")
+            sent, times = _ping(t, 1.5 * t.seconds)
         finally:
             load.kill()
             load.wait()
             t.pair.processes.remove(load)
+    cut = statistics.quantiles(times, n=100)
+    return [
+        ("RTT under load p50", cut[49] / 1000, "ms"), ("RTT under load p99", cut[98] / 1000, "ms"),
+        ("RTT under load, lost", 100 * (sent - len(times)) / sent, "%"),
+    ]  # fmt: skip
 
 
 def engine(pid: int) -> int:

@@ -22,7 +22,7 @@ def many_peers(pair: Pair, rounds: int) -> list[tuple[str, Row]]:
     """(subject, row) of every round for our engine and each wireguard-go; the peers never speak."""
     out: list[tuple[str, Row]] = []
     with tempfile.TemporaryDirectory(prefix="retinue-bench-") as directory:
-        engines = [("bare", engine_program(), Path(directory))]
+        engines = [("retinue bare", engine_program(), Path(directory))]
         engines += [(f"wireguard-go {version.removeprefix('v')}", [program, "-f"], UAPI_DIR) for program, version in wireguard_go()]
         for number in range(rounds):
             for subject, program, where in engines:

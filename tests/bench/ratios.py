@@ -44,18 +44,17 @@ FLOOR = (
 
 
 def ratios(rows: Sequence[Mapping[str, Any]], roles: Mapping[str, str], aims: Sequence[Aim] = AIMS + FLOOR) -> list[dict[str, object]]:
-    """One row an aim: measure, against, target, got, bare (the tunnel without agents and firewall), verdict.
+    """One row an aim, `roles` names the subjects by role: measure, against, target, got, bare (the tunnel without agents and firewall), verdict.
 
     got is the quotient of the medians, or the median itself; without figures of both sides the verdict says so.
     """
-    named = {role: subject for subject, role in roles.items() if role}
     medians = {(r["measure"], r["subject"]): float(r["value"]) for r in rows}
 
     def quotient(aim: Aim, ours: str) -> float | None:
-        mine = medians.get((aim.measure, named.get(ours, "")))
+        mine = medians.get((aim.measure, roles.get(ours, "")))
         if mine is None or not aim.against:
             return mine
-        theirs = medians.get((aim.measure, named.get(aim.against, "")))
+        theirs = medians.get((aim.measure, roles.get(aim.against, "")))
         return None if not theirs else mine / theirs
 
     out: list[dict[str, object]] = []
@@ -63,8 +62,8 @@ def ratios(rows: Sequence[Mapping[str, Any]], roles: Mapping[str, str], aims: Se
         got = quotient(aim, aim.ours)
         met = got is not None and (got >= aim.limit if aim.least else got <= aim.limit)
         out.append({
-            "measure": f"{aim.measure}, {aim.what}", "ours": named.get(aim.ours, aim.ours),
-            "against": named.get(aim.against, aim.against) or "–",
+            "measure": f"{aim.measure}, {aim.what}", "ours": roles.get(aim.ours, aim.ours),
+            "against": roles.get(aim.against, aim.against) or "–",
             "target": f"{'≥' if aim.least else '≤'} {aim.limit:g}{'x' if aim.against else ''}",
             "got": got, "bare": quotient(aim, aim.bare) if aim.bare else None,
             "verdict": "not measured" if got is None else "met" if met else "missed",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import socket
@@ -101,16 +102,17 @@ def _product(name: str, role: str, measures: tuple[str, ...] = MEASURES, note: s
 def subjects(only: list[str]) -> list[Subject]:
     """Everything that can be measured on this machine, in a fixed order; `only`: those whose name has one of the words."""
     uapi = Path(tempfile.mkdtemp(prefix="retinue-bench-"))
+    atexit.register(shutil.rmtree, uapi, ignore_errors=True)
     engine, low = engine_program(), (TCP1, RTT, LOADED_RTT)
     found = [
         Subject("no tunnel", f"Linux {run('uname', '-r').strip()}", _bare),
-        _product("enforced", "enforced chacha"),
-        _product("enforced AES", "enforced aes", aes=True),
-        _product("enforced low-power", "enforced low-power", low, options="--low-power"),
-        _product("enforced, 10,000 elements", "enforced elements", (TCP1, UDP1300), "10,000 set elements", elements=10_000),
-        Subject("bare", ours(), _wireguard(engine, uapi), role="bare chacha"),
-        Subject("bare AES", ours(), _wireguard(engine, uapi, "retinue_cipher=aes-256-gcm\n"), role="bare aes"),
-        Subject("bare low-power", ours(), _wireguard([*engine, "--low-power"], uapi), role="bare low-power", measures=low),
+        _product("retinue enforced", "enforced chacha"),
+        _product("retinue enforced AES", "enforced aes", aes=True),
+        _product("retinue enforced low-power", "enforced low-power", low, options="--low-power"),
+        _product("retinue enforced, 10,000 elements", "enforced elements", (TCP1, UDP1300), "10,000 set elements", elements=10_000),
+        Subject("retinue bare", ours(), _wireguard(engine, uapi), role="bare chacha"),
+        Subject("retinue bare AES", ours(), _wireguard(engine, uapi, "retinue_cipher=aes-256-gcm\n"), role="bare aes"),
+        Subject("retinue bare low-power", ours(), _wireguard([*engine, "--low-power"], uapi), role="bare low-power", measures=low),
     ]
     for place, (program, version) in enumerate(wireguard_go()):
         # The first is the distribution's: the floor. A second one is newer.
