@@ -54,9 +54,12 @@ class Author:
         lines += ["segments:"]
         for number in range(rng.randint(2, 3)):
             lines.append(f"  - name: seg{number}")
-            if rng.random() < 0.4:
+            audit = rng.random() < 0.35
+            if audit or rng.random() < 0.4:
                 lines.append(f"    members: {self._selector()}")
-            if rng.random() < 0.1:
+            if audit:
+                lines.append(f"    mode: {self._audit()}")
+            elif rng.random() < 0.1:
                 lines.append("    mode: draft")
             lines += ["    allow:", *(self._rule() for _ in range(rng.randint(3, 6)))]
             denies = [self._rule(narrow=True) for _ in range(rng.randrange(3))]
@@ -75,14 +78,21 @@ class Author:
         return "\n".join(lines) + "\n"
 
     def _rule(self, *, narrow: bool = False, scoped: bool = False) -> str:
-        draft = ", mode: draft" if self.rng.random() < 0.07 else ""
         src, dst = (self._selector(narrow=narrow, scoped=scoped) for _ in range(2))
-        return f"      - {{id: {self._id()}, from: {src}, to: {dst}, on: {self._ports()}{draft}}}"
+        return f"      - {{id: {self._id()}, from: {src}, to: {dst}, on: {self._ports()}{self._mode()}}}"
+
+    def _audit(self) -> str:
+        """Until a date to come or one that has passed."""
+        return f'{{audit_until: "{show_instant(NOW + self.rng.choice((-10, 3600, 3600, 3600)))}"}}'
+
+    def _mode(self) -> str:
+        draw = self.rng.random()
+        return ", mode: draft" if draw < 0.07 else f", mode: {self._audit()}" if draw < 0.2 else ""
 
     def _guardrail(self) -> str:
         kind = "deny" if self.rng.random() < 0.7 else "pass"
         on = "" if kind == "deny" and self.rng.random() < 0.3 else f", on: {self._ports()}"
-        body = f"id: {self._id()}, from: {self._selector(narrow=True)}, to: {self._selector(narrow=True)}{on}"
+        body = f"id: {self._id()}, from: {self._selector(narrow=True)}, to: {self._selector(narrow=True)}{on}{self._mode()}"
         return f"  - {kind}: {{{body}}}"
 
     def _grant(self) -> str:
