@@ -5,10 +5,11 @@ from __future__ import annotations
 from aiohttp import web
 
 from ca.http import body, reply
-from ca.principals import ACTOR
+from ca.principals import ACTOR, PRINCIPAL
+from ca.roles import out_of_scope
 from ca.service import Service
 from identity.wire.admin import WorkloadLife
-from identity.wire.entries import EntryCreate, EntryList, EntryRef
+from identity.wire.entries import EntryCreate, EntryInfo, EntryList, EntryRef
 
 
 def routes(service: Service) -> list[web.RouteDef]:
@@ -24,8 +25,16 @@ def routes(service: Service) -> list[web.RouteDef]:
         return reply(done)
 
     async def remove(request: web.Request) -> web.Response:
-        asked, actor = await body(request, EntryRef), request[ACTOR]
-        done, _ = await service.change(lambda: plane.delete_entry(asked.id, actor))
+        asked, who = await body(request, EntryRef), request[PRINCIPAL]
+
+        def run() -> EntryInfo:
+            with plane.store.read() as tx:
+                name = plane.entries.get(tx, asked.id).name
+            if not who.covers(name):
+                raise out_of_scope(who, who.scopes)
+            return plane.delete_entry(asked.id, who.actor)
+
+        done, _ = await service.change(run)
         return reply(done)
 
     async def life(request: web.Request) -> web.Response:

@@ -40,8 +40,16 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")] = False,
-) -> None:
-    """Nothing before the commands."""
+    server: Annotated[str | None, typer.Option("--server", metavar="URL", envvar="RETINUE_CA_SERVER", help="https://HOST:PORT of a CA elsewhere.")] = None,
+    admin_identity: Annotated[Path | None, typer.Option("--admin-identity", metavar="DIR", envvar="RETINUE_ADMIN_IDENTITY", help="An administrator's directory, for a CA elsewhere.")] = None,
+) -> None:  # fmt: skip
+    """Where the CA is, when it is not on this machine."""
+    del version  # its callback has answered
+    _elsewhere.clear()
+    if admin_identity is not None:
+        _elsewhere.extend((admin_identity, server))
+    elif server is not None:
+        raise BadInput("usage", "--server needs --admin-identity DIR", hint="on the CA's own machine root needs neither")
 
 
 def _group(name: str, text: str) -> typer.Typer:
@@ -63,9 +71,16 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="Its name.")]
 Instance = Annotated[int, typer.Option("--instance", metavar="N", min=0, help="Which instance.")]
 
 
+_elsewhere: list[Any] = []  # an administrator's directory and perhaps an address, for a CA on another machine
+
+
 def _client(directory: Path, timeout: float = 30.0) -> AdminClient:
     from ca.client import AdminClient
 
+    if _elsewhere:
+        from ca.remote import Identity, RemoteClient
+
+        return RemoteClient(Identity.load(_elsewhere[0]), _elsewhere[1], timeout=timeout)
     _await_start(directory)
     return AdminClient(directory, timeout=timeout)
 
@@ -585,7 +600,7 @@ def _when(seconds: int) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(seconds))
 
 
-client, output_of = _client, _format  # for the command groups in modules of their own
+client, output_of, when = _client, _format, _when  # for the command groups in modules of their own
 
 
 def _register() -> None:
@@ -593,10 +608,16 @@ def _register() -> None:
 
     app.add_typer(cli_authority.app, name="authority")
     app.add_typer(cli_entry.app, name="entry")
+    from ca import cli_admin
+
+    app.add_typer(cli_admin.app, name="admin")
+    app.command("approve", epilog="Example: retinue-ca approve a-0123456789")(cli_admin.approve)
+    app.command("approvals", epilog="Example: retinue-ca approvals")(cli_admin.approvals)
     cli_store.register(app)
 
 
-_register()
+if __name__ != "__main__":  # then the groups would import a second copy of this module
+    _register()
 
 
 def main() -> None:
@@ -605,4 +626,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from ca.cli import main as _main
+
+    _main()

@@ -62,16 +62,9 @@ class AdminClient:
         *, query: Mapping[str, object] | None = None, timeout: float | None = None,
     ) -> Any:  # fmt: skip
         """One exchange; the JSON of the answer."""
-        given = {k: v for k, v in (query or {}).items() if v is not None}
-        target = f"{path}?{urlencode(given)}" if given else path
         connection = _Connection(str(socket_path(self.directory)), timeout or self._timeout)
         try:
-            connection.request(
-                method, target, body=message.model_dump_json().encode() if message else None,
-                headers={"Content-Type": "application/json"} if message else {},
-            )  # fmt: skip
-            response = connection.getresponse()
-            status, data = response.status, response.read()
+            return exchange(connection, method, path, message, query)
         except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
             raise Unreachable(
                 "ca.down",
@@ -94,7 +87,19 @@ class AdminClient:
             ) from None
         finally:
             connection.close()
-        return _answer(status, data)
+
+
+def exchange(
+    connection: http.client.HTTPConnection, method: str, path: str, message: Message | None, query: Mapping[str, object] | None
+) -> Any:
+    """One request and the JSON of its answer. Raises what the CA answered, OSError, HTTPException."""
+    given = {k: v for k, v in (query or {}).items() if v is not None}
+    connection.request(
+        method, f"{path}?{urlencode(given)}" if given else path, body=message.model_dump_json().encode() if message else None,
+        headers={"Content-Type": "application/json"} if message else {},
+    )  # fmt: skip
+    response = connection.getresponse()
+    return _answer(response.status, response.read())
 
 
 def _answer(status: int, data: bytes) -> Any:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
-from typing import ClassVar, Final, TypeVar
+from typing import Any, ClassVar, Final, TypeVar
 
 import structlog
 from aiohttp import web
@@ -84,6 +85,18 @@ async def body(request: web.Request, kind: type[M]) -> M:
     except TimeoutError:
         raise TimedOut("api.slow", f"the request's body did not arrive within {BODY_S:g} s") from None
     return parse(kind, data)
+
+
+def peer_chain(request: web.Request) -> list[bytes]:
+    """DER of the certificates the client presented, leaf first; empty when none."""
+    tls = request.transport.get_extra_info("ssl_object") if request.transport else None
+    if tls is None:
+        return []
+    public = getattr(tls, "get_unverified_chain", None)  # Python 3.13
+    if public is not None:
+        return list(public())
+    sent: Any = tls._sslobj.get_unverified_chain() or ()
+    return [ssl.PEM_cert_to_DER_cert(cert.public_bytes()) for cert in sent if cert is not None]
 
 
 def reply(message: BaseModel) -> web.Response:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from ca import admin_api
+from ca import gate
 from ca.client import MAX_PATH, AdminClient, socket_path
 from ca.plane import Plane
 from ca.serve import Options, listener, parse_listen, running, show, sole
@@ -224,7 +224,7 @@ async def test_everything_is_audited(rig: Rig) -> None:
         "workload.add",
     ):
         assert action in actions
-    assert {e["actor"] for e in listed if e["action"] == "workload.add"} == {admin_api._user_of(os.geteuid())}
+    assert {e["actor"] for e in listed if e["action"] == "workload.add"} == {gate.user_of(os.geteuid())}
     assert await rig.refused("/v1/hosts/revoke", HostRef(name="b"), NotFound)
     listed = (await rig.call(rig.admin.raw, "GET", "/v1/audit"))["entries"]
     assert (listed[-1]["action"], listed[-1]["subject"], listed[-1]["outcome"]) == (
@@ -380,7 +380,7 @@ async def test_the_socket_is_private(rig: Rig) -> None:
 async def test_another_user_is_refused_even_with_the_socket_open(
     rig: Rig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(admin_api, "peer_uid", lambda _: 12345)
+    monkeypatch.setattr(gate, "peer_uid", lambda _: 12345)
     with pytest.raises(NoPrivilege) as e:
         await rig.get("/v1/info", Info)
     assert (e.value.code, e.value.exit) == ("admin.user", 4)
@@ -389,7 +389,7 @@ async def test_another_user_is_refused_even_with_the_socket_open(
 def test_the_kernel_names_the_peer() -> None:
     one, other = socket.socketpair(socket.AF_UNIX)
     with one, other:
-        assert admin_api.peer_uid(one) == os.geteuid()
+        assert gate.peer_uid(one) == os.geteuid()
 
 
 # ---- the client without a server
