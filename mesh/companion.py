@@ -77,7 +77,7 @@ async def _token_of_agent(path: Path, workload: str) -> tuple[str, str]:
 
 def guess_underlay(ca_url: str, port: int) -> list[str]:
     """The address this namespace would send from to reach the CA, as a hint for peers; empty when there is no route."""
-    host = urlsplit(ca_url).hostname or ""
+    host = urlsplit(ca_url.split(",", maxsplit=1)[0]).hostname or ""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as s:

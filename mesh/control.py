@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import ssl
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TypeVar
+from typing import Any, ClassVar, Final, Self, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -76,7 +77,11 @@ def backoff(attempt: int, unit: float, *, base: float = 0.2, cap: float = 30.0, 
 
 
 def check_url(url: str) -> str:
-    """``https://HOST:PORT`` in its one form, without a trailing slash. Raises BadInput ``ca.url``."""
+    """``https://HOST:PORT`` in its one form, without a trailing slash; several, for a CA of several processes, with
+    commas between. Raises BadInput ``ca.url``.
+    """
+    if isinstance(url, str) and "," in url:
+        return ",".join(dict.fromkeys(check_url(one) for one in url.split(",")))
     try:
         parts = urlsplit(url.strip())
         port = parts.port
@@ -203,10 +208,34 @@ class LineSplitter:
             self._parts.append(piece)
 
 
+class _Choice:
+    """Which of the CA's processes this endpoint talks to: one for all it says, until that one fails."""
+
+    known: ClassVar[dict[str, _Choice]] = {}
+
+    def __init__(self, urls: Sequence[str]) -> None:
+        self.urls = urls
+        self.at = random.randrange(len(urls))  # noqa: S311 -- spreads endpoints over the processes
+
+    @classmethod
+    def of(cls, url: str) -> _Choice:
+        """Shared by every client of the same list."""
+        return cls.known.setdefault(url, cls(url.split(",")))
+
+    @property
+    def url(self) -> str:
+        return self.urls[self.at]
+
+    def failed(self, url: str) -> None:
+        """Go on with the next one, unless somebody did already."""
+        if self.url == url:
+            self.at = (self.at + 1) % len(self.urls)
+
+
 class ControlClient:
     """One endpoint's connections to the control plane. Cheap: make a new one after a renewal or a new trust bundle.
 
-    url: ``https://HOST:PORT``; trust: what the server is checked against; files: None before enrolment;
+    url: ``https://HOST:PORT``, or several with commas, of which one is used until it fails; trust: what the server is checked against; files: None before enrolment;
     clock: seconds since the epoch. Every method raises RetinueError only: Unreachable, Busy, TimedOut, NotVerified, or
     what the server answered.
     """
@@ -214,7 +243,7 @@ class ControlClient:
     def __init__(
         self, url: str, trust: Trust, files: ClientFiles | None = None, *, clock: Callable[[], float] = time.time
     ) -> None:
-        self.url = check_url(url)
+        self._choice = _Choice.of(check_url(url))
         self._trust = trust
         self._clock = clock
         self._context = client_context(self._check, files)
@@ -224,6 +253,23 @@ class ControlClient:
     def _check(self, chain: list[bytes]) -> None:
         self._server = None
         self._server = verify_server(chain, self._trust, self._clock())
+
+    @property
+    def url(self) -> str:
+        """The process that is talked to."""
+        return self._choice.url
+
+    @contextmanager
+    def _process(self) -> Iterator[str]:
+        """Its address; when it cannot be reached or stops, the next try goes to another one."""
+        url = self.url
+        try:
+            with _told(url):
+                yield url
+        except (Unreachable, TimedOut) as e:
+            if not isinstance(e, Busy):
+                self._choice.failed(url)
+            raise
 
     @property
     def server(self) -> certs.Svid:
@@ -280,11 +326,11 @@ class ControlClient:
     async def _exchange(
         self, method: str, path: str, timeout: float, *, data: bytes | None = None, params: Mapping[str, str] | None = None
     ) -> bytes:
-        with _told(self.url):
+        with self._process() as url:
             async with (
                 asyncio.timeout(timeout),
                 self._open().request(
-                    method, self.url + path, data=data, params=params, allow_redirects=False,
+                    method, url + path, data=data, params=params, allow_redirects=False,
                     headers={"Content-Type": "application/json"} if data is not None else None,
                 ) as response,
             ):  # fmt: skip
@@ -301,9 +347,9 @@ class ControlClient:
         idle: seconds without a byte after which the server counts as gone (TimedOut ``feed.silent``); limit: bytes of
         one line (BadInput ``feed.large``). The iterator never just ends: an ending is Unreachable ``feed.closed``.
         """
-        with _told(self.url):
+        with self._process() as url:
             async with asyncio.timeout(CONNECT_TIMEOUT + idle) as opening:
-                response = await self._open().get(self.url + path, params=params, allow_redirects=False)
+                response = await self._open().get(url + path, params=params, allow_redirects=False)
                 try:
                     if response.status != 200:
                         raise await _error_of(response)
@@ -311,9 +357,12 @@ class ControlClient:
                 except BaseException:
                     response.close()
                     raise
-        lines = _lines(response, self.url, idle, limit)
+        lines = _lines(response, url, idle, limit)
         try:
             yield lines
+        except (Unreachable, TimedOut):
+            self._choice.failed(url)
+            raise
         finally:
             await lines.aclose()
             response.close()

@@ -196,7 +196,7 @@ async def _ca_address(state_dir: Path) -> list[Check]:
 
     try:
         enrollment = load_enrollment(state_dir)
-        host, _, port = enrollment.ca_url.removeprefix("https://").rpartition(":")
+        host, _, port = enrollment.ca_url.split(",")[0].removeprefix("https://").rpartition(":")
         async with asyncio.timeout(3.0):
             _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
         writer.close()

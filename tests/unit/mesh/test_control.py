@@ -476,3 +476,24 @@ def test_bad_addresses_are_refused(bad):
     with pytest.raises(BadInput) as e:
         check_url(bad)
     assert e.value.code == "ca.url"
+
+
+def test_several_processes_are_one_address() -> None:
+    assert check_url("https://a:1, https://[::1]:2/,https://a:1") == "https://a:1,https://[::1]:2"
+    with pytest.raises(BadInput):
+        check_url("https://a:1,http://b")
+
+
+async def test_a_process_that_fails_is_left_for_the_next_one() -> None:
+    with socket.socket() as one, socket.socket() as other:
+        for sock in (one, other):  # bound and never listening: refused at once
+            sock.bind(("127.0.0.1", 0))
+        urls = [f"https://127.0.0.1:{sock.getsockname()[1]}" for sock in (one, other)]
+        async with ControlClient(",".join(urls), control.RootPin("0" * 64)) as client, control.ControlClient(",".join(urls), RootPin("0" * 64)) as second:
+            for _ in range(4):
+                before = client.url
+                assert second.url == before  # what one endpoint says goes to one process
+                with pytest.raises(Unreachable):
+                    await client.send("/v1/underlay", UnderlayUpdate(underlay=[]))
+                assert client.url != before
+                assert {before, client.url} == set(urls)
