@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import hashlib
 import itertools
 import json
@@ -17,6 +19,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -129,6 +132,7 @@ class Site:
         run("ip", "netns", "add", name)
         self.spaces.append(name)
         in_space(name, "ip", "link", "set", "lo", "up")
+        in_space(name, "sysctl", "-qw", "net.ipv4.conf.all.promote_secondaries=1")
         return name
 
     def link(self, a: str, b: str, names: tuple[str, str] = ("u0", "u0"), *, mtu: int = 1500) -> None:
@@ -141,7 +145,7 @@ class Site:
         for a in addresses:
             in_space(space, "ip", "address", "add", a, "dev", device, *(("nodad",) if ":" in a else ()))
 
-    def end(self, space: str, number: int, program: list[str], *, env: Mapping[str, str] | None = None) -> End:
+    def end(self, space: str, number: int, program: list[str], *, port: int = PORT, env: Mapping[str, str] | None = None) -> End:
         """Start an engine and give it a key and the port."""
         interface = f"rt{number}x{os.getpid() % 100000}{next(_unique) % 100:02}"
         process = subprocess.Popen(
@@ -152,7 +156,7 @@ class Site:
         made = End(space, interface, number, process, private, run("wg", "pubkey", stdin=private).strip())
         self.ends.append(made)
         until((UAPI / f"{interface}.sock").exists, f"{interface} did not come up")
-        made.wg("private-key", str(self.secret(private)), "listen-port", str(PORT))
+        made.wg("private-key", str(self.secret(private)), "listen-port", str(port))
         return made
 
     def secret(self, text: str) -> Path:
@@ -287,6 +291,23 @@ def uapi_ask(interface: str, body: bytes) -> bytes:
             while data := s.recv(65536):
                 answer += data
         return answer
+
+
+@functools.cache
+def _shim() -> Path:
+    out = Path(tempfile.mkdtemp(prefix="engine-shim-")) / "shim.so"
+    atexit.register(shutil.rmtree, out.parent, True)
+    run("cc", "-shared", "-fPIC", "-O1", "-o", str(out), str(Path(__file__).with_name("engine_shim.c")), "-ldl")
+    return out
+
+
+def shim(*, rate: int = 1, wall_seconds: int = 0, no_ipv6: bool = False) -> dict[str, str]:
+    """Environment of an engine whose boot clock runs `rate` times as fast, whose wall clock is off, or that has no IPv6.
+
+    Only our engine follows it: Go programs ask the kernel without the C library.
+    """
+    return {"LD_PRELOAD": str(_shim()), "SHIM_RATE": str(rate), "SHIM_WALL_SECONDS": str(wall_seconds),
+            **({"SHIM_NO_IPV6": "1"} if no_ipv6 else {})}  # fmt: skip
 
 
 def ours_set(end: End, *lines: str) -> None:

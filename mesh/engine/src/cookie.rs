@@ -13,7 +13,8 @@ const COOKIE_LIFE_MS: u64 = 120_000;
 /// A sender stops using a cookie this long before the receiver may have forgotten its secret.
 const COOKIE_SAFETY_MS: u64 = 5_000;
 
-fn mac1_key(public: &Key) -> Key {
+/// The key of mac1 in messages to `public`.
+pub fn mac1_key(public: &Key) -> Key {
     hash(&[b"mac1----", public])
 }
 
@@ -37,6 +38,12 @@ fn source_bytes(src: &SocketAddr) -> ([u8; 18], usize) {
     (b, n + 2)
 }
 
+/// Checks mac1, the 16 bytes before the last 16 of a handshake message.
+pub fn mac1_ok(key: &Key, msg: &[u8]) -> bool {
+    let at = msg.len() - 32;
+    mac16_matches(key, &[&msg[..at]], &msg[at..at + 16])
+}
+
 /// The receiving side: checks macs of handshake messages sent to `public`.
 pub struct Checker {
     mac1_key: Key,
@@ -55,10 +62,8 @@ impl Checker {
         }
     }
 
-    /// Checks mac1, the 16 bytes before the last 16 of a handshake message.
     pub fn mac1_ok(&self, msg: &[u8]) -> bool {
-        let at = msg.len() - 32;
-        mac16_matches(&self.mac1_key, &[&msg[..at]], &msg[at..at + 16])
+        mac1_ok(&self.mac1_key, msg)
     }
 
     fn cookie(&self, src: &SocketAddr) -> [u8; 16] {

@@ -5,10 +5,10 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, ArcSwapOption};
 use zeroize::Zeroize;
 
-use crate::cookie::{Checker, RateLimiter, COOKIE_REPLY_LEN};
+use crate::cookie::{mac1_ok, Checker, RateLimiter, COOKIE_REPLY_LEN};
 use crate::crypto::{random_u32, Key, SecretKey};
 use crate::events::{Event, Queue};
 use crate::noise::{
@@ -103,6 +103,9 @@ pub struct Core {
     pub control: Mutex<Control>,
     pub index: RwLock<HashMap<u32, Slot>>,
     pub queue: Queue,
+    /// Key of mac1 in messages to us, so that workers drop what nobody meant for us: garbage takes
+    /// no place in the queue and is no sign of load.
+    pub mac1_key: ArcSwapOption<Key>,
     /// MTU of the TUN, for padding.
     pub mtu: AtomicUsize,
 }
@@ -120,7 +123,20 @@ impl Core {
             }),
             index: RwLock::new(HashMap::new()),
             queue,
+            mac1_key: ArcSwapOption::empty(),
             mtu: AtomicUsize::new(mtu),
+        }
+    }
+
+    /// Whether a handshake message has a length of its type and, but for a cookie reply, the right
+    /// mac1. Called by the workers.
+    pub fn plausible(&self, msg: &[u8]) -> bool {
+        match (msg.first(), msg.len()) {
+            (Some(&TYPE_COOKIE), COOKIE_REPLY_LEN) => true,
+            (Some(&TYPE_INITIATION), INITIATION_LEN) | (Some(&TYPE_RESPONSE), RESPONSE_LEN) => {
+                self.mac1_key.load().as_ref().is_some_and(|k| mac1_ok(k, msg))
+            }
+            _ => false,
         }
     }
 

@@ -64,7 +64,9 @@ impl Rx {
         match b[0] {
             TYPE_DATA if b.len() >= OVERHEAD => {}
             TYPE_INITIATION | TYPE_RESPONSE | TYPE_COOKIE => {
-                core.queue.push_handshake(*from, b);
+                if core.plausible(b) {
+                    core.queue.push_handshake(*from, b);
+                }
                 return;
             }
             _ => return,

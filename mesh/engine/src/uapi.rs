@@ -196,6 +196,8 @@ pub fn configure(core: &Core, change: Change, now: u64) {
     let mut reset: Vec<Arc<Peer>> = Vec::new();
     if let Some(private) = change.private {
         set_private(&mut c, &private, &mut routes, &mut gone, &mut reset);
+        let key = c.identity.as_ref().map(|i| Arc::new(crate::cookie::mac1_key(&i.public)));
+        core.mac1_key.store(key);
     }
     if change.replace_peers {
         routes = Table::default();
