@@ -117,7 +117,7 @@ def test_the_agent_and_its_engine_have_one_capability_and_no_root(world: Mesh) -
         found = _status(pid)
         assert found["Uid"].split() == [str(USER)] * 4
         assert int(found["CapEff"], 16) == int(found["CapBnd"], 16) == allowed
-        assert found["NoNewPrivs"] == "1"
+        assert (found["NoNewPrivs"], found["Seccomp"]) == ("1", "2")
 
 
 def test_the_agent_alone_could_not_enter_a_namespace(world: Mesh) -> None:

@@ -6,6 +6,7 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::Arc;
 
+use crate::confine;
 use crate::crypto::burn_stack;
 use crate::device::Core;
 use crate::engine::Engine;
@@ -295,6 +296,9 @@ fn serve(o: &Options, ready: impl FnOnce()) -> Result<i32> {
         log(Level::Error, &format!("the kernel's UDP offloads failed the self-test: using {udp:?}"));
     }
     let engine = Arc::new(Engine::new(core, queues, offloads, udp, wakes, control_wake));
+    if !confine::enter().map_err(os_failure("seccomp"))? {
+        log(Level::Error, "this kernel has no system-call filter: running without one");
+    }
     let spin = if o.low_power { 0 } else { o.spin_us };
     let mut handles = Vec::with_capacity(threads);
     for thread in 0..threads {

@@ -9,6 +9,8 @@
 
 #![deny(unsafe_code)]
 
+#[allow(unsafe_code)] // seccomp
+pub mod confine;
 pub mod cookie;
 #[allow(unsafe_code)] // AWS-LC
 pub mod crypto;
