@@ -30,6 +30,7 @@ from identity.wire.enroll import (
     UnderlayUpdate,
 )
 from identity.wire.feed import Report
+from identity.wire.recovery import BundleReply, RecoverChallengeRequest, RecoverRequest
 from identity.wire.jwt import JwtRequest
 
 log = structlog.get_logger("retinue.ca.api")
@@ -60,6 +61,9 @@ def make_app(
     app.add_routes([
         web.post("/v1/enroll/challenge", api.challenge),
         web.post("/v1/enroll", api.enroll),
+        web.get("/v1/bundle", api.bundle),
+        web.post("/v1/recover/challenge", api.recover_challenge),
+        web.post("/v1/recover", api.recover),
         web.post("/v1/renew", api.member(api.renew)),
         web.post("/v1/svid", api.member(api.svid)),
         web.post("/v1/jwt", api.member(api.jwt)),
@@ -125,7 +129,29 @@ class _Api:
 
     async def renew(self, request: web.Request, caller: EndpointRow) -> web.Response:
         asked = await body(request, RenewRequest)
-        done, _ = await self._service.change(lambda: self._plane.renew(caller, asked))
+        serial = certs.parse_der_chain(peer_chain(request))[0].serial_number
+        done, _ = await self._service.change(lambda: self._plane.renew(caller, asked, serial))
+        return reply(done)
+
+    # ---- coming back: no certificate, it is of no use any more
+
+    async def bundle(self, request: web.Request) -> web.Response:
+        self._buckets.take(request.remote or "")
+        return reply(BundleReply(bundle=await self._service.read(lambda: self._plane.bundle)))
+
+    async def recover_challenge(self, request: web.Request) -> web.Response:
+        self._buckets.take(request.remote or "")
+        asked, plane = await body(request, RecoverChallengeRequest), self._plane
+        leaf, origin = self._leaf(), source(request.remote or "")
+        return reply(
+            await self._service.read(lambda: plane.challenge(plane.returns.challenge(asked.endpoint), leaf, origin))
+        )
+
+    async def recover(self, request: web.Request) -> web.Response:
+        self._buckets.take(request.remote or "")
+        asked = await body(request, RecoverRequest)
+        done, _ = await self._service.change(lambda: self._plane.returns.recover(asked))
+        log.info("a machine came back", endpoint=asked.endpoint, remote=request.remote)
         return reply(done)
 
     async def svid(self, request: web.Request, caller: EndpointRow) -> web.Response:

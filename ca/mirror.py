@@ -11,7 +11,7 @@ from collections.abc import Callable
 import structlog
 from sqlalchemy import Connection, select
 
-from ca import schema
+from ca import recovery, schema
 from ca.policies import InForce, PolicyRow, newest_raw, parse_row
 from ca.rows import EndpointRow, InstanceRow
 from ca.scope import EndpointFact, InstanceFact, Touched, World
@@ -121,7 +121,8 @@ class Mirror:
                 raw = (
                     tx.execute(select(schema.endpoints).where(schema.endpoints.c.name == key)).mappings().one()
                 )
-                return lambda: world.set_endpoint(endpoint_fact(EndpointRow.of(raw)))
+                out = recovery.quarantined(tx, key)
+                return lambda: world.set_endpoint(endpoint_fact(EndpointRow.of(raw), out=out))
             case "instance":
                 name, _, number = key.rpartition("/")
                 c = schema.instances.c
@@ -148,8 +149,10 @@ class Mirror:
         self.broken[thing] = why
 
 
-def endpoint_fact(row: EndpointRow) -> EndpointFact:
-    """A revoked endpoint has no record to show."""
+def endpoint_fact(row: EndpointRow, *, out: bool = False) -> EndpointFact:
+    """A revoked endpoint has no record to show, nor has one in quarantine."""
+    if out:
+        return EndpointFact(row.name, None)
     living = row.state == "enrolled"
     return EndpointFact(row.name, row.record if living else None, row.entries if living else None)
 

@@ -32,6 +32,7 @@ from ca.people import People
 from ca.placements import Placements
 from ca.policies import Policies
 from ca.registry import Applicant, Grant, Registry
+from ca.returning import Returns
 from ca.roles import Principal
 from ca.rollouts import Rollouts
 from ca.rows import EndpointRow, InstanceRow, TokenRow
@@ -102,6 +103,7 @@ class Plane:
         self.people = People(self, self.admins, lambda: self.now)
         self.mirror = Mirror(store)
         self.challenges = Challenges()
+        self.returns = Returns(self)
         self.water: HighWater
         self.authority: Authority
         self.jwt: JwtAuthority
@@ -247,9 +249,10 @@ class Plane:
             serial=about.serial, issuer=about.issuer, profile=about.profile, spiffe_id=about.spiffe_id, spki=about.spki,
             endpoint=self._issuing_for, issued=self.now, not_after=about.not_after,
         )  # fmt: skip
+        self.returns.note(about, self._issuing_for)
 
     @contextmanager
-    def _issuing(self, endpoint: str) -> Iterator[None]:
+    def issuing(self, endpoint: str) -> Iterator[None]:
         """Serials recorded meanwhile belong to this endpoint."""
         self._issuing_for = endpoint
         try:
@@ -475,7 +478,7 @@ class Plane:
         except RetinueError as e:
             self.refused("enroll", ascii(request.token_id)[:80], e)
             raise
-        with self._issuing(row.name):
+        with self.issuing(row.name):
             chain = self.authority.issue_endpoint(request.csr, SpiffeId.parse(row.spiffe_id), self.clock())
         row = self.registry.finish(row.name, certs.not_after(certs.parse_chain(chain)[0]), self.now, row.name)
         assert row.record is not None
@@ -528,6 +531,7 @@ class Plane:
                 hint="use the endpoint's own certificate",
             )
         row = self.registry.caller(svid.spiffe_id, svid.serial, certs.not_before(svid.leaf))
+        self.returns.check(row.name)
         return row, svid.not_after
 
     def believes(self, chain: Sequence[bytes]) -> bool:
@@ -544,13 +548,9 @@ class Plane:
         with self.store.read() as tx:
             return self.admins.caller(tx, svid)
 
-    def renew(self, caller: EndpointRow, request: RenewRequest) -> RenewReply:
-        with self._issuing(caller.name):
-            chain = self.authority.issue_endpoint(request.csr, SpiffeId.parse(caller.spiffe_id), self.clock())
-        expires = certs.not_after(certs.parse_chain(chain)[0])
-        row = self.registry.renew(caller.name, expires, request.underlay, request.ciphers, self.now)
-        assert row.record is not None
-        return RenewReply(chain=chain, bundle=self.bundle, record=row.record)
+    def renew(self, caller: EndpointRow, request: RenewRequest, serial: int | None = None) -> RenewReply:
+        """`serial`: of the certificate that the caller showed. Raises Refused ``caller.quarantined``."""
+        return self.returns.renew(caller, serial, request)
 
     def underlay(self, caller: EndpointRow, hints: list[str]) -> EndpointRow:
         return self.registry.set_underlay(caller.name, hints, self.now)
@@ -565,7 +565,7 @@ class Plane:
         with self.store.read() as tx:
             ttl = self.entries.ttl(tx, row.name, caller.name)
         left = [x for x in (ttl, None if row.ends_at is None else row.ends_at - self.now) if x is not None]
-        with self._issuing(caller.name):
+        with self.issuing(caller.name):
             chain = self.authority.issue_workload(
                 request.csr, SpiffeId.parse(row.spiffe_id), addresses, self.clock(), lifetime=min(left, default=None)
             )
