@@ -22,7 +22,7 @@ from uuid import uuid4
 
 from sqlalchemy import Connection, select, update
 
-from ca import audit, rows, schema, transparency
+from ca import audit, postgres, processes, rows, schema, transparency
 from ca.highwater import FILE as HIGHWATER
 from ca.highwater import HighWater, Mark
 from ca.plane import DATABASE, NOBODY, Plane
@@ -75,6 +75,11 @@ def backup(directory: Path, target: Path, now: int) -> BackedUp:
     """
     if os.path.lexists(target):
         raise Conflict("backup.exists", f"{target} exists already", hint="choose another file name")
+    if postgres.address_of(directory) is not None:
+        raise BadState(
+            "backup.engine", "the registry is in PostgreSQL",
+            hint="back it up with its own tools (pg_dump, pgbackrest); after putting one back: retinue-ca restore --in-place --new-timeline",
+        )  # fmt: skip
     source = Store.open(directory / DATABASE)
     temporary = target.with_name(f".{target.name}.{os.urandom(4).hex()}")
     try:
@@ -147,6 +152,27 @@ def restore(directory: Path, source: Path, now: int, *, new_timeline: bool) -> R
         database.trust_domain, timeline, revision, lost, replaced, missing.compared,
         missing.revoked_hosts, missing.revoked_instances, missing.gone_hosts, missing.gone_instances,
     )  # fmt: skip
+
+
+def continue_in_place(directory: Path, now: int) -> Restored:
+    """Begin a new timeline on a PostgreSQL database that was put back with its own tools. No process may run on it.
+
+    Raises BadState ``backup.engine`` for SQLite, ``store.in_use``.
+    """
+    address = postgres.address_of(directory)
+    if address is None:
+        raise BadState("backup.engine", "the registry is in SQLite", hint="use: retinue-ca restore FILE --new-timeline")
+    database, water = Store.open_shared(address), HighWater(directory / HIGHWATER)
+    try:
+        if processes.living(database):
+            raise BadState("store.in_use", "CA processes work on that database", hint="stop all of them first")
+        lost = _lost(database, water.mark)
+        _begin(Plane.over(directory, database, lambda: float(now)), water.mark, lost, now)
+        with database.read() as tx:
+            return Restored(database.trust_domain, Store.get(tx, "timeline") or "", database.revision(tx), lost, None, compared=False)
+    finally:
+        database.close()
+        water.close()
 
 
 # ---- files

@@ -13,9 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final
 
 from sqlalchemy import Connection, Table, inspect, select, text
@@ -72,6 +76,39 @@ def plan(version: int, target: int) -> list[Step]:
         steps.append(step)
         version = step.target
     return steps
+
+
+def version_of(where: Path | str) -> int:
+    """The schema version of an SQLite file or a PostgreSQL address. Raises BadState, Unreachable."""
+    for version in range(1, SCHEMA_VERSION + 1):
+        try:
+            store = Store.open(where, version=version) if isinstance(where, Path) else Store.open_shared(where, version=version)
+        except BadState as e:
+            if e.code != "store.version" or version == SCHEMA_VERSION:
+                raise
+        else:
+            store.close()
+            return version
+    raise BadState("store.version", "the database has no schema version that this program knows")
+
+
+def copy_aside(path: Path, version: int) -> Path:
+    """A copy of the database file, 0600 and synced, beside it. Raises BadState."""
+    target = path.with_name(f"{path.name}.v{version}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
+    try:
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(target)) as copy:
+            source.backup(copy)
+            copy.execute("PRAGMA journal_mode=DELETE").close()
+        fd = os.open(target, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    except (OSError, sqlite3.Error) as e:
+        target.unlink(missing_ok=True)
+        raise BadState("store.copy", f"cannot copy the database first: {e}", hint="free space; nothing was changed") from None
+    return target
 
 
 def migrate(store: Store, target: int) -> list[Step]:

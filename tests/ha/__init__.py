@@ -1,0 +1,1 @@
+"""Several CA processes on one PostgreSQL database, and what happens when any of them stops."""
