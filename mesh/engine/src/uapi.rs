@@ -214,7 +214,12 @@ pub fn configure(core: &Core, change: Change, now: u64) {
         core.retire(p);
     }
     for p in &reset {
+        // Whoever changes last speaks first: a tunnel in use is back at once, not at the next retry.
+        let used = p.current.load().is_some();
         core.forget_sessions(p);
+        if used {
+            core.want_handshake(p, now);
+        }
     }
     drop(c);
     for p in touched {
