@@ -15,7 +15,7 @@ from identity.errors import BadInput, BadState
 
 if TYPE_CHECKING:
     from ca.client import AdminClient
-    from identity.wire.admin import PolicyReply, Workload
+    from identity.wire.admin import PolicyFileIn, PolicyReply, Workload
 
 DEFAULT_DIR = Path("/var/lib/retinue-ca")
 START_S = 3.0  # seconds a starting server is waited for
@@ -465,25 +465,44 @@ def policy_apply(
     directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Put a policy in force, when its own tests pass. Prints the pairs that gain and lose."""
-    from identity.wire.admin import PolicyApply, PolicyFileIn, PolicyReply
+    from identity.wire.admin import PolicyApply, PolicyReply
 
-    # The digest covers names: what a file is called counts, not where it lies, unless two are called the same.
-    plain = len({f.name for f in files}) == len(files)
-    texts = [PolicyFileIn(name=f.name if plain else f.as_posix(), text=_read(f)) for f in files]
-    request = PolicyApply(files=texts, dry_run=dry_run, author=author)
+    texts, parts = policy_files(files)
+    request = PolicyApply(files=texts, dry_run=dry_run, author=author, parts=parts)
     done = _client(directory).post("/v1/policy", request, PolicyReply, timeout=120)
 
     def human() -> None:
-        for sign, pairs in (("+", done.gained), ("-", done.lost)):
-            for pair in pairs:
-                print(f"{sign} {pair['src']} -> {pair['dst']}  {pair['ports']}")
-        if not done.gained and not done.lost:
-            print("no pair gains or loses anything")
+        print_difference(done.gained, done.lost)
         print(
             f"{'would be' if not done.applied else 'in force:'} revision {done.revision}, digest {done.digest[:16]}"
         )
 
     cliout.emit(done, _format(output, as_json), human=human)
+
+
+def policy_files(files: list[Path]) -> tuple[list[PolicyFileIn], list[str]]:
+    """Policy files as they are, or the files and signed parts of a bundle. Raises BadInput."""
+    from identity.wire.admin import PolicyFileIn
+    from policy.bundle import is_bundle, read_bundle
+
+    texts = [_read(f) for f in files]
+    if any(map(is_bundle, texts)):
+        if len(files) != 1:
+            raise BadInput("bundle.alone", "a signed bundle stands alone", hint="give the bundle only")
+        found = read_bundle(str(files[0]), texts[0])
+        return [PolicyFileIn(name=name, text=text) for name, text in found.files], found.texts()
+    # The digest covers names: what a file is called counts, not where it lies, unless two are called the same.
+    plain = len({f.name for f in files}) == len(files)
+    return [PolicyFileIn(name=f.name if plain else f.as_posix(), text=t) for f, t in zip(files, texts, strict=True)], []
+
+
+def print_difference(gained: list[dict[str, Any]], lost: list[dict[str, Any]]) -> None:
+    """Pairs that gain and lose, for people."""
+    for sign, pairs in (("+", gained), ("-", lost)):
+        for pair in pairs:
+            print(f"{sign} {pair['src']} -> {pair['dst']}  {pair['ports']}")
+    if not gained and not lost:
+        print("no pair gains or loses anything")
 
 
 def _read(path: Path) -> str:
@@ -502,12 +521,17 @@ def _read(path: Path) -> str:
 @policy_app.command("show", epilog="Example: retinue-ca policy show --revision 3")
 def policy_show(
     revision: Annotated[int | None, typer.Option(metavar="N", min=1, help="An older revision.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Write its files to this folder as well.")] = None,
     directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:  # fmt: skip
     """The files of the policy in force, or of an older revision."""
     from identity.wire.admin import PolicyReply
 
     found = _client(directory).get("/v1/policy", PolicyReply, {"revision": revision})
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        for file in found.files:
+            (out / Path(file.name).name).write_text(file.text)
 
     def human() -> None:
         _policy_head(found)
@@ -530,8 +554,8 @@ def policy_history(
 ) -> None:
     """Every revision, newest first."""
     found = _client(directory).raw("GET", "/v1/policy/history")["revisions"]
-    cliout.emit(found, _format(output, as_json), columns=("revision", "issued", "author", "digest"),
-                rows=[(r["revision"], _when(r["issued"]), r["author"], r["digest"]) for r in found])  # fmt: skip
+    cliout.emit(found, _format(output, as_json), columns=("revision", "issued", "author", "how", "digest"),
+                rows=[(r["revision"], _when(r["issued"]), r["author"], r["kind"], r["digest"]) for r in found])  # fmt: skip
 
 
 @app.command(epilog="Example: retinue-ca explain shop/web shop/api 8080")
@@ -604,7 +628,7 @@ client, output_of, when = _client, _format, _when  # for the command groups in m
 
 
 def _register() -> None:
-    from ca import cli_authority, cli_entry, cli_store
+    from ca import cli_authority, cli_entry, cli_policy, cli_store
 
     app.add_typer(cli_authority.app, name="authority")
     app.add_typer(cli_entry.app, name="entry")
@@ -614,6 +638,7 @@ def _register() -> None:
     app.command("approve", epilog="Example: retinue-ca approve a-0123456789")(cli_admin.approve)
     app.command("approvals", epilog="Example: retinue-ca approvals")(cli_admin.approvals)
     cli_store.register(app)
+    cli_policy.register()
 
 
 if __name__ != "__main__":  # then the groups would import a second copy of this module

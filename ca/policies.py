@@ -126,7 +126,7 @@ class Policies:
             current = newest(tx)
             policy, program = self.check(tx, files, parts, now, known, current)
             before = current.staged().program(now, known) if current else NO_POLICY
-            gained, lost = _diff(before, program, list(known.values()))
+            gained, lost = difference_of(before, program, list(known.values()))
             if current is not None and current.digest == policy.digest and self._same_parts(current, parts):
                 return _reply(current)
             revision = current.revision + 1 if current else 1
@@ -338,7 +338,7 @@ class Policies:
         with self._desk.store.read() as tx:
             known = subjects(rows.instances(tx))
         old, new = (compile_policy(language.load(r.files), now, known) for r in (before, after))
-        gained, lost = _diff(old, new, list(known.values()))
+        gained, lost = difference_of(old, new, list(known.values()))
         return _reply(after).model_copy(update={"gained": gained, "lost": lost, "applied": False})
 
     def _row(self, revision: int) -> PolicyRow:
@@ -375,7 +375,7 @@ class Policies:
             self._desk.store.log(tx, now, "policy", "policy")
 
 
-def _diff(
+def difference_of(
     before: Program, after: Program, known: Sequence[Subject]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The pairs that gain and lose ports: {"src", "dst", "ports"}, by name, at most MAX_DIFF each.

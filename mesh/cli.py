@@ -11,7 +11,7 @@ from mesh.command import run_app, show_version
 
 # Command groups that live elsewhere: name -> (module, attribute of its typer app, help).
 ELSEWHERE = {
-    "policy": ("mesh.cli_policy", "app", "Check, test and explain policy files; import foreign ones."),
+    "policy": ("mesh.cli_policy_sign", "app", "Check, test, explain and sign policy files; import foreign ones."),
 }
 
 

@@ -146,19 +146,6 @@ def _find(subjects: tuple[Subject, ...], name: str) -> Subject:
     )
 
 
-def _flow(text: str) -> tuple[int, int | None]:
-    """``tcp/443``, ``443`` (tcp), ``udp``, ``icmp`` -> (protocol, port). Raises BadInput."""
-    from policy.ports import mask, proto_number
-
-    proto, slash, port = text.partition("/") if not text.isdigit() else ("tcp", "/", text)
-    number = proto_number(proto)
-    if slash and not (port.isascii() and port.isdigit()):
-        raise BadInput("port.form", f"not a port: {ascii(port)[:40]}", hint="write tcp/443, 443 or icmp")
-    if slash:
-        mask(int(port), int(port))
-    return number, int(port) if slash else None
-
-
 @app.command(epilog="Example: retinue policy check shop.yaml")
 def check(files: Given = None, policy: MorePolicies = None, output: Format = Output.TABLE, as_json: Json = False) -> None:
     """Read the files and say whether they are a valid policy, and which."""
@@ -234,7 +221,9 @@ def explain(
     from policy.explain import to_json
 
     loaded, subjects = _load(policy, at), _subjects(inventory)
-    proto, port = _flow(flow)
+    from policy.ports import parse_flow
+
+    proto, port = parse_flow(flow)
     found = explain_flow(
         loaded.program, _find(subjects, src), _find(subjects, dst), proto, port, asleep=loaded.asleep
     )
@@ -288,7 +277,9 @@ def who_can_reach(
     from policy.questions import who_can_reach as sources
 
     subjects = _subjects(inventory)
-    proto, port = _flow(flow) if flow is not None else (None, None)
+    from policy.ports import parse_flow
+
+    proto, port = parse_flow(flow) if flow is not None else (None, None)
     _print_rows(sources(_load(policy, at).program, subjects, _find(subjects, dst), proto, port), output)
 
 

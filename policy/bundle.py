@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from identity.errors import BadInput, BadPolicy, NotVerified, Refused
 from identity.keys import b64, ed25519_public
@@ -32,7 +32,7 @@ MAX_BUNDLE: Final = 12 * 1024 * 1024
 MAX_FILES: Final = 1_000
 
 
-class OperatorKey(SignsBytes):
+class OperatorKey(SignsBytes, Protocol):
     """What `sign_bundle` needs of a private key: an Ed25519PrivateKey."""
 
     def public_key(self) -> Any: ...

@@ -184,3 +184,14 @@ def parse_ports(text: str) -> PortMap:
             raise BadInput("port.form", f"not a port or range: {ascii(part)[:40]}", hint="write 80 or 8000-8100")
         bits |= mask(int(first), int(last) if dash else int(first))
     return PortMap({proto: bits})
+
+
+def parse_flow(text: str) -> tuple[int, int | None]:
+    """``tcp/443``, ``443`` (tcp), ``udp``, ``icmp`` -> (protocol, port). Raises BadInput."""
+    proto, slash, port = text.partition("/") if not text.isdigit() else ("tcp", "/", text)
+    number = proto_number(proto)
+    if slash and not (port.isascii() and port.isdigit()):
+        raise BadInput("port.form", f"not a port: {ascii(port)[:40]}", hint="write tcp/443, 443 or icmp")
+    if slash:
+        mask(int(port), int(port))
+    return number, int(port) if slash else None

@@ -161,12 +161,12 @@ def test_the_diff_by_groups_equals_the_one_by_pairs(before: Program, after: Prog
     wanted: dict[str, list[dict[str, str]]] = {"gains": [], "loses": []}
     for one in difference(before, after, known):
         wanted[one.kind].append({"src": one.src, "dst": one.dst, "ports": str(one.ports)})
-    assert module._diff(before, after, known) == (wanted["gains"], wanted["loses"])
+    assert module.difference_of(before, after, known) == (wanted["gains"], wanted["loses"])
 
 
 def test_a_large_diff_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_DIFF", 7)
     known = [Subject(f"w{n}") for n in range(9)]
     everything = Program((Tier("t", (Rule("r", Action.ALLOW, Everything(), Everything()),)),))
-    gained, lost = module._diff(Program(()), everything, known)
+    gained, lost = module.difference_of(Program(()), everything, known)
     assert ([p["dst"] for p in gained], lost) == ([f"w{n}" for n in range(1, 8)], [])
