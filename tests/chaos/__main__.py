@@ -1,0 +1,98 @@
+"""`make chaos`: the failure table with measured figures. Writes out/chaos.json (`row, verdict, figures`).
+
+    make chaos ARGS="--rows F1,F11 --seconds N --seed S"     --fast, --soak MINUTES, --list
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import random
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from identity.errors import NoPrivilege
+from tests.chaos import rows_control, rows_crowd, rows_disk, rows_held, rows_move, rows_network, soak
+from tests.chaos.registry import ROWS, Result, Row, Run, order, play, table
+from tests.chaos.stage import Stage
+
+OUT = Path(__file__).resolve().parents[2] / "out" / "chaos.json"
+CROWD = 50
+__all__ = ["rows_control", "rows_crowd", "rows_disk", "rows_held", "rows_move", "rows_network", "soak"]
+
+
+async def go(rows: Sequence[Row], seed: int, seconds: float | None) -> list[Result]:
+    """Play the rows, stage by stage, in the order of the table."""
+    results: list[Result] = []
+
+    async def each(stage: object, kind: str) -> None:
+        for one in rows:
+            if one.stage == kind:
+                results.append(await play(one, stage, Run(seed, seconds)))
+                print(table(results[-1:]).splitlines()[0], flush=True)
+
+    await each(None, "none")
+    if any(r.stage == "small" for r in rows):
+        async with Stage() as stage:
+            await stage.begin()
+            await each(stage, "small")
+    if any(r.stage == "crowd" for r in rows):
+        async with rows_crowd.Crowd(CROWD) as crowd:
+            await crowd.settle()
+            await each(crowd, "crowd")
+    return sorted(results, key=lambda r: order(r.row))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit status 1 when a row fails."""
+    parser = argparse.ArgumentParser(prog="chaos", description="Break everything on purpose and print what came of it.")
+    parser.add_argument("--rows", default="", help="comma-separated; without: all")
+    parser.add_argument("--fast", action="store_true", help="only the rows that also run in continuous integration")
+    parser.add_argument("--seconds", type=float, help="length of rows that last; also makes them full-sized")
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--soak", type=float, metavar="MINUTES", help="random chaos only")
+    parser.add_argument("--list", action="store_true")
+    args = parser.parse_args(argv)
+    chosen = sorted(ROWS.values(), key=lambda r: order(r.name))
+    if args.list:
+        print("\n".join(f"{r.name:<5} {'fast' if r.fast else '    '} {r.title}: {r.passes}" for r in chosen))
+        return 0
+    if args.rows:
+        wanted = args.rows.split(",")
+        if unknown := [w for w in wanted if w not in ROWS]:
+            parser.error(f"no row {', '.join(unknown)}; see --list")
+        chosen = [r for r in chosen if r.name in wanted]
+    elif args.soak is not None:
+        chosen, args.seconds = [ROWS["F42"]], args.soak * 60
+    elif args.fast:
+        chosen = [r for r in chosen if r.fast]
+    if os.geteuid() != 0:
+        print(f"error[{NoPrivilege.__name__}]: the chaos lab needs root\nhint: run it with sudo", file=sys.stderr)
+        return 4
+    seed = args.seed if args.seed is not None else random.SystemRandom().randrange(1 << 20)
+    print(f"seed {seed}", flush=True)
+    results = asyncio.run(go(chosen, seed, args.seconds))
+    print("\n" + table(results))
+    save(results, seed, partial=bool(args.rows or args.fast or args.soak))
+    return int(any(r.verdict in {"fail", "error"} for r in results))
+
+
+def save(results: Sequence[Result], seed: int, *, partial: bool) -> None:
+    """Write out/chaos.json; a run of some rows replaces those and leaves the others."""
+    known = {}
+    if partial and OUT.exists():
+        known = {r["row"]: r for r in json.loads(OUT.read_text())["rows"]}
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    known |= {r.row: r.json() | {"seed": seed, "at": stamp} for r in results}
+    machine = {"kernel": platform.release(), "cpus": os.cpu_count(), "python": platform.python_version()}
+    OUT.parent.mkdir(exist_ok=True)
+    OUT.write_text(json.dumps({"machine": machine, "rows": sorted(known.values(), key=lambda r: order(r["row"]))}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Deterministic simulation: the real control plane and the real agents' state machines on virtual time (`make sim`)."""
