@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(HOME)/.cargo/bin:$(PATH):/usr/sbin:/sbin
 CARGO := cargo --quiet
 CRATE := --manifest-path mesh/engine/Cargo.toml
 
-.PHONY: differential help setup demo test check test-unit test-native test-netns test-kernel bench bench-floor docs docs-check sbom lock clean
+.PHONY: attacks fuzz differential help setup demo test check test-unit test-native test-netns test-kernel bench bench-floor docs docs-check sbom lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -34,8 +34,14 @@ check: setup  ## formatting, lints, types, architecture, generated docs
 test-unit: setup  ## tests that need no privilege
 	@$(BIN)/python -m pytest tests/unit tests/cli
 
-test-native: setup  ## the engine's own tests
+test-native: setup  ## the engine's own tests, and its fuzz targets over mutated corpora
 	@cargo test $(CRATE) --locked --no-default-features -q
+
+fuzz: setup  ## every fuzz target of the engine with coverage feedback, SECONDS_EACH=20 (stable Rust)
+	@mesh/engine/fuzz/run.sh
+
+attacks: setup  ## a million forged datagrams on the live engine, and rekeying in real time, about four minutes (root)
+	@CI=true RETINUE_LONG=1 RETINUE_ATTACKS=1000000 $(BIN)/python -m pytest -s tests/netns/test_engine_attacks.py tests/netns/test_engine_modes.py
 
 test-netns: setup  ## real packets in network namespaces (root)
 	@CI=true $(BIN)/python -m pytest tests/netns

@@ -38,13 +38,12 @@ LONG = bool(os.environ.get("RETINUE_LONG"))
 
 
 def threads_of(end: End) -> dict[str, int]:
-    """CPU ticks of each thread by name."""
-    ticks = {}
+    """How often each thread of the engine was woken, by name."""
+    woken = {}
     for task in Path(f"/proc/{end.process.pid}/task").iterdir():
-        text = (task / "stat").read_text()
-        name, fields = text[text.index("(") + 1 : text.rindex(")")], text.rpartition(")")[2].split()
-        ticks[name] = int(fields[11]) + int(fields[12])
-    return ticks
+        lines = dict(line.split(":", 1) for line in (task / "status").read_text().splitlines())
+        woken[lines["Name"].strip()] = int(lines["voluntary_ctxt_switches"]) + int(lines["nonvoluntary_ctxt_switches"])
+    return woken
 
 
 # ---- several workers
@@ -70,7 +69,7 @@ def numbered(s: socket.socket, to: tuple[str, int], count: int, go: threading.Ba
     go.wait()
     for n in range(count):
         s.sendto(struct.pack("!I", n) + bytes(200), to)
-        if n % 32 == 31:
+        if n % 8 == 7:
             time.sleep(0.002)
 
 
@@ -126,7 +125,7 @@ def test_two_workers_keep_the_order_of_every_flow(family: int, tmp_path: Path) -
             assert len(got) > count / 2, f"flow {n}: {len(got)} of {count} arrived"
             assert got == sorted(set(got)), f"flow {n}: out of order or twice"
         worked = {leaf.name: {k: v - before[leaf.name].get(k, 0) for k, v in threads_of(leaf).items()} for leaf in (hub, *leaves)}
-        busy = [name for name, ticks in worked.items() if min(ticks["worker0"], ticks["worker1"]) > 0]
+        busy = [name for name, woken in worked.items() if min(woken["worker0"], woken["worker1"]) > 20]
         assert busy, f"one worker did everything: {worked}"
         for x in (*sinks, *sources, *back_sinks, *back_sources):
             x.close()
@@ -172,17 +171,10 @@ def test_an_idle_engine_sleeps(tmp_path: Path) -> None:
         run("wg", "addconf", a.interface, str(conf))
         carry(a, b, 0)
 
-        def switches() -> int:
-            total = 0
-            for task in Path(f"/proc/{a.process.pid}/task").iterdir():
-                lines = dict(line.split(":", 1) for line in (task / "status").read_text().splitlines())
-                total += int(lines["voluntary_ctxt_switches"]) + int(lines["nonvoluntary_ctxt_switches"])
-            return total
-
         time.sleep(0.5)
-        before = switches()
+        before = sum(threads_of(a).values())
         time.sleep(2)
-        assert switches() - before < 30
+        assert sum(threads_of(a).values()) - before < 30
 
 
 def test_a_host_without_ipv6_has_a_tunnel_over_ipv4(tmp_path: Path) -> None:
@@ -260,7 +252,7 @@ def test_dead_sessions_end_and_start_again_by_timer(tmp_path: Path) -> None:
         assert handshake_time(a, b) > first
 
 
-@pytest.mark.skipif(not LONG, reason="takes three minutes: make test-long")
+@pytest.mark.skipif(not LONG, reason="takes two minutes: make attacks")
 def test_rekeying_by_timer_in_real_time_both_ways(tmp_path: Path) -> None:
     """REKEY_AFTER_TIME as it is: three tunnels side by side, each end of ours and the reference initiating once."""
     with site(tmp_path) as s:
