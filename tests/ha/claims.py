@@ -26,9 +26,10 @@ from identity import certs
 from identity.enrollment import JoinToken, Offer, prove
 from identity.errors import RetinueError
 from identity.keys import b64, ed25519_public, unb64, x25519_public
+from identity.wire import Message
 from identity.wire.admin import Token, TokenCreate
 from identity.wire.enroll import Challenge, ChallengeRequest, EnrollReply, EnrollRequest
-from mesh.control import ControlClient, RootPin
+from mesh.control import Busy, ControlClient, R, RootPin
 from tests.ha.processes import Process, pair
 from tests.postgres_server import server
 
@@ -44,7 +45,7 @@ class Machine:
 
     async def enrol(self, token: JoinToken, ready: asyncio.Barrier | None = None) -> str:
         """Its name, or the code of the refusal. `ready`: everybody has a challenge before anybody claims."""
-        challenge = await self.client.post("/v1/enroll/challenge", ChallengeRequest(token_id=token.id), Challenge)
+        challenge = await self._ask("/v1/enroll/challenge", ChallengeRequest(token_id=token.id), Challenge)
         offer = Offer(
             token.id, unb64(challenge.nonce), self.client.server_leaf, unb64(challenge.server_key), self.csr,
             x25519_public(self.tunnel), ed25519_public(self.key), (), ("chacha20poly1305",),
@@ -58,10 +59,19 @@ class Machine:
         if ready is not None:
             await ready.wait()
         try:
-            reply = await self.client.post("/v1/enroll", request, EnrollReply)
+            reply = await self._ask("/v1/enroll", request, EnrollReply)
         except RetinueError as e:
             return e.code
         return reply.endpoint
+
+
+    async def _ask(self, path: str, message: Message, reply: type[R]) -> R:
+        """As an honest client: who is told to come back later does."""
+        while True:
+            try:
+                return await self.client.post(path, message, reply)
+            except Busy as e:
+                await asyncio.sleep(e.retry_after)
 
 
 async def rounds(processes: list[Process], address: str, count: int, at_once: int) -> list[str]:

@@ -93,5 +93,5 @@ async def wait_for(done: object, seconds: float = 30.0) -> None:
     """Until `done()` is true. Raises TimeoutError."""
     assert callable(done)
     async with asyncio.timeout(seconds):
-        while not done():
+        while not done():  # noqa: ASYNC110 -- what is waited for is state of other processes
             await asyncio.sleep(0.02)
