@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 from aiohttp import web
 
-from ca import succession
-from ca.http import body, reply
+from ca import recovery, succession
+from ca.http import body, reply, text
 from ca.principals import ACTOR
 from ca.service import Service
+from identity.wire.admin import HostRef
 from identity.wire.authority import AuthorityInfo, BlockRef, KindRef, MemberRef
+from identity.wire.recovery import HostRecover
 
 
 def routes(service: Service) -> list[web.RouteDef]:
@@ -50,7 +52,24 @@ def routes(service: Service) -> list[web.RouteDef]:
         asked, actor = await body(request, BlockRef), request[ACTOR]
         return await changed(lambda: succession.unblock(plane, asked.entry, actor))
 
+    async def standing(request: web.Request) -> web.Response:
+        name = text(request, "name")
+        return reply(await service.read(lambda: recovery.standing(plane.store, name, plane.now)))
+
+    async def recover(request: web.Request) -> web.Response:
+        asked, actor = await body(request, HostRecover), request[ACTOR]
+        done, _ = await service.change(lambda: recovery.grant(plane.store, asked.name, asked.budget, plane.now, actor))
+        return reply(done)
+
+    async def unquarantine(request: web.Request) -> web.Response:
+        asked, actor = await body(request, HostRef), request[ACTOR]
+        await service.change(lambda: recovery.release(plane.store, asked.name, plane.now, actor))
+        return reply(await service.read(lambda: recovery.standing(plane.store, asked.name, plane.now)))
+
     return [
+        web.get("/v1/hosts/standing", standing),
+        web.post("/v1/hosts/recover", recover),
+        web.post("/v1/hosts/unquarantine", unquarantine),
         web.get("/v1/authority", show),
         web.post("/v1/authority/prepare", prepare),
         web.post("/v1/authority/activate", activate),

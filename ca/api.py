@@ -30,8 +30,8 @@ from identity.wire.enroll import (
     UnderlayUpdate,
 )
 from identity.wire.feed import Report
-from identity.wire.recovery import BundleReply, RecoverChallengeRequest, RecoverRequest
 from identity.wire.jwt import JwtRequest
+from identity.wire.recovery import BundleReply, RecoverChallengeRequest, RecoverRequest
 
 log = structlog.get_logger("retinue.ca.api")
 

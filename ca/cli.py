@@ -560,13 +560,22 @@ def policy_history(
 
 @app.command(epilog="Example: retinue-ca explain shop/web shop/api 8080")
 def explain(
-    src: Annotated[str, typer.Argument(metavar="SRC", help="The workload that asks.")],
-    dst: Annotated[str, typer.Argument(metavar="DST", help="The workload that is asked.")],
+    src: Annotated[str, typer.Argument(metavar="SRC", help="The workload that asks; or the word identity.")],
+    dst: Annotated[str, typer.Argument(metavar="DST", help="The workload that is asked, or whose identity it is.")],
     port: Annotated[int | None, typer.Argument(metavar="PORT", help="A port of --proto.")] = None,
     proto: Annotated[str, typer.Option(metavar="PROTO", help="tcp, udp, sctp, icmp or a number.")] = "tcp",
+    instance: Instance = 0,
     directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Why one workload may or may not reach another, and what would change it."""
+    """Why one workload may or may not reach another, and what would change it.
+
+    retinue-ca explain identity NAME: who has that identity, by which proof, since when and until when.
+    """
+    if src == "identity" and port is None:
+        from ca.cli_entry import explain_identity
+
+        explain_identity(_client(directory), dst, instance, _format(output, as_json))
+        return
     from identity.wire.admin import ExplainReply
 
     found = _client(directory).get(
@@ -628,10 +637,11 @@ client, output_of, when = _client, _format, _when  # for the command groups in m
 
 
 def _register() -> None:
-    from ca import cli_authority, cli_entry, cli_policy, cli_store
+    from ca import cli_authority, cli_entry, cli_host, cli_policy, cli_store
 
     app.add_typer(cli_authority.app, name="authority")
     app.add_typer(cli_entry.app, name="entry")
+    cli_host.register()
     from ca import cli_admin
 
     app.add_typer(cli_admin.app, name="admin")

@@ -77,6 +77,9 @@ TABLE: Final[Mapping[tuple[str, str], Rule]] = {
     ("GET", "/v1/entries"): Rule("viewer"),
     ("GET", "/v1/policy"): Rule("viewer"),
     ("GET", "/v1/policy/history"): Rule("viewer"),
+    **{("GET", f"/v1/policy/{read}"): Rule("viewer") for read in (
+        "authority", "bundle", "compare", "rollout", "ask", "flows", "inventory", "export-history",
+    )},
     ("GET", "/v1/explain"): Rule("viewer"),
     ("GET", "/v1/explain/identity"): Rule("viewer"),
     ("GET", "/v1/audit"): Rule("viewer"),
@@ -94,7 +97,16 @@ TABLE: Final[Mapping[tuple[str, str], Rule]] = {
     ("POST", "/v1/workloads/revoke"): Rule("operator", subject="name", two=True),
     ("POST", "/v1/hosts/revoke"): Rule("operator", two=True),
     ("POST", "/v1/policy"): Rule("operator"),
+    ("POST", "/v1/policy/plan"): Rule("viewer", by_id=True),  # tries, and changes nothing
+    ("POST", "/v1/policy/rollback"): Rule("operator"),
+    ("POST", "/v1/policy/rollout/start"): Rule("operator"),
+    ("POST", "/v1/policy/rollout/promote"): Rule("operator"),
+    ("POST", "/v1/policy/rollout/abort"): Rule("operator"),
+    ("POST", "/v1/policy/authority"): Rule("ca-admin", two=True),  # who may sign policy
     ("GET", "/v1/authority"): Rule("viewer"),
+    ("GET", "/v1/hosts/standing"): Rule("viewer"),
+    ("POST", "/v1/hosts/recover"): Rule("operator"),
+    ("POST", "/v1/hosts/unquarantine"): Rule("operator"),
     ("POST", "/v1/authority/prepare"): Rule("ca-admin"),
     ("POST", "/v1/authority/activate"): Rule("ca-admin"),
     ("POST", "/v1/authority/taint"): Rule("ca-admin", two=True),

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 import structlog
 
@@ -400,9 +400,15 @@ class Service:
         report = self.reports.get(row.name)
         return Host(
             name=row.name, kind=row.kind, spiffe_id=row.spiffe_id, tunnel_key=row.tunnel_key, underlay=row.underlay,
-            generation=row.generation, state="revoked" if row.state == "revoked" else "enrolled", enrolled=row.enrolled,
+            generation=row.generation, state=self._state(row), enrolled=row.enrolled,
             svid_expires=row.svid_expires, revision=report.revision if report else None, connected=row.name in self.streams,
         )  # fmt: skip
+
+    def _state(self, row: EndpointRow) -> Literal["enrolled", "quarantined", "revoked"]:
+        if row.state == "revoked":
+            return "revoked"
+        known = self.plane.mirror.world.endpoints.get(row.name)
+        return "quarantined" if row.state == "enrolled" and known is not None and known.record is None else "enrolled"
 
     def workload(self, row: InstanceRow) -> Workload:
         return Workload(

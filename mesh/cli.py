@@ -83,10 +83,11 @@ def demo(
 
 
 def _register() -> None:
-    from mesh import cli_node, cli_run
+    from mesh import cli_node, cli_recovery, cli_run
 
     cli_node.register(app)
     cli_run.register(app)
+    cli_recovery.register(app)
 
 
 _register()

@@ -25,7 +25,16 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from identity import certs
 from identity.bundle import TrustBundle
-from identity.errors import BadInput, BadState, NotVerified, RetinueError, TimedOut, Unreachable, from_wire
+from identity.errors import (
+    BadInput,
+    BadState,
+    Bug,
+    NotVerified,
+    RetinueError,
+    TimedOut,
+    Unreachable,
+    from_wire,
+)
 from identity.names import SpiffeId
 from identity.wire import Message, parse
 from identity.wire.feed import MAX_FRAME
@@ -63,7 +72,12 @@ class ClientFiles:
     key: Path
 
 
-Trust = RootPin | TrustBundle
+@dataclass(frozen=True, slots=True)
+class Unverified:
+    """Any server: good for fetching a public document that proves itself, and for nothing else."""
+
+
+Trust = RootPin | TrustBundle | Unverified
 
 
 def backoff(attempt: int, unit: float, *, base: float = 0.2, cap: float = 30.0, retry_after: float = 0.0) -> float:
@@ -94,7 +108,7 @@ def check_url(url: str) -> str:
     return f"https://{host}:{port or 443}"
 
 
-def verify_server(chain: list[bytes], trust: Trust, now: float) -> certs.Svid:
+def verify_server(chain: list[bytes], trust: RootPin | TrustBundle, now: float) -> certs.Svid:
     """Is the presenter of this DER chain (leaf first) the control plane we trust? Raises NotVerified.
 
     With a RootPin the chain must contain the pinned root itself; its leaf then also tells the trust domain.
@@ -246,13 +260,16 @@ class ControlClient:
         self._choice = _Choice.of(check_url(url))
         self._trust = trust
         self._clock = clock
+        if isinstance(trust, Unverified) and files is not None:
+            raise Bug("ca.unverified", "a certificate is shown to no server that was not verified")
         self._context = client_context(self._check, files)
         self._session: aiohttp.ClientSession | None = None
         self._server: certs.Svid | None = None
 
     def _check(self, chain: list[bytes]) -> None:
         self._server = None
-        self._server = verify_server(chain, self._trust, self._clock())
+        if not isinstance(self._trust, Unverified):
+            self._server = verify_server(chain, self._trust, self._clock())
 
     @property
     def url(self) -> str:
@@ -277,6 +294,14 @@ class ControlClient:
         if self._server is None:
             raise Unreachable("ca.unreachable", f"not connected to {self.url}")
         return self._server
+
+    def believed(self, trust: TrustBundle) -> bool:
+        """Would the server that this is connected to be accepted under this bundle?"""
+        try:
+            trust.verify_svid(self.server.chain, self._clock(), expect=self.server.spiffe_id)
+        except NotVerified:
+            return False
+        return True
 
     @property
     def server_leaf(self) -> bytes:

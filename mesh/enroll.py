@@ -277,14 +277,40 @@ async def renew(
     Raises NotVerified, or what the CA answered; the old certificate then stays in force.
     """
     hints, trust = check_underlay(underlay), bundle or enrollment.bundle
-    tls = ec.generate_private_key(ec.SECP256R1())
+    tls = renewal_key(enrollment.directory)
     request = RenewRequest(csr=certs.make_csr(tls), underlay=hints, ciphers=list(ciphers))
     if client is not None:
         reply = await client.post("/v1/renew", request, RenewReply)
     else:
         async with enrollment.client(trust, clock=clock) as own:
             reply = await own.post("/v1/renew", request, RenewReply)
-    now = int(clock())
+    return accept_renewal(enrollment, trust, reply, tls, int(clock()))
+
+
+def renewal_key(state_dir: Path) -> ec.EllipticCurvePrivateKey:
+    """The TLS key to ask a certificate for: that of an attempt whose reply was lost, or a new one, durable before use.
+
+    The CA takes a second request with the same old certificate for a lost reply only when it is for the same key.
+    """
+    pending = state_dir / ".renewing.key"
+    try:
+        key = load_private(pending)
+        if isinstance(key, ec.EllipticCurvePrivateKey):
+            return key
+    except BadState:
+        pass  # none, or torn: as good as none
+    made = ec.generate_private_key(ec.SECP256R1())
+    try:
+        write_secret(pending, private_pem(made))
+    except OSError as e:
+        raise BadState("state.write", f"cannot write {state_dir}: {e.strerror}", hint="check the disk") from None
+    return made
+
+
+def accept_renewal(
+    enrollment: Enrollment, trust: TrustBundle, reply: RenewReply, tls: ec.EllipticCurvePrivateKey, now: int
+) -> Enrollment:
+    """Verify a renewal and store it as one. Raises NotVerified, BadState; then nothing has changed."""
     newer = trust.accept_next(reply.bundle, now)
     _accept_identity(newer, reply.chain, reply.record, tls, enrollment.tunnel_key, enrollment.spiffe_id, now)
     prints = newer.fingerprints()
@@ -298,6 +324,7 @@ async def renew(
             "tls.key": private_pem(tls), "chain.pem": "".join(reply.chain).encode(), "bundle": reply.bundle.encode(),
             "record": reply.record.encode(), "endpoint.json": _seal(about, enrollment.enroll_key),
         })  # fmt: skip
+        (enrollment.directory / ".renewing.key").unlink(missing_ok=True)
     return load_enrollment(enrollment.directory)
 
 

@@ -22,6 +22,7 @@ from identity.wire.jwt import JwtReply, JwtRequest
 from mesh.control import FEED_IDLE, Busy, ControlClient, backoff
 from mesh.enroll import Enrollment, renew
 from mesh.health import Health
+from mesh.recovery import OF_NO_USE, newer_trust, recover, useless
 from mesh.summaries import APART, EVERY, Summaries
 from mesh.svid import renew_at
 from mesh.sync import Accepted, Event, FrameRefused, NeedSnapshot, RecordRefused, Refreshed, SyncMachine
@@ -65,6 +66,8 @@ class Uplink:
         self._instead = instead
         self._client: tuple[ControlClient, TrustBundle, Enrollment] | None = None
         self._tell = asyncio.Event()
+        self._trust_news = asyncio.Event()
+        self._fetched: TrustBundle | None = None  # newer trust than the feed has brought
         self.summaries = Summaries(on_denial=self.tell)
 
     async def run(self) -> None:
@@ -118,7 +121,8 @@ class Uplink:
     @property
     def trust(self) -> TrustBundle:
         """The newest bundle known."""
-        return max(self.machine.trust, self.enrollment.bundle, key=lambda b: b.sequence)
+        known = [self.machine.trust, self.enrollment.bundle, *([self._fetched] if self._fetched else [])]
+        return max(known, key=lambda b: b.sequence)
 
     # ---- feed
 
@@ -163,6 +167,11 @@ class Uplink:
                     await self._on_events(events)
                 if any(isinstance(e, NeedSnapshot) for e in events):
                     return
+                if any(isinstance(e, Accepted) and "bundle" in e.changed for e in events):
+                    self._trust_news.set()
+                    if not client.believed(self.trust):
+                        log.info("the CA's certificate is not believed any more: connecting anew")
+                        return
 
     def _lost(self, error: RetinueError) -> None:
         self._health.put("control.disconnected", "warning", f"no feed from the CA: {error.message}")
@@ -214,27 +223,31 @@ class Uplink:
     # ---- our own certificate
 
     async def _renewals(self) -> None:
-        attempt = 0
+        attempt, unit, drawn_for = 0, 0.0, -1
         while True:
             svid = self.enrollment.svid
-            now = time.time()
-            due = renew_at(svid.not_before, svid.not_after, random.random())  # noqa: S311 -- jitter
-            if svid.not_after - now < LOW_LIFE * (svid.not_after - svid.not_before):
+            if svid.serial != drawn_for:
+                # Drawn once a certificate: drawn at every look, the earliest moment would win.
+                unit, drawn_for = random.random(), svid.serial  # noqa: S311 -- jitter
+            now, life = time.time(), svid.not_after - svid.not_before
+            if svid.not_after - now < LOW_LIFE * life:
                 left = max(0, int(svid.not_after - now))
                 self._health.put("svid.expiring", "error" if left == 0 else "warning", f"our certificate ends in {left} s")
             else:
                 self._health.clear("svid.expiring")
             if attempt:
-                await asyncio.sleep(backoff(attempt, random.random(), base=2.0, cap=RENEW_CAP))  # noqa: S311 -- jitter
-            elif due > now and self._instead(self.enrollment.record.ciphers) is None:
+                cap = min(RENEW_CAP, max(1.0, life / 20))
+                await asyncio.sleep(backoff(attempt, random.random(), base=min(2.0, cap), cap=cap))  # noqa: S311 -- jitter
+            elif (due := self._due(unit)) > now and self._instead(self.enrollment.record.ciphers) is None:
                 # Short steps: the wall clock may be set, and the machine may sleep.
-                await asyncio.sleep(min(due - now, 60.0))
-                if time.time() < due:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(due - now, 60.0)):
+                        await self._trust_news.wait()
+                self._trust_news.clear()
+                if time.time() < self._due(unit):
                     continue
             try:
-                record = self.enrollment.record
-                ciphers = self._instead(record.ciphers) or record.ciphers
-                self.enrollment = await renew(self.enrollment, record.underlay, ciphers, bundle=self.trust)
+                await self._stay()
                 log.info("our certificate was renewed", expires=self.enrollment.svid.not_after)
                 # A CA that kept the promise in the record is asked again, but not at once.
                 attempt = 0 if self._instead(self.enrollment.record.ciphers) is None else attempt + 1
@@ -243,4 +256,34 @@ class Uplink:
                 attempt += 1
                 if not isinstance(e, Unreachable):
                     self._health.put("svid.refused", "error", f"our certificate cannot be renewed: {e.message}")
-                log.warning("renewal failed", code=e.code, why=e.message)
+                log.warning("renewal failed", code=e.code, why=e.message, hint=e.hint)
+
+    def _due(self, unit: float) -> float:
+        """When to renew (seconds since the epoch): in the middle of its life; sooner when what it hangs from is tainted,
+        at a moment of our own; at once when it is of no use.
+        """
+        svid, trust = self.enrollment.svid, self.trust
+        if useless(self.enrollment, trust, time.time()):
+            return 0.0
+        due = renew_at(svid.not_before, svid.not_after, unit)
+        taint = trust.taint_of(svid.chain)
+        return due if taint is None else min(due, taint.since + unit * (taint.until - taint.since))
+
+    async def _stay(self) -> None:
+        """Renew; or, when our certificate or the trust held here is of no use any more, come back by the enrolment key."""
+        record = self.enrollment.record
+        ciphers = self._instead(record.ciphers) or record.ciphers
+        if not useless(self.enrollment, self.trust, time.time()):
+            try:
+                self.enrollment = await renew(self.enrollment, record.underlay, ciphers, bundle=self.trust)
+                return
+            except RetinueError as e:
+                if e.code not in OF_NO_USE:
+                    raise
+                log.info("renewal was refused; looking for newer trust", code=e.code)
+        self._fetched = await newer_trust(self.enrollment.ca_url, self.trust)
+        if useless(self.enrollment, self._fetched, time.time()):
+            log.info("coming back by the enrolment key")
+            self.enrollment = await recover(self.enrollment, self._fetched, record.underlay, ciphers)
+        else:
+            self.enrollment = await renew(self.enrollment, record.underlay, ciphers, bundle=self._fetched)

@@ -57,7 +57,7 @@ class Host(Message):
     tunnel_key: str
     underlay: list[str]
     generation: int
-    state: Literal["enrolled", "revoked"]
+    state: Literal["enrolled", "quarantined", "revoked"]
     enrolled: int
     svid_expires: int
     revision: int | None = None  # last applied, as reported

@@ -31,6 +31,7 @@ class Server:
         self.idle = asyncio.Event()
         self.reported = asyncio.Event()
         self.clients = 0
+        self.believed = True
         self.closed = 0
 
 
@@ -47,6 +48,9 @@ class FakeClient:
 
     async def close(self) -> None:
         self.server.closed += 1
+
+    def believed(self, _trust) -> bool:
+        return self.server.believed
 
     @contextlib.asynccontextmanager
     async def stream(self, path, *, params=None, idle=0.0):
