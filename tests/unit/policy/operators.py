@@ -19,7 +19,8 @@ MAIL = "meshpolicy: 1\nscope: acme/mail\nsegments:\n  - name: mail\n    allow:\n
 class Operators:
     """alice, bob, carol (payments-lead), dave (payments-lead), erin (mail), mallory (nobody)."""
 
-    def __init__(self) -> None:
+    def __init__(self, trust_domain: str = TD) -> None:
+        self.trust_domain = trust_domain
         names = ("alice", "bob", "carol", "dave", "erin", "mallory")
         self.keys = {name: Ed25519PrivateKey.generate() for name in names}
 
@@ -28,7 +29,7 @@ class Operators:
 
     def document(self, **more: object) -> AuthorityDocument:
         values: dict[str, object] = {
-            "trust_domain": TD, "version": 1, "issued": NOW, "root": ["alice", "bob"], "threshold": 2,
+            "trust_domain": self.trust_domain, "version": 1, "issued": NOW, "root": ["alice", "bob"], "threshold": 2,
             "signers": {
                 n: PolicySigner(key=self.public(n), roles=["payments-lead"] if n in {"carol", "dave"} else [])
                 for n in ("alice", "bob", "carol", "dave", "erin")
@@ -48,11 +49,11 @@ class Operators:
         return sealed.model_dump_json()
 
     def authority(self, **more: object) -> Authority:
-        return open_authority([self.sealed(None, self.document(**more), "alice", "bob")], TD)
+        return open_authority([self.sealed(None, self.document(**more), "alice", "bob")], self.trust_domain)
 
     def next(self, known: Authority, *signers: str, **more: object) -> Authority:
         chain = [*known.texts(), self.sealed(known, self.document(**more), *signers)]
-        return open_authority(chain, TD, known=known)
+        return open_authority(chain, self.trust_domain, known=known)
 
     def bundle(self, authority: Authority, files: dict[str, str], *signers: str, base: Bundle | None = None) -> Bundle:
         made = compose(authority, base, sorted(files.items()), NOW)
