@@ -11,7 +11,7 @@ from typing import Final
 import structlog
 from aiohttp import web
 
-from ca import admin_authority, admin_entries, admin_people, admin_policy, audit
+from ca import admin_authority, admin_entries, admin_explain, admin_people, admin_policy, audit
 from ca.gate import audited, door
 from ca.http import body, errors, number, reply, text
 from ca.principals import ACTOR
@@ -51,6 +51,7 @@ def make_app(service: Service, listen: Callable[[], str]) -> web.Application:
         web.post("/v1/workloads/revoke", admin.revoke),
         *admin_entries.routes(service),
         *admin_people.routes(service),
+        *admin_explain.routes(service),
         *admin_authority.routes(service),
         *admin_policy.routes(service),
         web.get("/v1/policy", admin.policy),

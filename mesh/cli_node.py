@@ -324,18 +324,37 @@ def parse_flow(text: str) -> tuple[str, int | None]:
 
 
 def explain(
-    src: Annotated[str, typer.Argument(metavar="SRC", help="The workload that asks.")],
-    dst: Annotated[str, typer.Argument(metavar="DST", help="The workload that is asked.")],
-    flow: Annotated[str, typer.Argument(metavar="PORT", help="8080, tcp/8080, udp/53 or icmp.")],
+    src: Annotated[str, typer.Argument(metavar="SRC", help="The workload that asks; or the word identity.")],
+    dst: Annotated[str, typer.Argument(metavar="DST", help="The workload that is asked, or whose identity it is.")],
+    flow: Annotated[str, typer.Argument(metavar="PORT", help="8080, tcp/8080, udp/53 or icmp.")] = "",
+    instance: Annotated[int, typer.Option("--instance", metavar="N", min=0, help="identity: which instance.")] = 0,
+    pid: Annotated[int | None, typer.Option("--pid", metavar="PID", min=1, help="identity: is it given to this process?")] = None,
     run_dir: RunDir = None,
     output: Format = Output.TABLE,
     as_json: Json = False,
 ) -> None:
-    """Why SRC may, or may not, reach DST: the rule, the near misses, the smallest change. Exit 1 when denied."""
+    """Why SRC may, or may not, reach DST: the rule, the near misses, the smallest change. Exit 1 when denied.
+
+    retinue explain identity NAME: why this host, or a process of it, has that identity or has not; since when, until when.
+    """
+    if src == "identity" and not flow:
+        _explain_identity(run_dir, dst, instance, pid, _format(output, as_json))
+        return
+    if not flow:
+        raise BadInput("usage", "explain needs a port", hint="retinue explain web shop/api tcp/8080, or: retinue explain identity shop/api")
     proto, port = parse_flow(flow)
     found = ask(run_dir, lambda agent: agent.explain(src, dst, proto, port))
     cliout.emit(found, _format(output, as_json), human=lambda: show_explanation(found))
     if found.verdict == "deny":
+        raise typer.Exit(1)
+
+
+def _explain_identity(run_dir: Path | None, name: str, instance: int, pid: int | None, output: Output) -> None:
+    from mesh.explain_identity import lines
+
+    found = ask(run_dir, lambda agent: agent.explain_identity(name, instance, pid))
+    cliout.emit(found, output, human=lambda: print("\n".join(map(cliout.clean, lines(found)))))
+    if not found.holds:
         raise typer.Exit(1)
 
 

@@ -110,6 +110,7 @@ class LocalApi:
             web.post("/v1/attach", self._attach),
             web.post("/v1/detach", self._detach),
             web.get("/v1/explain", self._explain),
+            web.get("/v1/explain/identity", self._explain_identity),
             web.get("/v1/snapshot", self._snapshot),
             web.get("/v1/watch", self._watch),
             web.post("/v1/svid", self._svid),
@@ -156,6 +157,17 @@ class LocalApi:
         except (KeyError, ValueError):
             raise BadInput("explain.form", "explain needs src, dst, proto and perhaps a port") from None
         return _reply(await explain(self.agent, src, dst, proto, port))
+
+    async def _explain_identity(self, request: web.Request) -> web.StreamResponse:
+        from mesh.explain_identity import explain_identity
+
+        query = request.query
+        try:
+            name, instance = query["name"], int(query.get("instance", "0"))
+            pid = int(query["pid"]) if "pid" in query else None
+        except (KeyError, ValueError):
+            raise BadInput("explain.form", "explain identity needs a name, and perhaps an instance and a pid") from None
+        return _reply(explain_identity(self.agent, name, instance, pid))
 
     async def _snapshot(self, _: web.Request) -> web.StreamResponse:
         return _reply(snapshot_of(self.agent))

@@ -17,6 +17,7 @@ from identity.errors import NoPrivilege, RetinueError, TimedOut, Unreachable, fr
 from identity.wire import parse
 from identity.wire.admin import ExplainReply
 from identity.wire.enroll import SidecarTokenReply, SidecarTokenRequest
+from identity.wire.explain import IdentityExplained
 from identity.wire.local import Attach, AttachReply, Down, InstanceRef, SnapshotReply, Status, SvidFiles
 
 DEFAULT_RUN_DIR: Final = Path("/run/retinue")
@@ -60,6 +61,10 @@ class LocalClient:
     async def explain(self, src: str, dst: str, proto: str, port: int | None) -> ExplainReply:
         params = {"src": src, "dst": dst, "proto": proto} | ({"port": str(port)} if port is not None else {})
         return await self._ask("GET", "/v1/explain", ExplainReply, params=params)
+
+    async def explain_identity(self, name: str, instance: int, pid: int | None) -> IdentityExplained:
+        params = {"name": name, "instance": str(instance)} | ({"pid": str(pid)} if pid is not None else {})
+        return await self._ask("GET", "/v1/explain/identity", IdentityExplained, params=params)
 
     async def snapshot(self) -> SnapshotReply:
         return await self._ask("GET", "/v1/snapshot", SnapshotReply)

@@ -32,7 +32,7 @@ def facts_of(caller: Caller, netns: frozenset[str], *, program: bool = False, di
     """
     if not caller.alive():
         raise _gone()
-    uid, gid, groups = _credentials(caller.pid)
+    uid, gid, groups = credentials(caller.pid)
     cgroup = _cgroup(caller.pid)
     path = _program(caller.pid) if program else None
     sha256 = _digest(caller.pid) if digest else None
@@ -52,8 +52,8 @@ def _gone() -> NotAttested:
     return NotAttested("attest.gone", "the calling process has ended")
 
 
-def _credentials(pid: int) -> tuple[int, int, frozenset[int]]:
-    """Effective user and group, supplementary groups (proc(5), status)."""
+def credentials(pid: int) -> tuple[int, int, frozenset[int]]:
+    """Effective user and group, supplementary groups (proc(5), status). Raises NotAttested ``attest.gone``."""
     try:
         text = Path(f"/proc/{pid}/status").read_text(errors="replace")
     except OSError:

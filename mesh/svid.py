@@ -91,6 +91,10 @@ class WorkloadSvids:
         due = held.renew_at if taint is None else min(held.renew_at, taint.since + random.random() * (taint.until - taint.since))  # noqa: S311 -- jitter
         return replace(held, trusted=trust.sequence, renew_at=due)
 
+    def shown(self, key: InstanceKey) -> WorkloadSvid | None:
+        """What is held for an instance, without asking anybody."""
+        return self._held.get(key)
+
     def drop(self, key: InstanceKey) -> None:
         """Forget an instance's key: it is not held here any more."""
         self._held.pop(key, None)

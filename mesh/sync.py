@@ -178,6 +178,11 @@ class SyncMachine:
         """Hash of the set as received: what a report states."""
         return state_hash(self._received)
 
+    def placement(self, key: InstanceKey) -> PlacementRecord | None:
+        """The placement in force of an instance, also while it is fenced."""
+        held = self._held.get(f"placement/{key}")
+        return held.payload if held is not None and isinstance(held.payload, PlacementRecord) else None
+
     def age(self, mono: float) -> float | None:
         """Seconds since the newest heartbeat was received; None when there never was one."""
         return None if self.heartbeat is None else max(0.0, mono - self.heard)
