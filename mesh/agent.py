@@ -24,6 +24,7 @@ def agent(
     clean_on_exit: daemon.CleanOption = False,
     forget_epochs: daemon.ForgetOption = False,
     broker: daemon.BrokerOption = None,
+    alert: daemon.AlertOption = None,
     log_level: daemon.LogOption = "info",
 ) -> None:
     """Run this host's part of the mesh: tunnels, firewall and identities, from the signed state of the CA.
@@ -40,7 +41,7 @@ def agent(
     asyncio.run(serve(AgentConfig(
         state_dir=state_dir, run_dir=run_dir, interface=daemon.check_interface(interface), listen_port=listen_port,
         device=daemon.check_device(device), engine=engine, mtu=mtu, clean_on_exit=clean_on_exit, forget_epochs=forget_epochs,
-        lease=lease, stale_max=stale_max, broker=broker,
+        lease=lease, stale_max=stale_max, broker=broker, alerts=daemon.check_alerts(alert),
     )))  # fmt: skip
 
 

@@ -83,9 +83,10 @@ def demo(
 
 
 def _register() -> None:
-    from mesh import cli_node, cli_recovery, cli_run
+    from mesh import cli_flows, cli_node, cli_recovery, cli_run
 
     cli_node.register(app)
+    cli_flows.register(app)
     cli_run.register(app)
     cli_recovery.register(app)
 

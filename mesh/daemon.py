@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from identity.errors import BadInput
+
+if TYPE_CHECKING:
+    from mesh.alerts import Sink
 
 STATE_DIR = Path("/var/lib/retinue")
 RUN_DIR = Path("/run/retinue")
@@ -63,12 +66,29 @@ BrokerOption = Annotated[
         metavar="PATH", envvar="RETINUE_BROKER", help="Socket of retinue-broker, which enters namespaces for an agent that is not root."
     ),
 ]
+AlertOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--alert", metavar="NAME=URL", envvar="RETINUE_ALERT",
+        help="Where alerts of a policy's sink go (page, log, webhook): https://..., unix:/PATH, syslog:/dev/log or syslog://HOST:PORT.",
+    ),
+]  # fmt: skip
 ForgetOption = Annotated[
     bool,
     typer.Option(
         "--forget-epochs", help="Give up a damaged epochs.json (older placements could then be replayed)."
     ),
 ]
+
+
+def check_alerts(given: list[str] | None) -> tuple[Sink, ...]:
+    """The sinks of ``--alert``. Raises BadInput."""
+    from mesh.alerts import Sink
+
+    found = tuple(Sink.parse(one) for one in given or ())
+    if len({sink.name for sink in found}) != len(found):
+        raise BadInput("alert.sink", "one alert sink is given twice", hint="give each of page, log and webhook once")
+    return found
 
 
 def configure_logging(level: str) -> None:

@@ -24,9 +24,10 @@ from typing import Final
 
 from identity.errors import RetinueError, Unreachable
 from mesh.devices import Choice, Device, DeviceConfig, PeerState, after, choose, peer_changes
-from mesh.firewall import DeniedFlow, Firewall
+from mesh.firewall import DeniedFlow, Firewall, log_group
 from mesh.host import HostNet
 from mesh.inside import Places
+from mesh.netfilter import Handler, Listener
 from mesh.nft import Watcher
 from mesh.plan import Changes, Note, Plan, diff
 from mesh.snapshot import InstanceKey
@@ -298,6 +299,36 @@ class DataPlane:
             self.config.on_event(Event(code, text, instance))
 
     # ---- read
+
+    def listen(self, handle: Handler) -> tuple[list[Listener], list[str]]:
+        """Sockets that tell of connections and of logged packets, and why one of them is missing."""
+        with contextlib.suppress(RetinueError, OSError):
+            self.host.count_connections()
+        begins: tuple[tuple[str, Callable[[Listener], None]], ...] = (
+            ("connections", Listener.watch_connections),
+            ("refusals", lambda one: one.bind_log(log_group(self.config.interface))),
+        )
+        found: list[Listener] = []
+        missing: list[str] = []
+        for what, begin in begins:
+            one: Listener | None = None
+            try:
+                one = Listener(handle)
+                begin(one)
+                found.append(one)
+            except (RetinueError, OSError) as e:
+                if one is not None:
+                    one.close()
+                missing.append(f"{what} are not recorded: {e.message if isinstance(e, RetinueError) else e.strerror}")
+        return found, missing
+
+    async def verdicts(self) -> dict[str, int]:
+        """Packets by verdict since the table was made."""
+        return await self.firewall.verdicts()
+
+    async def noted(self, kind: str) -> list[DeniedFlow]:
+        """Flows ``denied`` or ``audited`` lately."""
+        return await self.firewall.noted(kind)
 
     async def counters(self) -> Counters:
         """What the device and the firewall have counted."""

@@ -26,6 +26,7 @@ from identity.wire.enroll import Cipher
 from identity.wire.feed import Report
 from identity.wire.local import Attach
 from mesh import broker, policy_trust, svid_files
+from mesh.alerts import AlertDesk, Sink
 from mesh.attachments import Attachments
 from mesh.compile import Compiler, LocalAttachment, LocalFacts, running
 from mesh.dataplane import DataPlane, PlaneConfig
@@ -33,8 +34,10 @@ from mesh.dataplane import Event as PlaneEvent
 from mesh.devices import Choice
 from mesh.devices.offers import broken
 from mesh.enroll import Enrollment, load_enrollment
+from mesh.flows import Directory
 from mesh.health import Health
 from mesh.plan import Plan
+from mesh.recorder import Recorder
 from mesh.sd_notify import notify
 from mesh.identities import placed_here
 from mesh.jwt_svid import JwtSvids
@@ -71,6 +74,7 @@ class AgentConfig:
     lease: float = LEASE
     stale_max: float = STALE_MAX
     broker: Path | None = None
+    alerts: tuple[Sink, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +115,8 @@ class Agent:
             mtu=config.mtu, device=config.device, engine=config.engine, on_event=self._on_plane_event,
             places=None if config.broker is None else broker.use(config.broker),
         ))  # fmt: skip
+        desk = AlertDesk(enrollment.endpoint, config.alerts, config.state_dir, tell=self._tell)
+        self.recorder = Recorder(enrollment.endpoint, self.plane, config.state_dir, desk, tell=self._tell)
         self.in_force: InForce | None = None
         self.changed = asyncio.Condition()
         self.clean = config.clean_on_exit
@@ -144,8 +150,10 @@ class Agent:
         """
         self._restore()
         await self.plane.start()
+        self.recorder.start()
         await self._apply()
         tasks = [
+            asyncio.create_task(self._recording(), name="recorder"),
             asyncio.create_task(self._applying(), name="apply"),
             asyncio.create_task(self.uplink.run(), name="uplink"),
             asyncio.create_task(stop.wait(), name="stop"),
@@ -161,7 +169,24 @@ class Agent:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             self.attachments.close()
+            await self.recorder.stop()
             await self.plane.stop(clean=self.clean)
+
+    async def _recording(self) -> None:
+        """Without its records a host enforces all the same: a fault of theirs ends nothing."""
+        while True:
+            try:
+                await self.recorder.run()
+            except Exception:
+                log.exception("the flow recorder failed; it starts again")
+                self._tell("flows.off", "the flow recorder failed; see the log")
+                await asyncio.sleep(RETRY_PLACES)
+
+    def _tell(self, code: str, text: str | None) -> None:
+        if text is None:
+            self.health.clear(code)
+        else:
+            self.health.put(code, "warning", text)
 
     def _restore(self) -> None:
         """What was in force before, verified again. Damage is said loudly; then nothing of it is used."""
@@ -276,6 +301,7 @@ class Agent:
         self.svids.keep_only(frozenset(held))
         self.jwts.keep_only(frozenset(held))
         self._conditions(plan, view, dict(applied.failed))
+        self._record_as(plan, view, now)
         if applied.failed:
             asyncio.get_running_loop().call_later(RETRY_PLACES, self.touch)
         if applied.changes:
@@ -286,6 +312,12 @@ class Agent:
         self.uplink.tell()
         async with self.changed:
             self.changed.notify_all()
+
+    def _record_as(self, plan: Plan, view: View, now: int) -> None:
+        policy = view.snapshot.policy
+        there = running(view.snapshot.placements)
+        program = None if policy is None else self.compiler.classes(policy, now, there).program
+        self.recorder.update(Directory(self.enrollment.endpoint, plan, view.snapshot, program), plan)
 
     def _facts(self, view: View) -> LocalFacts:
         return LocalFacts(

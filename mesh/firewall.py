@@ -48,11 +48,13 @@ from policy.ports import ICMP, ICMPV6, NOTHING, PortMap, proto_name, proto_numbe
 Sets = dict[str, set[str]]
 
 PORTED_PROTOCOLS: Final = "meta l4proto { 6, 17, 132 }"
-DENIED_SIZE: Final = 4096
+DENIED_SIZE: Final = 8192
+SOURCE_RATE: Final = 4  # new flows a second that one sender may have noted, so that it leaves room for the others
+SOURCE_BURST: Final = 1200  # and so many at once
 DENIED_TIMEOUT: Final = 300  # seconds
 COUNTERS: Final = ("accepted", "denied", "strangers", "spoofed", "outside", "invalid", "audited", "limited", "unlogged")
 LOG_GROUP: Final = 0x5254  # plus the slot of the interface; a group belongs to one namespace
-LOG_RATE: Final = 500  # a second, of each kind
+LOG_RATE: Final = 1000  # a second, of each kind
 LOG_BYTES: Final = 128  # of a packet: both headers
 LIMITS: Final = "limits"  # in Sets: the limit objects, as "name rate"
 _BURST: Final = 131_072  # bytes; a superpacket has to fit
@@ -409,18 +411,23 @@ def _sets(family: int, address: str) -> list[str]:
         f"set self{family} {{ type {ends}; }}",
         f"set denied{family} {{ type {flow}; {noted} }}",
         f"set audited{family} {{ type {flow}; {noted} }}",
+        *(f"set {kind}_by{family} {{ type {address}; size {DENIED_SIZE}; flags dynamic,timeout; timeout {DENIED_TIMEOUT}s; }}"
+          for kind in NOTED),
     ]  # fmt: skip
 
 
 def _note(chain: str, kind: str, group: int) -> str:
     """Remember a flow under the tuple of its first packet, and log that packet.
 
-    A flow that is known is only counted; one that finds the set full is neither remembered nor logged, but counted.
+    A flow that is known is only counted; one that finds the set full, or whose sender has begun too many, is neither
+    remembered nor logged, but counted.
     Protocols are numbers throughout: names need /etc/protocols, which a minimal system does not have.
     """
-    out = f"""
-chain {chain}_log {{
-    limit rate {LOG_RATE}/second burst {LOG_RATE} packets log prefix "{kind}" group {group} snaplen {LOG_BYTES} return
+    out = ""
+    for suffix, prefix in (("", kind), ("_back", f"{kind}-reply")):
+        out += f"""
+chain {chain}_log{suffix} {{
+    limit rate {LOG_RATE}/second burst {2 * LOG_RATE} packets log prefix "{prefix}" group {group} snaplen {LOG_BYTES} return
     goto unlogged
 }}"""
     for family in (4, 6):
@@ -430,7 +437,8 @@ chain {chain}_log {{
             out += f"""
 chain {chain}{suffix}{family} {{
     {flow} {held} update {held} {{ {flow} }} return
-    update {held} {{ {flow} }} goto {chain}_log
+    update @{kind}_by{family} {{ {ip} saddr limit rate over {SOURCE_RATE}/second burst {SOURCE_BURST} packets }} goto unlogged
+    update {held} {{ {flow} }} goto {chain}_log{suffix}
     goto unlogged
 }}"""
         # Without ports nothing can be looked up that ends in a constant: these are counted, and read from the set.

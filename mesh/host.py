@@ -69,6 +69,13 @@ class HostNet:
 
         await self._run(work)
 
+    def count_connections(self) -> None:
+        """Let connection tracking count bytes, for the flow records; undone by `clean`."""
+        name = "netfilter/nf_conntrack_acct"
+        if netns.sysctl(name) == "0":
+            self._remember(name)
+            netns.sysctl(name, "1")
+
     async def device_up(self, mtu: int) -> None:
         """Settings of the tunnel device once it exists. Raises NotFound."""
 

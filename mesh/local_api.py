@@ -35,6 +35,7 @@ from identity.wire.local import (
     Status,
     SvidFiles,
 )
+from mesh import flow_api
 from mesh.compile import running
 from mesh.plan import AttachmentPlan
 from mesh.snapshot import InstanceKey, instance_key
@@ -105,6 +106,7 @@ class LocalApi:
 
     async def __aenter__(self) -> Self:
         app = web.Application(middlewares=[guard], client_max_size=MAX_BODY)
+        app.add_routes(flow_api.routes(self.agent))
         app.add_routes([
             web.get("/v1/status", self._status),
             web.post("/v1/attach", self._attach),

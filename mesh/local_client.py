@@ -93,6 +93,20 @@ class LocalClient:
             raise self._unreachable(e) from None
         raise Unreachable("agent.gone", "the agent ended")
 
+    async def lines(self, path: str, params: Mapping[str, str]) -> AsyncIterator[bytes]:
+        """The lines of an answer, as they come."""
+        try:
+            async with self._open().get(f"http://agent{path}", params=params) as response:
+                if response.status != 200:
+                    raise from_wire(response.status, _json(await response.read()))
+                buffer = b""
+                async for chunk in response.content.iter_any():
+                    *lines, buffer = (buffer + chunk).split(b"\n")
+                    for line in lines:
+                        yield line
+        except (aiohttp.ClientError, OSError) as e:
+            raise self._unreachable(e) from None
+
     def _open(self) -> aiohttp.ClientSession:
         assert self._session is not None, "used outside of its context"
         return self._session

@@ -254,6 +254,15 @@ class FakePlane:
         peers = {key: PeerState(underlay="192.0.2.7:1", latest_handshake=5, rx_bytes=10, tx_bytes=20) for key in self.plans[-1].peers}
         return Counters(peers, {}, (), 7)
 
+    def listen(self, handle: object) -> tuple[list[object], list[str]]:
+        return [], []
+
+    async def verdicts(self) -> dict[str, int]:
+        return {}
+
+    async def noted(self, kind: str) -> list[object]:
+        return []
+
     async def stop(self, *, clean: bool) -> None:
         self.stopped = clean
 
