@@ -36,11 +36,11 @@ from mesh.devices.offers import broken
 from mesh.enroll import Enrollment, load_enrollment
 from mesh.flows import Directory
 from mesh.health import Health
+from mesh.identities import placed_here
+from mesh.jwt_svid import JwtSvids
 from mesh.plan import Plan
 from mesh.recorder import Recorder
 from mesh.sd_notify import notify
-from mesh.identities import placed_here
-from mesh.jwt_svid import JwtSvids
 from mesh.snapshot import InstanceKey, Snapshot, instance_key
 from mesh.state import StateDir
 from mesh.svid import WorkloadSvids
