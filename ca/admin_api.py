@@ -11,7 +11,7 @@ from typing import Final
 import structlog
 from aiohttp import web
 
-from ca import admin_authority, admin_entries, admin_explain, admin_people, admin_policy, audit
+from ca import admin_authority, admin_entries, admin_explain, admin_people, admin_policy, audit, log_api
 from ca.gate import audited, door
 from ca.http import body, errors, number, reply, text
 from ca.principals import ACTOR
@@ -60,6 +60,7 @@ def make_app(service: Service, listen: Callable[[], str]) -> web.Application:
         web.get("/v1/explain", admin.explain),
         web.get("/v1/audit", admin.audit),
         web.get("/v1/audit/verify", admin.verify),
+        *log_api.routes(service),
     ])  # fmt: skip
     return app
 

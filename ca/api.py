@@ -17,6 +17,7 @@ from aiohttp import web
 
 from ca.feed import Frame
 from ca.http import Buckets, Handler, body, errors, number, peer_chain, reply, source, text
+from ca.log_api import prove
 from ca.rows import EndpointRow
 from ca.service import Service, Stream
 from identity import certs
@@ -31,6 +32,7 @@ from identity.wire.enroll import (
 )
 from identity.wire.feed import Report
 from identity.wire.jwt import JwtRequest
+from identity.wire.log import LogRequest
 from identity.wire.recovery import BundleReply, RecoverChallengeRequest, RecoverRequest
 
 log = structlog.get_logger("retinue.ca.api")
@@ -71,6 +73,7 @@ def make_app(
         web.post("/v1/underlay", api.member(api.underlay)),
         web.post("/v1/report", api.member(api.report)),
         web.get("/v1/explain", api.member(api.explain)),
+        web.post("/v1/log", api.member(api.log)),
         web.get("/v1/feed", api.feed),
     ])  # fmt: skip
     return app
@@ -179,6 +182,10 @@ class _Api:
         src, dst, proto = text(request, "src"), text(request, "dst"), request.query.get("proto", "tcp")
         port = number(request, "port")
         return reply(await self._service.read(lambda: self._plane.explain_for(caller, src, dst, proto, port)))
+
+    async def log(self, request: web.Request, _: EndpointRow) -> web.Response:
+        asked = await body(request, LogRequest)
+        return reply(await self._service.read(lambda: prove(self._plane, asked)))
 
     async def feed(self, request: web.Request) -> web.StreamResponse:
         caller, expires = await self._caller(request)

@@ -165,6 +165,13 @@ class Log:
         index: int | None = tx.execute(query).scalar_one()
         return None if index is None else (index, self._tree(tx, size).inclusion(index))
 
+    def inclusions(self, tx: Connection, found: Collection[str], size: int) -> dict[str, tuple[int, list[bytes]]]:
+        """`inclusion` of many: those that are there."""
+        c = ledger.c
+        query = select(c.hash, func.min(c.leaf)).where(c.hash.in_(found), c.leaf < size).group_by(c.hash)
+        tree = self._tree(tx, size)
+        return {leaf: (index, tree.inclusion(index)) for leaf, index in tx.execute(query).all()}
+
     def consistency(self, tx: Connection, earlier: int, size: int) -> list[bytes]:
         """The path from one size to a later one. Raises BadInput for sizes that are not of this log."""
         if not 0 <= earlier <= size <= self.head(tx).size:

@@ -14,13 +14,15 @@ from typing import Final, Literal
 import structlog
 
 from identity.bundle import TrustBundle
-from identity.errors import RetinueError, Unreachable
+from identity.errors import BadState, NotVerified, RetinueError, Unreachable
 from identity.wire.admin import ExplainReply
 from identity.wire.enroll import Cipher, SidecarTokenReply, SidecarTokenRequest, SvidReply, SvidRequest
 from identity.wire.feed import Report
 from identity.wire.jwt import JwtReply, JwtRequest
+from identity.wire.log import MAX_LEAVES, LogReply
 from mesh.control import FEED_IDLE, Busy, ControlClient, backoff
 from mesh.enroll import Enrollment, renew
+from mesh.heads import Heads
 from mesh.health import Health
 from mesh.recovery import OF_NO_USE, newer_trust, recover, useless
 from mesh.summaries import APART, EVERY, Summaries
@@ -29,6 +31,7 @@ from mesh.sync import Accepted, Event, FrameRefused, NeedSnapshot, RecordRefused
 
 FEED_CAP: Final = 5.0  # seconds, ceiling of the wait before reconnecting
 RENEW_CAP: Final = 300.0
+LOG_EVERY: Final = 60.0  # seconds between two looks at the transparency log, at most
 LOW_LIFE: Final = 0.25  # of the certificate's life left: say so
 
 log = structlog.get_logger("retinue.uplink")
@@ -68,6 +71,7 @@ class Uplink:
         self._tell = asyncio.Event()
         self._trust_news = asyncio.Event()
         self._fetched: TrustBundle | None = None  # newer trust than the feed has brought
+        self.log_every = LOG_EVERY
         self.summaries = Summaries(on_denial=self.tell)
 
     async def run(self) -> None:
@@ -77,6 +81,7 @@ class Uplink:
                 tasks.create_task(self._feed(), name="feed")
                 tasks.create_task(self._reports(), name="reports")
                 tasks.create_task(self._renewals(), name="renewals")
+                tasks.create_task(self._log_watch(), name="log")
         finally:
             await self.close()
 
@@ -219,6 +224,39 @@ class Uplink:
                 log.info("a report could not be sent", code=e.code, why=e.message)
                 attempt += 1
                 asyncio.get_running_loop().call_later(backoff(attempt, random.random(), cap=5.0), self._tell.set)  # noqa: S311 -- jitter
+
+    # ---- the transparency log
+
+    async def _log_watch(self) -> None:
+        """Ask for the log's head and for proofs of what is in force; what does not fit is a condition, nothing more."""
+        try:
+            heads = Heads(self.enrollment.directory)
+        except BadState as e:
+            self._health.put("log.state", "error", e.message)
+            return
+        while True:
+            more = heads.pending > MAX_LEAVES
+            await asyncio.sleep(random.uniform(0.5, 1.0) if more else self.log_every * random.uniform(0.5, 1.0))  # noqa: S311 -- jitter
+            if self.control == "disconnected":
+                continue
+            asked = heads.ask(self.machine.objects, boottime())
+            try:
+                reply = await (await self._current()).post("/v1/log", asked, LogReply, timeout=10.0)
+                findings = heads.take(asked, reply, self.trust, boottime())
+            except NotVerified as e:
+                self._health.put("log.proof", "error", f"the transparency log does not prove what it says: {e.message}")
+                continue
+            except RetinueError as e:
+                if e.code == "log.size":
+                    self._health.put("log.fork", "error", e.message)
+                log.info("the transparency log could not be asked", code=e.code, why=e.message)
+                continue
+            self._health.clear("log.proof")
+            for found in findings:
+                if found.text is None:
+                    self._health.clear(found.code)
+                else:
+                    self._health.put(found.code, "warning" if found.code == "log.restarted" else "error", found.text)
 
     # ---- our own certificate
 
