@@ -62,7 +62,7 @@ class Bench:
                 self.labs.callback(pair.down)
                 pair.up()
                 (_, far), pids = subject.start(pair)
-        except Exception as e:  # noqa: BLE001  # one subject must not end the run
+        except Exception as e:  # one subject must not end the run
             print(f"left out {subject.name}: {e}", file=sys.stderr)
             return
         self.take(subject.name, idle(pids))

@@ -76,10 +76,8 @@ def _panel(name: str, more: bool, rows: Sequence[Mapping[str, Any]], x: int, y: 
     marks = ticks(max(float(r["max"]) for r in rows) or 1.0)
     room = (WIDTH - LEFT - 62) / marks[-1]
     good = "more is better" if more else "less is better"
-    out = [
-        f'<text x="{x}" y="{y + 20}" font-size="14.5" font-weight="bold">{escape(name)}'
-        f'<tspan font-size="12.5" font-weight="normal" fill="#50555b">  {escape(str(rows[0]["unit"]))}, {good}</tspan></text>'
-    ]
+    unit = f'<tspan font-size="12.5" font-weight="normal" fill="#50555b">  {escape(str(rows[0]["unit"]))}, {good}</tspan>'
+    out = [f'<text x="{x}" y="{y + 20}" font-size="14.5" font-weight="bold">{escape(name)}{unit}</text>']
     bottom = y + TOP + ROW * len(rows) - 4
     for mark in marks:
         at = x + LEFT + room * mark
