@@ -203,10 +203,10 @@ class Rollouts:
         """The one that runs, or the last one; None before the first."""
         with self._desk.store.read() as tx:
             c = schema.rollouts.c
-            found = tx.execute(select(c.data).order_by(c.started.desc(), c.id.desc()).limit(1)).scalar()
+            found = tx.execute(select(c.data, c.state, c.ended).order_by(c.started.desc(), c.id.desc()).limit(1)).first()
             if found is None:
                 return None
-            one = _read(found)
+            one = _read(*found)
             return one, self._watched(tx, one, now)
 
     # ---- by reports and time
@@ -275,7 +275,8 @@ class Rollouts:
 
     @staticmethod
     def _get(tx: Connection, rollout: str) -> Rollout:
-        return _read(tx.execute(select(schema.rollouts.c.data).where(schema.rollouts.c.id == rollout)).scalar_one())
+        c = schema.rollouts.c
+        return _read(*tx.execute(select(c.data, c.state, c.ended).where(c.id == rollout)).one())
 
     def _running(self, tx: Connection) -> tuple[Rollout, PolicyRow, PolicyTrial]:
         found, current = self._id(tx), newest(tx)
@@ -355,8 +356,9 @@ def _data(one: Rollout) -> str:
     return json.dumps(asdict(one))
 
 
-def _read(text: str) -> Rollout:
-    return Rollout(**json.loads(text))
+def _read(text: str, state: State, ended: int | None) -> Rollout:
+    """The columns lead: a new authority may end a rollout, too (ca/policies.py)."""
+    return Rollout(**{**json.loads(text), "state": state, "ended": ended})
 
 
 def _show(one: Denial) -> str:
