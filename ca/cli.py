@@ -637,7 +637,7 @@ client, output_of, when = _client, _format, _when  # for the command groups in m
 
 
 def _register() -> None:
-    from ca import cli_authority, cli_entry, cli_host, cli_policy, cli_store
+    from ca import cli_authority, cli_entry, cli_host, cli_log, cli_policy, cli_store
 
     app.add_typer(cli_authority.app, name="authority")
     app.add_typer(cli_entry.app, name="entry")
@@ -647,6 +647,7 @@ def _register() -> None:
     app.add_typer(cli_admin.app, name="admin")
     app.command("approve", epilog="Example: retinue-ca approve a-0123456789")(cli_admin.approve)
     app.command("approvals", epilog="Example: retinue-ca approvals")(cli_admin.approvals)
+    cli_log.register(audit_app)
     cli_store.register(app)
     cli_policy.register()
 
