@@ -182,6 +182,7 @@ class Site:
                 end.process.wait(5)
             end.process.kill()
             end.process.wait()
+            (UAPI / f"{end.interface}.sock").unlink(missing_ok=True)  # of one that was killed
         for name in self.spaces:
             subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
 

@@ -228,13 +228,13 @@ def handshake_time(end: End, far: End) -> int:
 
 
 def test_our_side_rekeys_by_its_timer_and_the_reference_follows(tmp_path: Path) -> None:
-    """Our boot clock runs forty times as fast: REKEY_AFTER_TIME is three seconds away. Not a ping is lost over four rekeys."""
-    with two_ends(OURS, THEIRS, tmp_path, outer=4, env=(shim(rate=40), {})) as (a, b):
+    """Our boot clock runs sixty times as fast: REKEY_AFTER_TIME is two seconds away. Not a ping is lost over three rekeys."""
+    with two_ends(OURS, THEIRS, tmp_path, outer=4, env=(shim(rate=60), {})) as (a, b):
         a.ping(b.tunnel[0])
         seen = {handshake_time(b, a)}
         lost = 0
         deadline = time.monotonic() + 40
-        while len(seen) < 5:
+        while len(seen) < 4:
             assert time.monotonic() < deadline, f"{len(seen)} handshakes"
             lost += not a.pings("-c", "5", "-i", "0.1", "-W", "2", b.tunnel[0])
             seen.add(handshake_time(b, a))

@@ -114,7 +114,7 @@ def test_a_source_address_belongs_to_one_key(first: list[str], second: list[str]
             b.sh("ip", "route", "replace", route, "dev", device)
 
         def answered(source: str, target: str) -> bool:
-            return a.pings("-c", "1", "-W", "1", "-I", source, target)
+            return a.pings("-c", "1", "-W", "0.5", "-I", source, target)
 
         assert not answered("10.98.7.7", b.tunnel[0]), "not in the list of its key"
         assert not answered("fd98::7:7", b.tunnel[1])

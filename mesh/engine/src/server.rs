@@ -66,8 +66,11 @@ impl Server {
             _ => {}
         }
         // Born with 0600: no moment in which others could connect.
-        let listener = with_umask(0o177, || UnixListener::bind(&path));
-        let listener = listener.map_err(fail)?;
+        // And listening before it has its name: a `wg` that is refused takes the file for a dead
+        // engine's and removes it.
+        let unready = path.with_extension(format!("{}.new", std::process::id()));
+        let listener = with_umask(0o177, || UnixListener::bind(&unready)).map_err(fail)?;
+        std::fs::rename(&unready, &path).map_err(fail)?;
         listener.set_nonblocking(true).map_err(fail)?;
         Ok(Self { listener, path, live: Arc::new(AtomicUsize::new(0)) })
     }
