@@ -37,7 +37,7 @@ fn corpora_and_their_mutations_keep_every_promise() {
         for s in &seeds {
             target(s);
         }
-        let rounds = if matches!(name, "datagrams" | "handshake") { 1_500 } else { 20_000 };
+        let rounds = if matches!(name, "datagrams" | "handshake") { 800 } else { 10_000 };
         for _ in 0..rounds {
             let seed = &seeds[rng.below(seeds.len() as u64) as usize];
             target(&mutate(&mut rng, seed));
