@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(HOME)/.cargo/bin:$(PATH):/usr/sbin:/sbin
 CARGO := cargo --quiet
 CRATE := --manifest-path mesh/engine/Cargo.toml
 
-.PHONY: attacks fuzz differential help setup demo test check test-unit test-native test-netns test-kernel bench bench-floor docs docs-check sbom lock clean
+.PHONY: attacks fuzz differential rotation help setup demo test check test-unit test-native test-netns test-kernel bench bench-floor docs docs-check sbom lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -51,6 +51,9 @@ test-kernel: setup  ## the kernel's WireGuard: Debian's kernel booted in qemu, n
 
 differential: setup  ## 100,000 random flows, evaluator against packets (root)
 	@CI=true RETINUE_FLOWS=100000 $(BIN)/python -m pytest -s tests/netns/test_differential.py
+
+rotation: setup  ## replace the whole authority under traffic, 200 identities (root)
+	@CI=true RETINUE_ROTATION_IDENTITIES=200 RETINUE_ROTATION_SPREAD=40 $(BIN)/python -m pytest -s tests/netns/test_rotation.py
 
 bench: setup  ## speed beside no tunnel, wireguard-go and nebula, and the table of ratios; writes out/bench.json (root)
 	@$(BIN)/python -m tests.bench $(ARGS)
