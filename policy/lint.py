@@ -6,7 +6,9 @@
     L04 not hit in N days        L09 grant expired or endless   L14 more rules than the budget
     L05 broader than observed    L10 one-sided consent          L15 a way round to a sensitive segment
 
-L03, L06, L12, L13 and L15 need an inventory, L04 and L05 observed flows; without them they say nothing.
+L03, L06, L12, L13 and L15 need an inventory, L04 and L05 observed flows; without them they say nothing. A budget that a
+segment states itself (rules, unused_ratio) is an error when it is spent; the ones here are advice. All judge what is
+enforced once every audit has ended. The numbers behind L05, L06, L07 and L14 are policy/segmentation.py's.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from policy.evaluate import applies, matches
 from policy.model import Policy, Segment
 from policy.ports import PortMap, whole
 from policy.program import Action, Everything, Program, Rule, Selector, Subject, Where
+from policy.segmentation import OVER, RULES, numbers
 from policy.selectors import both
 from policy.test import run_tests
 from policy.windows import DAY, show_instant
@@ -32,7 +35,8 @@ ORDER: Final[Mapping[Severity, int]] = {"error": 0, "warning": 1, "info": 2}
 NEVER_HIT_DAYS: Final = 30
 UNUSED_RATIO: Final = 0.5  # share of permitted pairs nobody used
 GRANT_DAYS: Final = 90
-SEGMENT_RULES: Final = 200
+SEGMENT_RULES: Final = RULES
+MANY_GROUPS: Final = 4  # fewer groups are no pattern
 MANY_PORTS: Final = whole(6)
 
 
@@ -63,7 +67,7 @@ def lint(
     label_keys: Iterable[str] | None = None,
 ) -> list[Finding]:  # fmt: skip
     """All findings, worst first. label_keys: the keys that the authority issues, where that is known."""
-    program = compile_policy(policy, now)
+    program = compile_policy(policy, now, audit=False)
     found = [
         *_shadowed(program),
         *_empty(policy, program, subjects),
@@ -74,6 +78,7 @@ def lint(
     found += [*_labels(policy, subjects, label_keys), *_ways_round(policy, program, subjects)]
     if subjects:
         found += _tests(policy, program, subjects)
+        found += _numbers(policy, program, subjects, flows)
     if flows is not None:
         found += _observed(program, subjects, flows, now)
     return sorted(found, key=lambda f: (ORDER[f.severity], f.code, str(f.where), f.message))
@@ -242,11 +247,36 @@ def _segments(policy: Policy, now: int | None) -> Iterator[Finding]:
         if len(segment.rules) > limit:
             yield Finding(
                 "L14",
-                "warning",
+                "error" if segment.budget.rules is not None else "warning",
                 f"segment {segment.name} has {len(segment.rules)} rules; its budget is {limit}",
                 segment.where,
                 "merge rules, or split the segment",
             )
+
+
+def _numbers(
+    policy: Policy, program: Program, subjects: Sequence[Subject], flows: Sequence[Flow] | None
+) -> Iterator[Finding]:
+    found = numbers(policy, program, subjects, None if flows is None else [(f.src, f.dst, f.proto, f.port) for f in flows])
+    if found.groups >= MANY_GROUPS and found.over > OVER:
+        yield Finding("L07", "warning", f"{found.over:.0%} of {found.groups} groups have one member or the rights of another: over-segmented "
+                      f"(budget {OVER:.0%}; {found.rights} different rights)", policy.groups[0].where, "merge groups that may do the same")  # fmt: skip
+    where = {g.name: g.where for g in policy.groups}
+    held = {g.name: {s.name for s in subjects if matches(g.selector, s)} for g in policy.groups}
+    for one, other in found.same:
+        if held[one] == held[other]:
+            continue  # _groups has said so
+        yield Finding("L07", "info", f"nothing in the policy tells group {other} from group {one}", where[other], f"merge {other} into {one}")
+    by_name = {s.name: s for s in policy.segments}
+    for segment in found.segments:
+        own = by_name[segment.name].budget.unused_ratio is not None
+        if segment.under and (own or segment.used):  # where nothing was used, L04 says it rule by rule
+            yield Finding(
+                "L05", "error" if own else "info",
+                f"{segment.unused:.0%} of the {segment.pairs} pairs that segment {segment.name} permits were never seen: under-segmented "
+                f"(budget {segment.unused_budget:.0%})",
+                by_name[segment.name].where, "narrow its rules: retinue policy draft shows the least that was used",
+            )  # fmt: skip
 
 
 def _tests(policy: Policy, program: Program, subjects: Sequence[Subject]) -> Iterator[Finding]:
