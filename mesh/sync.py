@@ -28,6 +28,7 @@ from identity.records import (
     PlacementRecord,
     PolicyRecord,
     state_hash,
+    unverified,
 )
 from identity.wire import feed
 from mesh.acceptance import ENTRIES, TAKEN, Held, Mark, Rules, overtaken, settle_addresses
@@ -290,8 +291,11 @@ class SyncMachine:
         heard: the `mono` at which the newest heartbeat arrived, None when the machine was restarted since. Then only the
         wall clock can tell its age, and strict instances stay fenced until a newer one arrives.
         """
-        next_trust = self._next_trust(objects, wall, restoring=True)
         try:
+            # A clock that is behind (no battery, before NTP) is no reason to forget everything: a heartbeat that holds
+            # under the trust it leads to says that this much time has passed.
+            passed = unverified(Heartbeat, heartbeat, trust_domain=self._domain.name).time
+            next_trust = self._next_trust(objects, max(wall, passed), restoring=True)
             beat = self._heartbeat(next_trust.trust, heartbeat, float("inf"))
             covers = self._heartbeat(next_trust.trust, proof, float("inf"))
             self._fits(covers, position.timeline, position.revision)
