@@ -23,14 +23,16 @@ from pathlib import Path
 from typing import Final
 
 from identity.errors import RetinueError, Unreachable
+from mesh import netns
 from mesh.devices import Choice, Device, DeviceConfig, PeerState, after, choose, peer_changes
 from mesh.firewall import DeniedFlow, Firewall, log_group
 from mesh.host import HostNet
 from mesh.inside import Places
-from mesh.netfilter import Handler, Listener
+from mesh.netfilter import Handler, Listener, Tracked, forget, listing
 from mesh.nft import Watcher
-from mesh.plan import Changes, Note, Plan, diff
+from mesh.plan import Changes, Note, Plan, diff, elements_of
 from mesh.snapshot import InstanceKey
+from policy.ports import NOTHING
 
 log = logging.getLogger(__name__)
 
@@ -180,6 +182,7 @@ class DataPlane:
             changes = diff(self.plan, plan)
             self.plan = plan
             failed = await self._carry_out(plan)
+            await self._forget(changes)
             return Applied(changes, time.monotonic() - started, failed, plan.notes)
 
     async def _carry_out(self, plan: Plan) -> dict[InstanceKey, str]:
@@ -205,6 +208,28 @@ class DataPlane:
         await self.firewall.widen(plan)
         bad |= await self.host.widen(plan, bad)
         return {key: bad[at.veth] for key, at in plan.attachments.items() if at.veth is not None and at.veth in bad}
+
+    async def _forget(self, changes: Changes) -> None:
+        """Tracked connections that may not go on: the elements that held them are gone already, so nothing passes; but
+        while the kernel remembers one, a new flow the other way on the same two ports would be taken for its answer.
+        """
+        keep: dict[tuple[str, str], Callable[[int, int | None], bool]] = {}
+        for pair in changes.pairs_gone:
+            for ends in zip(pair.src_addresses, pair.dst_addresses, strict=True):
+                keep[ends] = elements_of(NOTHING).allows
+        for old, now in changes.pairs_changed:
+            if old.ports - now.ports:
+                for ends in zip(now.src_addresses, now.dst_addresses, strict=True):
+                    keep[ends] = elements_of(now.ports).allows
+        if not keep:
+            return
+        try:
+            gone = await asyncio.to_thread(forget, keep)
+        except (RetinueError, OSError) as e:
+            log.warning("tracked connections were not forgotten: %s", e)
+            return
+        if gone:
+            log.info("%d tracked connections ended with their permission", gone)
 
     async def _apply_peers(self, plan: Plan) -> None:
         assert self._device is not None
@@ -321,6 +346,11 @@ class DataPlane:
                     one.close()
                 missing.append(f"{what} are not recorded: {e.message if isinstance(e, RetinueError) else e.strerror}")
         return found, missing
+
+    def connections(self, limit: int) -> list[Tracked]:
+        """Tracked connections of this namespace; none when there are more than `limit`. Blocking."""
+        count = netns.sysctl("netfilter/nf_conntrack_count")
+        return listing() if count is not None and int(count) <= limit else []
 
     async def verdicts(self) -> dict[str, int]:
         """Packets by verdict since the table was made."""

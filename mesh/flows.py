@@ -220,7 +220,7 @@ def _since(entry: _Entry) -> FlowRecord | None:
     now, old = entry.record, entry.told
     if old is None:
         return now
-    if (now.count, now.packets, now.bytes, now.time) == (old.count, old.packets, old.bytes, old.time):
+    if now == old:
         return None
     return replace(now, first=min(now.time, old.time + 1), count=now.count - old.count, packets=now.packets - old.packets,
                    bytes=now.bytes - old.bytes)  # fmt: skip

@@ -26,7 +26,7 @@ from mesh.alerts import AlertDesk
 from mesh.firewall import DeniedFlow
 from mesh.flow_store import FlowStore
 from mesh.flows import Accounts, Directory, FlowTable
-from mesh.netfilter import Conversation, Handler, Listener, logged, tracked
+from mesh.netfilter import Conversation, Handler, Listener, Tracked, logged, tracked
 from mesh.plan import Plan
 from mesh.snapshot import InstanceKey
 from policy.flows import FlowRecord, FlowSummary, ProcessInfo, Verdict
@@ -37,6 +37,7 @@ AT_ONCE: Final = 256  # in one turn of the event loop
 READ_SETS: Final = 2.0  # seconds, while something is refused; IDLE_SETS otherwise
 IDLE_SETS: Final = 10.0
 WRITE: Final = 15.0  # seconds between two writes to disk
+LISTED: Final = 20_000  # connections measured while they go on; with more, only their ends are
 LOOKUPS: Final = 20  # searches for a process, a second
 FOLLOWERS: Final = 1000  # records waiting for one reader
 
@@ -47,6 +48,8 @@ class Kernel(Protocol):
     """Where records come from: mesh.dataplane.DataPlane."""
 
     def listen(self, handle: Handler) -> tuple[list[Listener], list[str]]: ...
+
+    def connections(self, limit: int) -> list[Tracked]: ...
 
     async def verdicts(self) -> dict[str, int]: ...
 
@@ -70,6 +73,7 @@ class Recorder:
         self._tokens, self._lookups = float(EVENTS), float(LOOKUPS)
         self._refilled = time.monotonic()
         self._unlogged = 0
+        self._live: dict[bytes, tuple[int, int]] = {}  # counted already of connections that go on
         self._dirty = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._followers: set[asyncio.Queue[FlowRecord]] = set()
@@ -131,18 +135,30 @@ class Recorder:
             self._accounts["denied" if verdict == "deny" else "audited"].logged(packet.flow)
             self._note(now, packet.flow, verdict, packets=1, size=packet.length, count=int(verdict == "deny"), uid=packet.uid)
             self._dirty.set()
-        elif (event := tracked(kind, flags, body)) is not None and directory.knows(event.flow):
-            verdict, by = directory.verdict(event.flow)
-            if verdict == "deny":
-                # It was accepted by what was in force before, or ended because it is not permitted any more.
-                verdict, by = "allow", ""
-            if event.what == "new":
-                record, fresh = self.table.add(now, directory, event.flow, verdict, by, count=1)
-                self._told(record)
-                if fresh:
-                    self._find_processes(event.flow, record)
-            elif event.what == "end":
-                self.table.add(now, directory, event.flow, verdict, by, packets=event.packets, size=event.size)
+        elif (event := tracked(kind, flags, body)) is not None:
+            self._account(now, event)
+
+    def _account(self, now: int, event: Tracked) -> None:
+        """A connection began, goes on or ended."""
+        directory = self.directory
+        if directory is None or not directory.knows(event.flow):
+            return
+        verdict, by = directory.verdict(event.flow)
+        if verdict == "deny":
+            # It was accepted by what was in force before, or ended because it is not permitted any more.
+            verdict, by = "allow", ""
+        if event.what == "new":
+            record, fresh = self.table.add(now, directory, event.flow, verdict, by, count=1)
+            self._told(record)
+            if fresh:
+                self._find_processes(event.flow, record)
+            return
+        packets, size = self._live.pop(event.id, (0, 0))
+        if event.what == "listed":
+            self._live[event.id] = event.packets, event.size
+        more = max(0, event.packets - packets), max(0, event.size - size)
+        if any(more):
+            self.table.add(now, directory, event.flow, verdict, by, packets=more[0], size=more[1])
 
     def _note(
         self, now: int, flow: Conversation, verdict: Verdict, *, packets: int, size: int = 0, count: int, uid: int | None = None
@@ -226,8 +242,23 @@ class Recorder:
     async def _writing(self) -> None:
         while True:
             await asyncio.sleep(WRITE)
+            await self._measure()
             records = self.table.take()
             await asyncio.to_thread(self.store.append, records)
+
+    async def _measure(self) -> None:
+        """Packets and bytes of connections that go on; their end alone would tell too late."""
+        try:
+            found = await asyncio.to_thread(self.plane.connections, LISTED)
+        except (RetinueError, OSError):
+            return
+        if not found:
+            return  # too many, or none: their ends tell
+        now = int(self._clock())
+        for one in found:
+            self._account(now, one)
+        for gone in self._live.keys() - {one.id for one in found}:
+            del self._live[gone]
 
     def _told(self, record: FlowRecord) -> None:
         for queue in self._followers:

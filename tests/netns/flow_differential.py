@@ -173,6 +173,8 @@ class Differential:
         self.round += 1
         plans = {host: self.rig.compile(host, text, self.round) for host, text in each.items()}
         self.enforce(plans)
+        for host, known in self.begun.items():  # what may not go on is forgotten
+            self.begun[host] = {key: first for key, first in known.items() if self.allowed(host, first)}
         return plans
 
     def enforce(self, plans: dict[str, Plan]) -> None:
