@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -265,3 +267,22 @@ def test_a_stranger_gets_no_answer_from_the_kernel_nor_from_us(tunnel: Tunnel) -
     assert not tunnel.ping_here(2, wait=1)
     received, sent = tunnel.kernel_counts()
     assert received == 0 < sent
+
+
+def test_the_two_minute_rekey_loses_nothing(tunnel: Tunnel) -> None:
+    """Our engine initiated and sends on: after REKEY_AFTER_TIME it makes new keys, which the kernel takes up. Last, for it waits longest."""
+    tunnel.meet()
+    assert tunnel.ping_there()
+    first = int(tunnel.engine_shows("latest-handshakes"))
+    argv = ["ip", "netns", "exec", tunnel.machine.ns, "ping", "-q", "-i", "1", "-W", "5", "-w", "140", tunnel.there[0]]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as pings:
+        try:
+            until(lambda: int(tunnel.engine_shows("latest-handshakes")) > first, "no new handshake", 135)
+            until(lambda: int(tunnel.kernel_shows("latest-handshakes")) >= first + 100, "the kernel knows of none")
+            assert tunnel.ping_here()
+        finally:
+            pings.send_signal(signal.SIGINT)  # it tells its result then
+            said = pings.communicate()[0]
+    assert int(tunnel.engine_shows("latest-handshakes")) - first >= 100
+    sent, received = re.findall(r"(\d+) packets transmitted, (\d+) received", said)[0]
+    assert int(received) >= int(sent) - 1 > 100  # the last one may be on its way
