@@ -176,14 +176,21 @@ def _word(value: Any) -> str:
 
 @app.command("test", epilog="Example: retinue policy test shop.yaml -i inventory.yaml")
 def run_file_tests(
-    files: Given = None, policy: MorePolicies = None, inventory: MaybeInventory = None, at: At = None, output: Format = Output.TABLE, as_json: Json = False
-) -> None:
+    files: Given = None, policy: MorePolicies = None, inventory: MaybeInventory = None, at: At = None,
+    flows: Annotated[
+        list[Path] | None, typer.Option("--flows", metavar="FILE", help="Recorded flows, for replay tests; may be repeated.")
+    ] = None,
+    output: Format = Output.TABLE, as_json: Json = False,
+) -> None:  # fmt: skip
     """Run the tests that the policy files hold."""
     output = Output.JSON if as_json else output
+    from mesh.cli_export import read_flow_files
+    from policy.replay import Recording
     from policy.test import run_tests
 
     loaded = _load(_given(files, policy), at)
-    results = run_tests(_own(loaded), loaded.program, _subjects(inventory))
+    recording = Recording.of(read_flow_files(flows), loaded.now) if flows else None
+    results = run_tests(_own(loaded), loaded.program, _subjects(inventory), None, recording)
     data = [
         {
             "passed": r.passed,
@@ -402,6 +409,70 @@ def _used(flows: list[Path] | None, inventory: Path | None) -> list[Flow] | None
     if inventory is None:
         raise BadInput("policy.inventory", "flows are judged with an inventory", hint="add --inventory FILE")
     return [Flow(f.src, f.dst, f.proto, f.port, f.time) for f in read_flow_files(flows) if f.verdict == "allow"]
+
+
+@app.command(epilog="Example: retinue policy replay shop.yaml -i inventory.yaml --flows flows.jsonl --against old.yaml")
+def replay(
+    flows: Flows,
+    inventory: Inventory,
+    files: Given = None, policy: MorePolicies = None,
+    against: Annotated[
+        list[Path] | None, typer.Option("--against", "-a", metavar="FILE", help="The policy in force: what it denies as well is not new.")
+    ] = None,
+    budget: Annotated[int, typer.Option(metavar="N", min=0, help="So many flows may be denied.")] = 0,
+    at: At = None, output: Format = Output.TABLE, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Judge recorded flows by the policy, as it is once its audits have ended. Exit status 1: more denied than the budget."""
+    output = Output.JSON if as_json else output
+    from mesh.cli_export import read_flow_files
+    from policy.evaluate import show_flow
+    from policy.replay import Recording
+    from policy.replay import replay as judge
+
+    loaded = _load(_given(files, policy), at)
+    before = _load(against, at).program if against else None
+    found = judge(loaded.program, Recording.of(read_flow_files(flows), loaded.now).edges, _subjects(inventory), before)
+    data = {
+        "flows": found.flows, "unknown": found.unknown, "broken": len(found.broken), "budget": budget,
+        "denied": [
+            {"src": b.edge[0], "dst": b.edge[1], "flow": show_flow(b.edge[2], b.edge[3]), "count": b.seen.count, "reason": b.decision.reason}
+            for b in found.broken
+        ],
+    }  # fmt: skip
+    rows = [(b.edge[0], b.edge[1], show_flow(b.edge[2], b.edge[3]), b.seen.count, b.decision.reason) for b in found.broken]
+    cliout.emit(data, output, columns=("from", "to", "flow", "seen", "why"), rows=rows)
+    cliout.note(f"{found.flows} recorded flows, {len(found.broken)} would be denied, budget {budget}; {found.unknown} with an end that is gone")
+    if len(found.broken) > budget:
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: retinue policy segmentation shop.yaml -i inventory.yaml --flows flows.jsonl")
+def segmentation(
+    inventory: Inventory,
+    files: Given = None, policy: MorePolicies = None,
+    flows: Annotated[list[Path] | None, typer.Option("--flows", metavar="FILE", help="Recorded flows, for what is used.")] = None,
+    at: At = None, output: Format = Output.TABLE, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Say in numbers whether the policy segments too finely or too widely. Exit status 1: a budget is exceeded."""
+    output = Output.JSON if as_json else output
+    from dataclasses import asdict
+
+    from mesh.cli_export import read_flow_files
+    from policy.segmentation import OVER, numbers
+
+    loaded = _load(_given(files, policy), at)
+    seen = [(f.src, f.dst, f.proto, f.port) for f in read_flow_files(flows) if f.verdict == "allow"] if flows else None
+    found = numbers(_own(loaded), loaded.program, _subjects(inventory), seen)
+    rows = [
+        (s.name, s.members, f"{s.rules} of {s.rules_budget}", s.pairs, "" if s.unused is None else f"{s.unused:.0%} of {s.unused_budget:.0%}",
+         "over budget" if s.over or s.under else "")
+        for s in found.segments
+    ]  # fmt: skip
+    cliout.emit(asdict(found) | {"good": found.good}, output, columns=("segment", "members", "rules", "pairs", "unused", ""), rows=rows)
+    cliout.note(f"{found.groups} groups, {found.over:.0%} need not be (budget {OVER:.0%}); {found.rights} different rights; "
+                f"one workload reaches {found.reach:.1%} of the others")  # fmt: skip
+    if not found.good:
+        raise typer.Exit(1)
 
 
 @app.command(epilog="Example: retinue policy fmt --write shop.yaml")

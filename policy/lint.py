@@ -269,10 +269,10 @@ def _numbers(
         yield Finding("L07", "info", f"nothing in the policy tells group {other} from group {one}", where[other], f"merge {other} into {one}")
     by_name = {s.name: s for s in policy.segments}
     for segment in found.segments:
-        own = by_name[segment.name].budget.unused_ratio is not None
-        if segment.under and (own or segment.used):  # where nothing was used, L04 says it rule by rule
+        # Without a budget of its own, L04 and L05 say it rule by rule.
+        if segment.under and by_name[segment.name].budget.unused_ratio is not None:
             yield Finding(
-                "L05", "error" if own else "info",
+                "L05", "error",
                 f"{segment.unused:.0%} of the {segment.pairs} pairs that segment {segment.name} permits were never seen: under-segmented "
                 f"(budget {segment.unused_budget:.0%})",
                 by_name[segment.name].where, "narrow its rules: retinue policy draft shows the least that was used",
