@@ -121,7 +121,7 @@ def subjects(only: list[str]) -> list[Subject]:
             Subject(
                 f"wireguard-go {version.removeprefix('v')}", f"wireguard-go {version}", _wireguard([program, "-f"]),
                 role="wireguard-go" if newest else "wireguard-go floor", measures=MEASURES if newest else (TCP1, UDP1300, RTT),
-                settings="7 MB socket buffers of its own",
+                settings="7 MB socket buffers of its own" if newest else "",
             )
         )  # fmt: skip
     for pair in nebula.programs():
