@@ -62,8 +62,8 @@ class World:
     async def emptied(self, name: str, seconds: float) -> None:
         """Wait until nothing in force hangs from a member. Raises TimeoutError."""
         async with asyncio.timeout(seconds):
-            while (await self.members())[name]["certificates"]:
-                await asyncio.sleep(0.2)  # noqa: ASYNC110 -- another process's state: there is no event
+            while (await self.members())[name]["certificates"]:  # noqa: ASYNC110 -- another process's state: there is no event
+                await asyncio.sleep(0.2)
 
     def issued(self, since: float, until: float) -> list[int]:
         with closing(sqlite3.connect(f"file:{self.lab.ca_dir}/ca.db?mode=ro", uri=True)) as db:
@@ -177,8 +177,8 @@ async def test_the_whole_authority_is_replaced_under_traffic(world: World, tmp_p
         sequence = done["sequence"]
         # Everybody has followed, and still talks.
         async with asyncio.timeout(20):
-            while (line := world.said()[-1])["connected"] != world.fleet or line["sequence"] < sequence:
-                await asyncio.sleep(0.2)  # noqa: ASYNC110 -- another process's state: there is no event
+            while (line := world.said()[-1])["connected"] != world.fleet or line["sequence"] < sequence:  # noqa: ASYNC110 -- another process's state: there is no event
+                await asyncio.sleep(0.2)
         for prober in probers:
             await prober.answered(50)
     took = time.time() - began
