@@ -109,6 +109,17 @@ class End:
         return f"10.99.0.{self.number}", f"fd99::{self.number}"
 
 
+def answers(interface: str) -> bool:
+    """Does the engine listen? `wg` must not be asked before: wireguard-go's socket has its name before it listens, and a `wg`
+    that is refused removes it."""
+    with socket.socket(socket.AF_UNIX) as s:
+        try:
+            s.connect(str(UAPI / f"{interface}.sock"))
+        except OSError:
+            return False
+    return True
+
+
 def endpoint(address: str, port: int = PORT) -> str:
     return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
@@ -155,7 +166,7 @@ class Site:
         private = run("wg", "genkey").strip()
         made = End(space, interface, number, process, private, run("wg", "pubkey", stdin=private).strip())
         self.ends.append(made)
-        until((UAPI / f"{interface}.sock").exists, f"{interface} did not come up")
+        until(lambda: answers(interface), f"{interface} did not come up")
         made.wg("private-key", str(self.secret(private)), "listen-port", str(port))
         return made
 

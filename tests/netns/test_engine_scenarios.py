@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from tests.netns.engine_rig import (
     THEIRS,
     UAPI,
     End,
+    answers,
     carry,
     endpoint,
     introduce,
@@ -229,6 +231,28 @@ def test_a_second_engine_for_the_same_interface_is_refused_and_the_first_goes_on
         assert done.returncode == 4
         assert "another engine" in done.stderr
         a.ping(b.tunnel[0])
+
+
+def test_the_control_socket_listens_from_the_moment_it_has_its_name(tmp_path: Path) -> None:
+    """A `wg` that is refused would remove the socket of an engine that is starting."""
+    with site(tmp_path) as s:
+        space = s.space("u")
+        refused = 0
+        for n in range(12):
+            path = UAPI / f"rtsock{n}.sock"
+            process = subprocess.Popen(
+                ["ip", "netns", "exec", space, *OURS, path.stem], stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            )
+            try:
+                deadline = time.monotonic() + 20
+                while not path.exists():
+                    assert time.monotonic() < deadline
+                refused += not answers(path.stem)
+            finally:
+                process.terminate()
+                process.wait()
+        assert refused == 0
+        assert not list(UAPI.glob("rtsock*")), "nothing is left, under no other name either"
 
 
 def test_a_taken_port_is_an_error_and_the_old_one_stays(tmp_path: Path) -> None:
