@@ -307,7 +307,7 @@ def sign(
         list[str] | None, typer.Option("--withdraw", metavar="SCOPE", help="Take this scope's part back; may be repeated.")
     ] = None,
     passphrase_file: Passphrase = None,
-    output: Format = Output.TABLE, as_json: Json = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Say who signed what as JSON.")] = False,
 ) -> None:  # fmt: skip
     """Sign policy files as the whole part of their scopes, beside the parts of others; or add a signature to a bundle.
 
@@ -340,7 +340,7 @@ def sign(
     from identity.keys import write_file
 
     write_file(out, dump_bundle(signed).encode())
-    _show_states(signed, trusted, Output.JSON if as_json else output)
+    _show_states(signed, trusted, Output.JSON if as_json else Output.TABLE)
     missing = [s for s in states(signed, trusted) if not s.complete]
     cliout.note(f"signed {', '.join(s or 'the whole mesh' for s in scopes) or 'nothing new'}; "
                 + ("complete" if not missing else f"{len(missing)} parts lack signatures: retinue policy sign --add {out} --key KEY -o {out}"))  # fmt: skip
