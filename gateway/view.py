@@ -20,6 +20,7 @@ from mesh.snapshot import InstanceKey, instance_key
 from policy.evaluate import Decision, evaluate
 from policy.ports import TCP
 from policy.program import Subject
+from policy.trust import PolicyTrust
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class View:
     compiler: Compiler = field(default_factory=Compiler, repr=False, compare=False)
     placements: Mapping[InstanceKey, PlacementRecord] = field(default_factory=dict)
     epochs: Mapping[InstanceKey, int] = field(default_factory=dict)
+    policy_trust: PolicyTrust | None = field(default=None, repr=False, compare=False)
 
     def changes_at(self, now: float) -> int | None:
         """When a time window next changes what the policy says, seconds since the epoch; None for never."""
@@ -68,6 +70,11 @@ def verify_reply(reply: SnapshotReply, endpoint: str, pin: Pin, before: View | N
     else:
         trust = before.trust if envelope == before.trust.envelope else before.trust.accept_next(envelope, now)
     policy = trust.verify(PolicyRecord, reply.objects["policy"]) if "policy" in reply.objects else None
+    known = before.policy_trust if before is not None and before.policy_trust is not None else PolicyTrust(pin.trust_domain.name)
+    if policy is not None:
+        known.check(policy)  # the operators' signatures, where there is a policy authority: as the agent did
+    elif known.authority is not None:
+        raise NotVerified("policy.missing", "the agent shows no policy any more, and an authority is known")
     epochs = dict(before.epochs) if before is not None else {}
     placements: dict[InstanceKey, PlacementRecord] = {}
     for key, text in reply.objects.items():
@@ -87,8 +94,9 @@ def verify_reply(reply: SnapshotReply, endpoint: str, pin: Pin, before: View | N
     compiler = before.compiler if before is not None else Compiler()
     if policy is not None:
         compiler.classes(policy, int(now), running(placements))
+        known.note(policy)
     return View(
-        endpoint, trust, reply.timeline or "", reply.revision or 0, tunnel_key, policy, compiler, placements, epochs
+        endpoint, trust, reply.timeline or "", reply.revision or 0, tunnel_key, policy, compiler, placements, epochs, known
     )  # fmt: skip
 
 

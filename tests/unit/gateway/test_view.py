@@ -117,3 +117,37 @@ def test_refusals_say_why(world: Any) -> None:
     assert set(refusal(ruling, route, view, full=False)) == {"error", "verdict"}
     unplaced = rule_on(view, Caller(workload="x", token_sha256=["a" * 64]), ROUTE, time.time())
     assert "workload move" in refusal(unplaced, ROUTE, view, full=True)["error"]["hint"]
+
+
+def test_the_gateway_holds_a_policy_to_its_operators(world: Any) -> None:
+    """Whatever its agent shows: once an authority is known, the CA's signature alone opens nothing."""
+    from identity.records import PolicyFile, PolicyRecord
+    from identity.records_policy import ScopeSigners
+    from policy.language import digest
+    from tests.unit.policy.operators import Operators
+
+    ops = Operators(world.pin.trust_domain.name)
+    authority = ops.authority(scopes=[ScopeSigners(scope="", signers=["alice", "bob"], threshold=1)])
+
+    def publish(text: str, revision: int, bundle: Any = None) -> None:
+        record = PolicyRecord(
+            trust_domain=ops.trust_domain, revision=revision, digest=digest([("edge.yaml", text)]), author="t", issued=int(time.time()),
+            files=[PolicyFile(name="edge.yaml", text=text)], authority=authority.texts() if bundle else [], parts=bundle.texts() if bundle else [],
+        )  # fmt: skip
+        world.objects["policy"] = world.authority.sign_record(record)
+
+    shut = "meshpolicy: 1\n"
+    first = ops.bundle(authority, {"edge.yaml": shut}, "alice")
+    publish(shut, 2, first)
+    view = world.view()
+    assert ruled(view) == "policy"
+    wide = world.template % 8080
+    for revision, bundle, code in ((3, None, "policy.unsigned"), (3, ops.bundle(authority, {"edge.yaml": wide}), "policy.unsigned"), (3, first, "policy.content")):
+        publish(wide, revision, bundle)
+        with pytest.raises(NotVerified) as e:
+            world.view(view)
+        assert e.value.code == code
+    del world.objects["policy"]
+    with pytest.raises(NotVerified):
+        world.view(view)
+    assert ruled(view) == "policy"
