@@ -472,8 +472,8 @@ def _check_readable(cert: x509.Certificate) -> None:
     if cert.public_bytes(Encoding.DER)[-len(cert.signature) - 1] != 0:
         # The signature's BIT STRING may not claim unused bits: the library ignores the claim.
         raise NotVerified("cert.syntax", "the signature of a certificate is not of whole bytes")
-    if serial <= 0:
-        raise NotVerified("cert.serial", "the serial number of a certificate is not positive")
+    if not 0 < serial < 1 << 159:  # RFC 5280 section 4.1.2.2: positive, at most 20 bytes
+        raise NotVerified("cert.serial", "the serial number of a certificate is not positive, or is too long")
     for extension in extensions:
         if isinstance(extension.value, x509.NameConstraints):
             raise NotVerified("cert.name_constraints", "name constraints are not supported")
