@@ -195,6 +195,7 @@ class ForeignBundle(Payload):
     sequence: Count
     roots: list[str] = Field(max_length=16)  # PEM
     issued: Seconds
+    jwt_authorities: list[JwtAuthority] = Field(default=[], max_length=16)
 
 
 P = TypeVar("P", bound=Payload)

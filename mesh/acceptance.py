@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from identity import certs
 from identity.bundle import TrustBundle
 from identity.entries import EntriesRecord
 from identity.errors import NotVerified, RetinueError
 from identity.names import OVERLAY_V4, SpiffeId, TrustDomain
-from identity.records import EndpointRecord, Payload, PlacementRecord, PolicyRecord
+from identity.records import EndpointRecord, ForeignBundle, Payload, PlacementRecord, PolicyRecord
 from mesh.snapshot import InstanceKey, addresses, instance_key
 from policy.trust import PolicyTrust
 
@@ -69,6 +70,15 @@ class Rules:
                 body = hashlib.sha256(entries.model_dump_json(exclude={"issued"}).encode()).hexdigest()
                 _not_behind(self.marks.get(ENTRIES), entries.generation, body, "entries", "generation")
                 return Held(envelope, entries)
+            case "federation":
+                foreign = trust.verify(ForeignBundle, envelope)
+                _same_key(rest, foreign.foreign)
+                if TrustDomain(foreign.foreign) == self.domain:
+                    raise NotVerified("federation.own", "a foreign bundle of our own trust domain")
+                for root in foreign.roots:
+                    certs.parse_chain(root)
+                _not_behind(self.marks.get(foreign_mark(rest)), foreign.sequence, foreign_body(foreign), "federation", "sequence")
+                return Held(envelope, foreign)
             case "endpoint":
                 endpoint = trust.verify(EndpointRecord, envelope)
                 _same_key(rest, endpoint.endpoint)
@@ -120,6 +130,8 @@ class Rules:
                 case EntriesRecord() as p:
                     body = hashlib.sha256(p.model_dump_json(exclude={"issued"}).encode()).hexdigest()
                     self.marks[ENTRIES] = Mark(p.generation, body)
+                case ForeignBundle() as p:
+                    self.marks[foreign_mark(p.foreign)] = Mark(p.sequence, foreign_body(p))
                 case PolicyRecord() as p:
                     self.policy_mark = Mark(p.revision, p.digest)
                     if self.policy_trust is not None:
@@ -153,6 +165,16 @@ def settle_addresses(held: dict[str, Held], base: Mapping[str, Held]) -> dict[st
                 del held[key]
             refused[key] = error
     return refused
+
+
+def foreign_mark(trust_domain: str) -> InstanceKey:
+    """Where the mark of a foreign bundle is kept: no instance is called so."""
+    return InstanceKey(f"federation {trust_domain}")
+
+
+def foreign_body(record: ForeignBundle) -> str:
+    """SHA-256 (hex) of what a foreign bundle says, without when it was signed."""
+    return hashlib.sha256(record.model_dump_json(exclude={"issued"}).encode()).hexdigest()
 
 
 def placement_body(record: PlacementRecord) -> str:

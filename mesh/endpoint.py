@@ -19,7 +19,6 @@ from typing import Any, Final
 import structlog
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 
-from identity.bundle import TrustBundle
 from identity.errors import BadInput, BadState, NotFound, RetinueError
 from identity.records import PolicyRecord
 from identity.wire.enroll import Cipher
@@ -109,7 +108,6 @@ class Agent:
         )
         self.svids = WorkloadSvids(self.uplink.svid, lambda: self.uplink.trust, time.time)
         self.jwts = JwtSvids(self.uplink.jwt, lambda: self.uplink.trust, time.time)
-        self.foreign: tuple[TrustBundle, ...] = ()  # of the trust domains that ours federates with
         self.plane = DataPlane(PlaneConfig(
             interface=config.interface, listen_port=config.listen_port, private_key=self._private_key, run_dir=config.run_dir,
             mtu=config.mtu, device=config.device, engine=config.engine, on_event=self._on_plane_event,

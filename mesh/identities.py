@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from identity.bundle import TrustBundle
 from identity.entries import Entry, Facts, holds, weight
 from identity.errors import NotFound, Refused, Unreachable
-from identity.records import PlacementRecord
+from identity.records import ForeignBundle, PlacementRecord
 from identity.wire.local import InstanceRef, SvidFiles
 from mesh.attestation import Caller, NamespaceId
 from mesh.process_facts import facts_of
@@ -117,9 +116,9 @@ def check_given(agent: Agent, given: Given) -> None:
         raise Refused("svid.inactive", f"{given.key} is not placed here any more")
 
 
-def foreign_bundles(agent: Agent) -> Sequence[TrustBundle]:
-    """Verified bundles of the trust domains that ours federates with."""
-    return agent.foreign
+def foreign_bundles(agent: Agent) -> Sequence[ForeignBundle]:
+    """Verified bundles of the trust domains that ours federates with; without those that have revoked everything."""
+    return [] if agent.in_force is None else [f for f in agent.in_force.view.snapshot.foreign if f.roots]
 
 
 async def svid_of_given(agent: Agent, given: Given) -> SvidFiles:

@@ -8,7 +8,7 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import NewType
 
 from identity.entries import Entry
-from identity.records import EndpointRecord, PlacementRecord, PolicyRecord
+from identity.records import EndpointRecord, ForeignBundle, PlacementRecord, PolicyRecord
 
 InstanceKey = NewType("InstanceKey", str)  # "<workload>/<instance>", e.g. "shop/api/0"
 
@@ -36,6 +36,7 @@ class Snapshot:
     endpoints: Mapping[str, EndpointRecord] = field(default_factory=dict)
     state_hash: str = ""
     entries: tuple[Entry, ...] = ()
+    foreign: tuple[ForeignBundle, ...] = ()
 
 
 def addresses(record: PlacementRecord) -> tuple[IPv4Address, IPv6Address]:

@@ -24,6 +24,7 @@ from identity.errors import BadInput, BadState, NotVerified, RetinueError
 from identity.records import (
     BundleRecord,
     EndpointRecord,
+    ForeignBundle,
     Heartbeat,
     PlacementRecord,
     PolicyRecord,
@@ -196,6 +197,7 @@ class SyncMachine:
         endpoints: dict[str, EndpointRecord] = {}
         policy: PolicyRecord | None = None
         entries: tuple[Entry, ...] = ()
+        foreign: list[ForeignBundle] = []
         for key, held in self._held.items():
             match held.payload:
                 case PlacementRecord() as p if key.startswith("prepare/"):
@@ -206,6 +208,8 @@ class SyncMachine:
                     endpoints[e.endpoint] = e
                 case PolicyRecord() as policy_record:
                     policy = policy_record
+                case ForeignBundle() as foreign_bundle:
+                    foreign.append(foreign_bundle)
                 case EntriesRecord() as entries_record:
                     entries = tuple(entries_record.entries)
         deadlines: list[float] = []
@@ -242,6 +246,7 @@ class SyncMachine:
             endpoints=endpoints,
             state_hash=self.received_hash,
             entries=tuple(e for e in entries if e.ends is None or e.ends > signed_now),
+            foreign=tuple(sorted(foreign, key=lambda f: f.foreign)),
         )
         return View(snapshot, frozenset(fenced), age, min(deadlines, default=None), frozenset(ended))
 

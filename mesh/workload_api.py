@@ -17,7 +17,7 @@ import resource
 import stat
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Self
@@ -40,6 +40,7 @@ from grpclib.server import Handler, Server, Stream
 from identity.errors import BadInput, BadState, NotFound, NotVerified, Refused, RetinueError, Unreachable
 from identity.jwt import check_audience, jwks
 from identity.names import SpiffeId
+from identity.records import JwtAuthority
 from identity.wire.local import SvidFiles
 from mesh.attestation import Caller, NotAttested, attest, own_namespace
 from mesh.identities import Given, check_given, foreign_bundles, identities, instance_order, svid_of_given
@@ -287,7 +288,7 @@ class WorkloadApi:
         return X509BundlesResponse({**self._foreign_roots(), f"spiffe://{trust.trust_domain}": _der(trust.roots_pem())})
 
     def _foreign_roots(self) -> dict[str, bytes]:
-        return {f"spiffe://{one.trust_domain}": _der(one.roots_pem()) for one in foreign_bundles(self.agent)}
+        return {f"spiffe://{one.foreign}": _der("".join(one.roots)) for one in foreign_bundles(self.agent)}
 
     # ---- JWT-SVIDs
 
@@ -315,7 +316,7 @@ class WorkloadApi:
     async def jwt_bundles(self, caller: Caller) -> JwtBundlesResponse:
         """The JWT keys of the trust domain and of those it federates with. Raises what `identities` raises."""
         identities(self.agent, caller, self.own)
-        known = {one.trust_domain.name: one.jwt_authorities for one in foreign_bundles(self.agent)}
+        known: dict[str, Sequence[JwtAuthority]] = {one.foreign: one.jwt_authorities for one in foreign_bundles(self.agent)}
         trust = self.agent.uplink.trust
         known[trust.trust_domain.name] = trust.jwt_authorities
         return JwtBundlesResponse({f"spiffe://{name}": jwks(keys) for name, keys in known.items()})
@@ -324,7 +325,7 @@ class WorkloadApi:
         """What a token says, if it holds. Raises what `identities` raises, BadInput ``jwt.invalid`` when it does not."""
         identities(self.agent, caller, self.own)
         check_audience([request.audience])
-        foreign = {one.trust_domain.name: one.jwt_authorities for one in foreign_bundles(self.agent)}
+        foreign = {one.foreign: one.jwt_authorities for one in foreign_bundles(self.agent)}
         try:
             found = verify_jwt(self.agent.uplink.trust, request.svid, request.audience, time.time(), foreign)
         except NotVerified as e:

@@ -10,7 +10,6 @@ from typing import Literal
 
 from identity.wire import Message
 
-
 State = Literal["active", "prepared", "waiting", "fenced", "moving", "unplaced", "revoked", "unknown"]
 
 

@@ -138,6 +138,38 @@ async def test_several_instances_have_unique_hints_and_the_first_is_the_default(
         assert [s.hint for s in (await stream.recv_message()).svids] == ["cart/0", "cart/2"]
 
 
+async def test_federated_bundles_are_told_and_followed(channel, agent, live, tmp_path):
+    """As the CA signed them; a bundle without roots is withdrawn, an older one is not taken."""
+    from ca.authority import Authority
+    from identity.certs import pem
+    from identity.names import TrustDomain
+    from identity.records import ForeignBundle
+
+    other = Authority.create(tmp_path / "other", TrustDomain("other.example"), live.now)
+
+    def bundle(sequence: int, name: str = "other.example", roots: int = 1) -> str:
+        return live.sign(ForeignBundle(
+            trust_domain="test.example", foreign=name, sequence=sequence, roots=[pem(other.root)] * roots, issued=live.now
+        ))  # fmt: skip
+
+    async with opened(channel) as stream, opened(channel, name="FetchX509Bundles") as bundles:
+        assert dict((await stream.recv_message()).federated_bundles) == {}
+        await bundles.recv_message()
+        await tell(agent, live.delta({"federation/other.example": bundle(2)}))
+        told = workload_api._der(pem(other.root))
+        assert dict((await stream.recv_message()).federated_bundles) == {"spiffe://other.example": told}
+        assert set((await bundles.recv_message()).bundles) == {"spiffe://test.example", "spiffe://other.example"}
+        for key, envelope, code in (
+            ("federation/other.example", bundle(1), "federation.sequence"), ("federation/third.example", bundle(3), "record.key"),
+            ("federation/test.example", bundle(3, "test.example"), "federation.own"),
+        ):  # fmt: skip
+            await tell(agent, live.delta({key: envelope}))
+            assert agent.machine.refused[key].code == code
+        await tell(agent, live.delta({"federation/other.example": bundle(3, roots=0)}))
+        assert dict((await stream.recv_message()).federated_bundles) == {}
+        assert set((await bundles.recv_message()).bundles) == {"spiffe://test.example"}
+
+
 # ---- who is refused
 
 
