@@ -103,6 +103,9 @@ def enroll(
         int, typer.Option(metavar="PORT", envvar="RETINUE_LISTEN_PORT", min=1, max=65535, help="Tunnel port of the hint that is found out without --underlay.")
     ] = 51820,
     replace: Annotated[bool, typer.Option("--replace", help="Give up the enrolment that is there.")] = False,
+    policy_authority: Annotated[
+        str | None, typer.Option("--policy-authority", metavar="FINGERPRINT", help="Fingerprint of the policy authority, from its operators (default: pin the one the CA shows).")
+    ] = None,
     output: Format = Output.TABLE,
     as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -116,7 +119,7 @@ def enroll(
 
     ciphers = check_ciphers(cipher) if cipher else asyncio.run(offers())
     hints = underlay or guess_underlay(ca, listen_port)
-    done = asyncio.run(join(ca, token, state_dir, hints, ciphers, replace=replace))
+    done = asyncio.run(join(ca, token, state_dir, hints, ciphers, replace=replace, policy_authority=policy_authority))
     data = {
         "trust_domain": str(done.trust_domain), "endpoint": done.endpoint, "kind": done.kind, "spiffe_id": str(done.spiffe_id),
         "workload": done.workload, "tunnel_key": done.tunnel_public, "svid_expires": done.svid.not_after,
@@ -167,6 +170,8 @@ def show_status(s: Status, now: float) -> None:
         ("control", f"{s.control}, heartbeat {age(s.staleness_s)}"),
         ("state", f"revision {s.revision} of timeline {s.timeline}" if s.revision is not None else "nothing received yet"),
         ("policy", f"revision {s.policy_revision}, digest {(s.policy_digest or '')[:12]}" if s.policy_digest else "none: nothing is permitted"),
+        ("policy signers", s.policy_signers),
+        *([("policy trial", s.policy_trial)] if s.policy_trial else []),
         ("device", f"{s.device}, {s.interface}, {s.firewall_elements} firewall elements"),
         ("ready", "yes" if s.ready else "no"),
     ]  # fmt: skip

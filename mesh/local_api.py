@@ -21,6 +21,7 @@ from aiohttp import web
 from pydantic import BaseModel
 
 from identity.errors import BadInput, BadState, Bug, Conflict, NotFound, Refused, RetinueError
+from identity.records import PolicyRecord
 from identity.wire import parse
 from identity.wire.admin import ExplainReply
 from identity.wire.enroll import SidecarTokenRequest
@@ -42,6 +43,7 @@ from mesh.snapshot import InstanceKey, instance_key
 from mesh.uplink import boottime
 from policy.ports import proto_name, proto_number
 from policy.program import Subject
+from policy.trust import describe
 
 if TYPE_CHECKING:
     from mesh.endpoint import Agent, InForce
@@ -309,6 +311,8 @@ async def status_of(agent: Agent) -> Status:
         revision=position.revision if position else None,
         policy_revision=policy.revision if policy else None,
         policy_digest=policy.digest if policy else None,
+        policy_signers=describe(agent.machine.policy_trust),
+        policy_trial=_trial(policy),
         staleness_s=agent.machine.age(boottime()),
         svid_expires=enrollment.svid.not_after,
         attachments=[a for a in found if a is not None],
@@ -380,3 +384,12 @@ def _subject(agent: Agent, name: str) -> Subject | None:
         if record.state == "active" and name in {record.name, key}:
             return Subject(name=record.name, labels=record.labels, spiffe_id=record.spiffe_id)
     return None
+
+
+def _trial(policy: PolicyRecord | None) -> str:
+    """A policy that is being rolled out, for people."""
+    if policy is None or policy.trial is None:
+        return ""
+    trial = policy.trial
+    who = "everybody" if trial.everybody else f"{len(trial.names)} identities" if trial.names else ", ".join(f"{k}={v}" for k, v in sorted(trial.labels.items()))
+    return f"digest {trial.digest[:12]} for {who}"

@@ -88,6 +88,8 @@ class Status(Message):
     revision: int | None
     policy_revision: int | None
     policy_digest: str | None
+    policy_signers: str = ""  # whose signatures a policy needs here
+    policy_trial: str = ""  # a policy that is being rolled out, and for whom
     staleness_s: float | None  # since the newest heartbeat
     svid_expires: int
     attachments: list[Attachment]
