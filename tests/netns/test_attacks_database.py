@@ -114,9 +114,9 @@ async def test_endpoints_take_nothing_that_is_not_signed(mesh: Any, blow: str) -
 
 
 async def test_a_rewritten_audit_is_noticed(mesh: Any) -> None:
-    assert (await mesh.lab.aca("audit", "verify"))["rows"] > 5, "positive control"
-    forged = rewritten(mesh, "drop trigger audit_no_update", "update audit set actor = 'admin:nobody' where seq = 3")
-    with forged, pytest.raises(ProcessFailed, match="audit"):
+    assert (await mesh.lab.aca("audit", "verify"))["size"] > 5, "positive control"
+    forged = rewritten(mesh, "drop trigger ledger_no_update", "update ledger set actor = 'admin:nobody' where seq = 3")
+    with forged, pytest.raises(ProcessFailed, match="log"):
         await mesh.lab.aca("audit", "verify")
 
 
