@@ -20,7 +20,7 @@ from identity.keys import write_file
 from identity.wire.broker import Side
 from mesh import netns
 from mesh.inside import GATEWAY4, GATEWAY6, GSO_MAX, INSIDE, Direct, Places, quiet_link
-from mesh.layout import LOCAL_RULE, TUNNEL_RULE, Layout, Pair, Rule, layout, rules
+from mesh.layout import GATE_RULE, LOCAL_RULE, TUNNEL_RULE, Layout, Pair, Rule, layout, rules
 from mesh.plan import Plan
 from mesh.rtnl import SCOPE_LINK, Netlink
 from mesh.snapshot import InstanceKey
@@ -61,7 +61,7 @@ class HostNet:
         """The rules that keep everything out, before there is a device. Raises NoPrivilege."""
 
         def work(nl: Netlink) -> None:
-            base = [r for r in rules(self.interface, (), {4: "", 6: ""}, holds=False) if r.priority < LOCAL_RULE + 1]
+            base = [r for r in rules(self.interface, (), {4: "", 6: ""}, holds=False) if GATE_RULE <= r.priority <= LOCAL_RULE]
             have = nl.read_rules(self.interface)
             for rule in sorted(set(base) - have, key=lambda r: -r.priority):
                 nl.rule("add", rule)
@@ -229,6 +229,8 @@ class HostNet:
     def _forwarding(self, name: str) -> None:
         netns.sysctl(f"ipv4/conf/{name}/forwarding", "1")
         netns.sysctl(f"ipv4/conf/{name}/src_valid_mark", "1")
+        # Sources are the firewall's business, link by link: without this every packet's source is looked up once more.
+        netns.sysctl(f"ipv4/conf/{name}/accept_local", "1")
         netns.sysctl(f"ipv6/conf/{name}/forwarding", "1")
         if netns.sysctl(f"ipv6/conf/{name}/force_forwarding", "1") is None:
             self._forward_all_v6()

@@ -1,6 +1,7 @@
 """What links, addresses, routes and rules a plan asks for, as a value (pure).
 
 The ladder of rules, the same for both families (s = slot of the interface, M = our mark bit):
+    6+s    M set -> table of places             the same as 110+s, found first; only when the host itself holds no identity
     10+s   iif LINK, M not set -> blackhole     for the tunnel and each pair: without the firewall nothing enters
     100    local table                          moved here from 0
     101    outer packets of the tunnel -> main
@@ -24,6 +25,8 @@ from mesh.firewall import accepted_mark, slot
 from mesh.plan import Plan
 from mesh.snapshot import InstanceKey
 
+FAST_RULE: Final = 6
+GATE_RULE: Final = 10
 LOCAL_RULE: Final = 100
 TUNNEL_RULE: Final = 101
 TABLE_MAIN: Final = 254  # linux/rtnetlink.h
@@ -130,7 +133,10 @@ def rules(interface: str, links: Iterable[str], overlay: Mapping[int, str], *, h
     places, exact, wide = tables(interface)
     out: list[Rule] = []
     for family in (4, 6):
-        out += [Rule(family, 10 + s, 0, iif=link, mark=(0, mark)) for link in (interface, *links)]
+        if not holds:
+            # A marked packet is never for the host itself: it need not pass the gates, one a link, and the local table.
+            out.append(Rule(family, FAST_RULE + s, places, mark=(mark, mark)))
+        out += [Rule(family, GATE_RULE + s, 0, iif=link, mark=(0, mark)) for link in (interface, *links)]
         out += [
             Rule(family, LOCAL_RULE, TABLE_LOCAL),
             Rule(family, 110 + s, places, mark=(mark, mark)),

@@ -13,7 +13,17 @@ from typing import Any, Final
 
 from identity.errors import Bug, Conflict, NoPrivilege, NotFound, RetinueError
 from mesh.firewall import slot
-from mesh.layout import LOCAL_RULE, TABLE_LOCAL, TUNNEL_RULE, Route, Rule, family_of, tables
+from mesh.layout import (
+    FAST_RULE,
+    GATE_RULE,
+    LOCAL_RULE,
+    TABLE_LOCAL,
+    TUNNEL_RULE,
+    Route,
+    Rule,
+    family_of,
+    tables,
+)
 
 PROTOCOL: Final = 82  # our number in the protocol field of routes and rules (rtnetlink(7): above 4 is free)
 _PERMANENT: Final = 0x80  # NUD_PERMANENT
@@ -68,7 +78,7 @@ class Netlink:
     def read_rules(self, interface: str) -> set[Rule]:
         """Rules of ours for this interface (its slot), and the shared ones."""
         s = slot(interface)
-        ours = {10 + s, LOCAL_RULE, TUNNEL_RULE, 110 + s, 114 + s, 120 + s, 124 + s, 128 + s}
+        ours = {FAST_RULE + s, GATE_RULE + s, LOCAL_RULE, TUNNEL_RULE, 110 + s, 114 + s, 120 + s, 124 + s, 128 + s}
         out: set[Rule] = set()
         for family in (4, 6):
             for message in self.ip.get_rules(family=_bytes_family(family)):

@@ -13,7 +13,7 @@ from mesh import netns
 from mesh.compile import LocalAttachment, LocalFacts, compile_plan
 from mesh.devices import TUNNEL
 from mesh.firewall import accepted_mark
-from mesh.layout import LOCAL_RULE, TABLE_LOCAL, Layout, Route, layout, rules, tables
+from mesh.layout import FAST_RULE, LOCAL_RULE, TABLE_LOCAL, Layout, Route, Rule, layout, rules, tables
 from mesh.snapshot import InstanceKey
 from tests.unit.mesh.plans import ME, TD, allow, endpoint, facts, placement, program, snapshot, tunnel_key
 
@@ -31,20 +31,23 @@ def test_every_link_is_gated_before_the_local_table() -> None:
     mark = accepted_mark("rtn0")
     for family in (4, 6):
         ladder = sorted((r for r in one.rules if r.family == family), key=lambda r: r.priority)
-        gates = [r for r in ladder if r.priority < LOCAL_RULE]
+        assert ladder[0] == Rule(family, FAST_RULE, tables("rtn0")[0], mark=(mark, mark))
+        gates = [r for r in ladder[1:] if r.priority < LOCAL_RULE]
         assert {r.iif for r in gates} == {"rtn0", *one.pairs}
         assert all((r.table, r.mark) == (0, (0, mark)) for r in gates)
         local = [r for r in ladder if r.table == TABLE_LOCAL]
         assert [r.priority for r in local] == [LOCAL_RULE]
         marked = [r for r in ladder if r.mark == (mark, mark)]
-        assert [r.table for r in marked] == [tables("rtn0")[0], 0]  # places, then a blackhole
+        assert [r.table for r in marked] == [tables("rtn0")[0]] * 2 + [0]  # places, then a blackhole
     assert not any(r.mark == (TUNNEL, TUNNEL) or r.no_default for r in one.rules)
 
 
 def test_a_host_identity_adds_the_way_out_and_keeps_the_underlay_out_of_it() -> None:
     one = lay(at=facts("batch/0", host=["web/0"]))
     assert one.host_addresses == tuple(WEB.addresses)
-    extra = one.rules - frozenset(rules("rtn0", one.pairs, one.overlay, holds=False))
+    without = frozenset(rules("rtn0", one.pairs, one.overlay, holds=False))
+    assert {r.priority for r in without - one.rules} == {FAST_RULE}  # a marked packet may be for the host itself
+    extra = one.rules - without
     for family in (4, 6):
         ladder = sorted((r for r in extra if r.family == family), key=lambda r: r.priority)
         assert ladder[0].mark == (TUNNEL, TUNNEL)
