@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import structlog
 
-from ca import audit, leases, postgres, processes, succession, transparency
+from ca import audit, grant_ends, leases, postgres, processes, succession, transparency
 from ca.admins import Admins
 from ca.authority import Authority, Issuing, Lifetimes
 from ca.desk import Desk
@@ -361,6 +361,12 @@ class Plane:
         if (rollout := self.rollouts.tick(self.now)) is not None:
             log.warning("a rollout goes on by itself", rollout=rollout.id, state=rollout.state, why=rollout.why)
         in_force = self.mirror.in_force
+        if in_force is not None:
+            policies = [p for p in (in_force.policy, in_force.trial) if p is not None]
+            if any(p.grants for p in policies):
+                there = {fact.subject.name for fact in self.mirror.world.instances.values() if not fact.revoked}
+                for grant in grant_ends.follow(self.store, policies, self.now, there):
+                    log.info("a grant has ended", grant=grant)
         if in_force is None or in_force.until is None or self._ticked == in_force.until:
             return
         if in_force.until <= self.now:

@@ -324,6 +324,8 @@ class World:
         self.instances[fact.key] = fact
         self._class_of[fact.key] = number
         self._index(fact, number)
+        if self.program is not None and fact.subject.name in self.program.ends:
+            out.all = True
         if number >= known:  # a new class: whoever may talk with it may talk with more than before
             out.views |= self.audience(fact.key)
         return out
@@ -372,6 +374,11 @@ class World:
             for number in near:
                 for key in self._members[number]:
                     self._show(found, key, before)
+            ends = self.program.ends if self.program is not None else frozenset[str]()
+            for key, fact in self.instances.items() if ends else ():
+                # A grant ends with this workload: every host has to know whether it runs, and nothing else of it.
+                if fact.subject.name in ends and fact.placement is not None:
+                    found.put(f"placement/{key}", fact.placement, before)
             self._shared[near] = found
             for number in near:
                 self._showing[number].add(found)

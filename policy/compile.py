@@ -65,6 +65,7 @@ def compile_policy(
     return Program(
         (*tiers, Tier(SEGMENTS, tuple(rest))), digest=policy.digest, audits=audits,
         held=_held(policy, clock) if audits else Nothing(), alerts=_alerts(policy),
+        ends=frozenset(g.ends_with for g in policy.grants if g.ends_with is not None),
     )  # fmt: skip
 
 

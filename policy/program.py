@@ -142,6 +142,7 @@ class Program:
     audits: tuple[Audit, ...] = ()
     held: Selector = field(default_factory=lambda: Nothing())  # noqa: PLW0108 -- it is defined below
     alerts: tuple[Alert, ...] = ()
+    ends: frozenset[str] = frozenset()  # workloads with whose end something of this ends, in force or not
 
 
 # ---- selectors: a closed expression tree over a subject's name and labels

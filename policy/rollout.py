@@ -101,7 +101,8 @@ def compose(base: Program, trial: Program, who: Selector) -> Program:
         *(replace(a, within=_both(a.within, Not(trial.held)), concerns=who) for a in trial.audits),
     )
     alerts = {a.segment: a for a in (*base.alerts, *trial.alerts)}
-    return Program(tuple(tiers), digest=digest, audits=audits, alerts=tuple(alerts.values()))
+    return Program(tuple(tiers), digest=digest, audits=audits, alerts=tuple(alerts.values()),
+                   ends=base.ends | trial.ends)
 
 
 def _both(*terms: Selector | None) -> Selector:
