@@ -170,8 +170,8 @@ def show_status(s: Status, now: float) -> None:
         ("control", f"{s.control}, heartbeat {age(s.staleness_s)}"),
         ("state", f"revision {s.revision} of timeline {s.timeline}" if s.revision is not None else "nothing received yet"),
         ("policy", f"revision {s.policy_revision}, digest {(s.policy_digest or '')[:12]}" if s.policy_digest else "none: nothing is permitted"),
-        ("policy signers", s.policy_signers),
-        *([("policy trial", s.policy_trial)] if s.policy_trial else []),
+        *([("signers", s.policy_signers)] if s.policy_signers else []),
+        *([("trial", s.policy_trial)] if s.policy_trial else []),
         ("device", f"{s.device}, {s.interface}, {s.firewall_elements} firewall elements"),
         ("ready", "yes" if s.ready else "no"),
     ]  # fmt: skip
