@@ -84,6 +84,8 @@ TABLE: Final[Mapping[tuple[str, str], Rule]] = {
     ("GET", "/v1/explain/identity"): Rule("viewer"),
     ("GET", "/v1/audit"): Rule("viewer"),
     ("GET", "/v1/audit/verify"): Rule("viewer"),
+    ("GET", "/v1/log"): Rule("viewer"),
+    ("GET", "/v1/log/proof"): Rule("viewer"),
     ("GET", "/v1/admins"): Rule("viewer"),
     ("GET", "/v1/approvals"): Rule("viewer"),
     ("POST", "/v1/approvals"): Rule("registrar", by_id=True),  # and the role that the act itself wants

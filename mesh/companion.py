@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import socket
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,8 @@ class SidecarConfig:
     ready_port: int = 15020
     svid_dir: Path | None = None
     reload: str | None = None
+    renew_signal: signal.Signals | None = None
+    pid_file: Path | None = None
 
 
 async def serve_sidecar(config: SidecarConfig) -> None:
@@ -96,7 +99,7 @@ async def _beside(agent: Agent, config: SidecarConfig) -> None:
         if config.svid_dir is None:
             await asyncio.Event().wait()
         else:
-            await _keep_files(agent, config.svid_dir, config.reload)
+            await _keep_files(agent, config.svid_dir, config)
 
 
 # ---- readiness
@@ -149,12 +152,12 @@ async def _readiness(agent: Agent, port: int) -> AsyncIterator[None]:
 # ---- SVID files
 
 
-async def _keep_files(agent: Agent, directory: Path, reload: str | None) -> None:
+async def _keep_files(agent: Agent, directory: Path, config: SidecarConfig) -> None:
     """Follow what is in force: files while active, none when the instance is held elsewhere."""
     while True:
         seen = agent.in_force
         try:
-            await _write_files(agent, directory, reload)
+            await _write_files(agent, directory, config)
             agent.health.clear("svid.files")
         except RetinueError as e:
             agent.health.put("svid.files", "warning", f"SVID files: {e.message}")
@@ -173,7 +176,7 @@ def over(agent: Agent) -> bool:
     return ended or any(r.name == name for r in view.snapshot.placements.values())
 
 
-async def _write_files(agent: Agent, directory: Path, reload: str | None) -> None:
+async def _write_files(agent: Agent, directory: Path, config: SidecarConfig) -> None:
     place = own_place(agent)
     if place is None:
         if over(agent):
@@ -187,5 +190,7 @@ async def _write_files(agent: Agent, directory: Path, reload: str | None) -> Non
     files = await agent.svids.get(name, int(instance))
     if svid_files.write(directory, files):
         log.info("SVID files written", directory=str(directory), expires=files.expires)
-        if reload:
-            await asyncio.to_thread(svid_files.reload, reload)
+        if config.reload:
+            await asyncio.to_thread(svid_files.reload, config.reload)
+        if config.renew_signal is not None and config.pid_file is not None:
+            svid_files.send(config.pid_file, config.renew_signal)

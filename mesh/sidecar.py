@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from identity.errors import BadInput
 from mesh import daemon
 from mesh.command import run_app
 
@@ -41,6 +42,12 @@ def sidecar(
     reload: Annotated[
         str | None, typer.Option(metavar="COMMAND", envvar="RETINUE_RELOAD", help="Command to run when the files changed (no shell).")
     ] = None,
+    renew_signal: Annotated[
+        str | None, typer.Option(metavar="SIGNAL", envvar="RETINUE_RENEW_SIGNAL", help="Signal for the service when the files changed; needs --pid-file.")
+    ] = None,
+    pid_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", envvar="RETINUE_PID_FILE", help="File with the service's process number.")
+    ] = None,
     state_dir: daemon.StateDirOption = daemon.STATE_DIR,
     run_dir: daemon.RunDirOption = daemon.RUN_DIR,
     interface: daemon.InterfaceOption = "rtn0",
@@ -64,7 +71,10 @@ def sidecar(
 
     from mesh.companion import SidecarConfig, serve_sidecar
     from mesh.endpoint import AgentConfig
+    from mesh.svid_files import check_signal
 
+    if (renew_signal is None) != (pid_file is None):
+        raise BadInput("usage", "--renew-signal and --pid-file go together")
     daemon.harden()
     agent = AgentConfig(
         state_dir=state_dir, run_dir=run_dir, interface=daemon.check_interface(interface), listen_port=listen_port,
@@ -75,6 +85,7 @@ def sidecar(
     asyncio.run(serve_sidecar(SidecarConfig(
         agent=agent, ca=ca, token_file=token_file, from_agent=from_agent, workload=workload, underlay=tuple(hints),
         ready_port=ready_port, svid_dir=svid_dir, reload=reload,
+        renew_signal=None if renew_signal is None else check_signal(renew_signal), pid_file=pid_file,
     )))  # fmt: skip
 
 

@@ -1,11 +1,18 @@
-"""SVID files for programs that read files: cert.pem, key.pem (0600) and bundle.pem in a directory of their own."""
+"""SVID files for programs that read files: cert.pem (0644), key.pem (0600) and bundle.pem (0644) in a directory of their own.
+
+A root that has expired is left out of bundle.pem. After a change a command may be run, or a signal sent to the process whose
+number is in a file.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 from identity.errors import BadInput, BadState
@@ -37,7 +44,7 @@ def write(directory: Path, files: SvidFiles) -> bool:
 
     Raises BadState.
     """
-    wanted = {KEY: files.key, CERT: files.certificate, BUNDLE: files.bundle}
+    wanted = {KEY: files.key, CERT: files.certificate, BUNDLE: living(files.bundle, time.time())}
     changed = False
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -54,6 +61,47 @@ def write(directory: Path, files: SvidFiles) -> bool:
     except OSError as e:
         raise BadState("svid.write", f"cannot write SVID files to {directory}: {e.strerror}") from None
     return changed
+
+
+def living(bundle: str, now: float) -> str:
+    """The roots of a bundle that have not expired; all of them when none is left, for nothing is no bundle."""
+    from identity import certs
+    from identity.errors import NotVerified
+
+    try:
+        roots = certs.parse_chain(bundle)
+    except NotVerified:
+        return bundle  # not ours to judge here: it came verified
+    kept = [root for root in roots if certs.not_after(root) > now]
+    return "".join(map(certs.pem, kept or roots))
+
+
+def check_signal(name: str) -> signal.Signals:
+    """A signal by its name, with or without SIG. Raises BadInput ``svid.signal``."""
+    try:
+        return signal.Signals[name if name.startswith("SIG") else f"SIG{name}"]
+    except KeyError:
+        raise BadInput("svid.signal", f"not a signal: {ascii(name)[:40]}", hint="use SIGHUP or SIGUSR1") from None
+
+
+def send(pid_file: Path, number: signal.Signals) -> None:
+    """Signal the process whose number is in a file: the number is looked up through a pidfd, so a process that ended is not
+    taken for another. Raises BadInput ``svid.pid`` when there is none.
+    """
+    try:
+        text = pid_file.read_text(encoding="ascii").split()
+        pid = int(text[0])
+        if pid < 2:
+            raise ValueError
+        fd = os.pidfd_open(pid)
+    except (OSError, ValueError, IndexError):
+        raise BadInput("svid.pid", f"{pid_file} does not name a running process") from None
+    try:
+        signal.pidfd_send_signal(fd, number)
+    except OSError as e:
+        raise BadInput("svid.pid", f"process {pid} cannot be signalled: {e.strerror}") from None
+    finally:
+        os.close(fd)
 
 
 def remove(directory: Path) -> None:

@@ -122,7 +122,7 @@ async def test_svid_files_follow_what_is_in_force(agent, live, tmp_path, monkeyp
         await tell(agent, live.delta())
         await until(lambda: (directory / "cert.pem").read_text() == "c2" and "svid.files" not in agent.health)
         agent.in_force.plan.attachments["cart/0"] = AttachmentPlan("cart/0", "host", None, None, "fenced", None, (), "moved")
-        await companion._write_files(agent, directory, None)
+        await companion._write_files(agent, directory, companion.SidecarConfig(agent.config))
         assert list(directory.iterdir()) == []
     finally:
         task.cancel()

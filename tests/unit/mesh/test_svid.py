@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import stat
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -14,6 +17,7 @@ from identity.wire.enroll import SvidReply
 from identity.wire.local import SvidFiles
 from mesh import svid_files
 from mesh.svid import WorkloadSvids, renew_at
+from tests.unit.mesh.conftest import DOMAIN, NOW
 
 
 @given(st.integers(0, 10**9), st.integers(1, 10**6), st.floats(0, 1, exclude_max=True))
@@ -193,3 +197,42 @@ def test_private_directories_of_ended_programs_are_collected(tmp_path):
     svid_files.collect(tmp_path)
 
 
+
+
+# ---- what the programs of others are used to
+
+
+def test_modes_and_an_expired_root_that_is_left_out(tmp_path, ca, tmp_path_factory):
+    from ca.authority import Authority
+    from identity.certs import not_after, pem
+
+    old = Authority.create(tmp_path_factory.mktemp("old") / "ca", DOMAIN, NOW - 10 * 366 * 86400)
+    fresh, stale = pem(ca.authority.root), pem(old.root)
+    end = not_after(old.root)
+    assert svid_files.living(fresh + stale, end - 1) == fresh + stale
+    assert svid_files.living(fresh + stale, end) == fresh
+    assert svid_files.living(stale, end) == stale  # nothing is no bundle
+    svid_files.write(tmp_path / "svid", FILES.model_copy(update={"bundle": fresh}))
+    modes = {p.name: stat.S_IMODE(p.stat().st_mode) for p in (tmp_path / "svid").iterdir()}
+    assert modes == {"cert.pem": 0o644, "key.pem": 0o600, "bundle.pem": 0o644}
+
+
+def test_a_signal_reaches_the_process_of_a_file(tmp_path):
+    pid_file = tmp_path / "pid"
+    script = "import signal,sys; signal.signal(signal.SIGHUP, lambda *_: sys.exit(7)); print('ready', flush=True); signal.pause()"
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    pid_file.write_text(f"{process.pid}\n")
+    svid_files.send(pid_file, svid_files.check_signal("HUP"))
+    assert process.wait(10) == 7
+    process.stdout.close()
+    for text in (f"{process.pid}", "", "x", "1", "-1", "0"):
+        pid_file.write_text(text)
+        with pytest.raises(BadInput) as caught:
+            svid_files.send(pid_file, signal.SIGHUP)
+        assert caught.value.code == "svid.pid"
+    with pytest.raises(BadInput):
+        svid_files.send(tmp_path / "nothing", signal.SIGHUP)
+    assert svid_files.check_signal("SIGUSR1") is signal.SIGUSR1
+    with pytest.raises(BadInput):
+        svid_files.check_signal("KILLALL")
