@@ -33,7 +33,7 @@ from mesh.dataplane import Event as PlaneEvent
 from mesh.devices import Choice
 from mesh.devices.offers import broken
 from mesh.enroll import Enrollment, load_enrollment
-from mesh.flows import Directory
+from mesh.flows import SUMMARIES, Directory
 from mesh.health import Health
 from mesh.identities import placed_here
 from mesh.jwt_svid import JwtSvids
@@ -104,7 +104,8 @@ class Agent:
         )  # fmt: skip
         self.attachments = Attachments(state, self.boot, self._process_ended)
         self.uplink = Uplink(
-            enrollment, self.machine, self.health, on_events=self._on_events, report=self.report, instead=self._instead
+            enrollment, self.machine, self.health, on_events=self._on_events, report=self.report, instead=self._instead,
+            gather=lambda: self.recorder.summary(SUMMARIES),
         )
         self.svids = WorkloadSvids(self.uplink.svid, lambda: self.uplink.trust, time.time)
         self.jwts = JwtSvids(self.uplink.jwt, lambda: self.uplink.trust, time.time)

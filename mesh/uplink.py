@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Final, Literal
 
 import structlog
@@ -28,6 +28,7 @@ from mesh.recovery import OF_NO_USE, newer_trust, recover, useless
 from mesh.summaries import APART, EVERY, Summaries
 from mesh.svid import renew_at
 from mesh.sync import Accepted, Event, FrameRefused, NeedSnapshot, RecordRefused, Refreshed, SyncMachine
+from policy.flows import FlowSummary
 
 FEED_CAP: Final = 5.0  # seconds, ceiling of the wait before reconnecting
 RENEW_CAP: Final = 300.0
@@ -48,6 +49,7 @@ class Uplink:
     on_events: is told, and awaited, after every line of the feed that had an effect
     report:    what to report now, None for nothing yet
     instead:   the ciphers to promise when the device cannot do those of the record given, else None
+    gather:    what was recorded of flows since the last call
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Uplink:
         on_events: Callable[[list[Event]], Awaitable[None]],
         report: Callable[[], Report | None],
         instead: Callable[[list[Cipher]], list[Cipher] | None] = lambda _: None,
+        gather: Callable[[], Iterable[FlowSummary]] = tuple,
     ) -> None:
         self.enrollment = enrollment
         self.machine = machine
@@ -72,7 +75,8 @@ class Uplink:
         self._trust_news = asyncio.Event()
         self._fetched: TrustBundle | None = None  # newer trust than the feed has brought
         self.log_every = LOG_EVERY
-        self.summaries = Summaries(on_denial=self.tell)
+        self.summaries = Summaries()
+        self._gather = gather
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -205,6 +209,7 @@ class Uplink:
                 async with asyncio.timeout(EVERY):
                     await self._tell.wait()
             self._tell.clear()
+            self.summaries.collect(self._gather())
             report = self._report()
             same = report == sent and attempt == 0
             if report is None or (same and not len(self.summaries)) or self.control == "disconnected":
