@@ -1,0 +1,113 @@
+"""Administrators, approvals, entries and ends on the command line: real processes, a server on TCP, no root where none is needed."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cli.test_retinue_ca import CA
+
+
+@pytest.fixture
+def ca(tmp_path: Path, pytestconfig) -> Iterator[CA]:
+    made = CA(tmp_path / "ca", pytestconfig.rootpath)
+    made.json("init", "--trust-domain", "cli.test")
+    made.url = f"https://{made.start()['listen']}"
+    yield made
+    made.server.terminate()
+    made.server.communicate(timeout=30)
+
+
+def admin(ca: CA, name: str, role: str, *more: str) -> list[str]:
+    """The words that make a command that administrator's."""
+    out = ca.directory.parent / name
+    ca.json("admin", "add", name, "--role", role, "--out", str(out), "--server-url", ca.url, *more)
+    return ["--admin-identity", str(out)]
+
+
+def test_two_administrators_over_the_network(ca):
+    alice, bob = admin(ca, "alice", "operator"), admin(ca, "bob", "operator")
+    for name in ("key.pem", "admin.json"):
+        assert stat.S_IMODE((ca.directory.parent / "alice" / name).stat().st_mode) == 0o600
+    ca.env.pop("RETINUE_CA_DIR")
+    made = ca.json(*alice, "workload", "add", "shop/api", "--label", "role=api", "--ends-at", "+2d")
+    assert made["ends_at"] is not None
+    status, error = ca.fails(*alice, "workload", "revoke", "shop/api")
+    assert (status, error["code"]) == (1, "approval.pending")
+    approval = re.search(r"approve (a-\w+)", error["hint"])[1]
+    assert ca.fails(*alice, "approve", approval)[1]["code"] == "approval.same"
+    assert [a["state"] for a in ca.json(*bob, "approvals")] == ["pending"]
+    assert "admin/alice may now" in ca.run(*bob, "approve", approval).stdout
+    assert ca.json(*alice, "workload", "revoke", "shop/api")["state"] == "revoked"
+    assert {a["name"]: a["role"] for a in ca.json(*bob, "admin", "list")} == {"alice": "operator", "bob": "operator"}
+    assert ca.fails(*bob, "admin", "revoke", "alice")[1]["code"] == "admin.role"
+    found = ca.run(*bob, "explain", "identity", "shop/api")
+    assert found.returncode == 1
+    assert "admin/alice revoked it" in found.stdout
+    other = ca.fails("--server", "https://127.0.0.1:1", *alice, "info")
+    assert (other[0], other[1]["code"]) == (3, "ca.unreachable")
+    assert ca.fails("--server", ca.url, "info")[0] == 2
+    assert ca.fails("--admin-identity", str(ca.directory.parent), "info")[1]["code"] == "admin.identity"
+
+
+def test_an_owner_and_a_key_made_elsewhere(ca):
+    out = ca.directory.parent / "pat"
+    request = ca.run("admin", "request", "--out", str(out))
+    assert request.returncode == 0
+    csr = ca.directory.parent / "pat.csr"
+    csr.write_text(request.stdout)
+    key = (out / "key.pem").read_bytes()
+    pat = admin(ca, "pat", "registrar", "--scope", "payments/*", "--csr", str(csr))
+    assert (out / "key.pem").read_bytes() == key
+    assert ca.json(*pat, "workload", "add", "payments/api")["name"] == "payments/api"
+    assert ca.fails(*pat, "workload", "add", "shop/api")[1]["code"] == "admin.scope"
+    assert ca.fails(*pat, "token", "create", "--host", "web-1")[1]["code"] == "admin.scope"
+    assert ca.fails("admin", "add", "x", "--role", "root", "--out", str(out))[0] == 2
+    assert ca.fails("admin", "certify", "ghost", "--out", str(out))[1]["code"] == "admin.unknown"
+
+
+def test_entries(ca):
+    ca.json("workload", "add", "shop/api", "--label", "role=api")
+    made = ca.json(
+        "entry", "create", "shop/api", "--parent", "web-*", "-s", "uid:33", "-s", "unit:api.service", "--ends-at", "+1h", "--hint", "main"
+    )
+    assert (made["selectors"], made["hosts"], made["hint"]) == (["uid:33", "unit:api.service"], [], "main")
+    assert [e["id"] for e in ca.json("entry", "list")] == [made["id"]]
+    assert made["id"] in ca.run("entry", "show", made["id"]).stdout
+    for words, code in (
+        (["-s", "path:/usr/bin/api"], "entry.selectors"), (["-s", "uid:33"], "entry.selectors"), ([], "entry.selectors"),
+        (["-s", "uid:65534", "-s", "unit:a.service"], "entry.nobody"), (["-s", "uid:33", "-s", "unit:a.service", "--ends-at", "soon"], "lease.time"),
+        (["-s", "uid:33", "-s", "cgroup:/a\x1b[2J"], "entry.cgroup"),
+    ):  # fmt: skip
+        assert ca.fails("entry", "create", "shop/api", "--parent", "web-*", *words)[1]["code"] == code
+    found = ca.run("explain", "identity", "shop/api")
+    assert found.returncode == 1
+    assert "uid:33 unit:api.service" in found.stdout
+    assert ca.json("entry", "delete", made["id"])["id"] == made["id"]
+    assert ca.fails("entry", "show", made["id"])[1]["code"] == "entry.unknown"
+
+
+def test_ends(ca):
+    ca.json("workload", "add", "job")
+    helper = ca.json("workload", "add", "helper", "--ends-with", "job")
+    assert helper["ends_with"] == "job"
+    assert ca.json("workload", "life", "helper", "--forever")["ends_with"] is None
+    assert ca.json("workload", "life", "helper", "--ends-at", "2099-01-01T00:00:00Z")["ends_at"] == 4070908800
+    for words, code in (
+        (["--ends-at", "2001-01-01"], "lease.past"), (["--ends-at", "+1y"], "lease.time"), (["--ends-with", "helper"], "lease.itself"),
+        (["--ends-with", "ghost"], "lease.with"), ([], "usage"), (["--forever", "--ends-at", "+1h"], "usage"),
+    ):  # fmt: skip
+        assert ca.fails("workload", "life", "helper", *words)[1]["code"] == code
+    assert "2099-01-01" in ca.run("workload", "list").stdout
+
+
+def test_the_directory_is_no_argument_of_help(ca):
+    for words in (["admin", "--help"], ["entry", "create", "--help"], ["approve", "--help"], ["workload", "life", "--help"]):
+        done = ca.run(*words)
+        assert (done.returncode, "Usage: retinue-ca" in done.stdout) == (0, True)
+    assert os.environ.get("RETINUE_ADMIN_IDENTITY") is None
