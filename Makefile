@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(HOME)/.cargo/bin:$(PATH):/usr/sbin:/sbin
 CARGO := cargo --quiet
 CRATE := --manifest-path mesh/engine/Cargo.toml
 
-.PHONY: attacks fuzz differential rotation help setup demo test check test-unit test-native test-netns test-kernel bench bench-floor docs docs-check sbom lock clean
+.PHONY: kill-points attacks fuzz differential rotation help setup demo test check test-unit test-native test-netns test-kernel bench bench-floor docs docs-check sbom lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -32,7 +32,7 @@ check: setup  ## formatting, lints, types, architecture, generated docs
 	@$(CARGO) clippy $(CRATE) --all-targets --locked -- -D warnings
 
 test-unit: setup  ## tests that need no privilege
-	@$(BIN)/python -m pytest tests/unit tests/cli
+	@$(BIN)/python -m pytest tests/unit tests/cli tests/ha
 
 test-native: setup  ## the engine's own tests, and its fuzz targets over mutated corpora
 	@cargo test $(CRATE) --locked --no-default-features -q
@@ -51,6 +51,10 @@ test-kernel: setup  ## the kernel's WireGuard: Debian's kernel booted in qemu, n
 
 differential: setup  ## 100,000 random flows, evaluator against packets (root)
 	@CI=true RETINUE_FLOWS=100000 $(BIN)/python -m pytest -s tests/netns/test_differential.py
+
+kill-points: setup  ## the CA killed at 200 system calls of issuing, about ten minutes; and one token claimed 50 times at once, 100 rounds
+	@$(BIN)/python -m tests.ha.kill_points
+	@$(BIN)/python -m tests.ha.claims
 
 rotation: setup  ## replace the whole authority under traffic, 200 identities (root)
 	@CI=true RETINUE_ROTATION_IDENTITIES=200 RETINUE_ROTATION_SPREAD=40 $(BIN)/python -m pytest -s tests/netns/test_rotation.py

@@ -20,6 +20,9 @@ from tests.ha.kill_points import points, run
 from tests.ha.processes import TD, Process, wait_for
 
 
+pytestmark = pytest.mark.timeout(300)
+
+
 def make(directory: Path, **options: object) -> Process:
     Plane.create(directory, TD, time.time())
     return Process(directory, **options)  # type: ignore[arg-type]

@@ -38,6 +38,9 @@ from tests.ha.processes import TD, Process, wait_for
 from tests.postgres_server import Server
 
 
+pytestmark = pytest.mark.timeout(240)
+
+
 class Machine:
     """An endpoint that follows the feed of whichever process answers, and reports what it has."""
 
