@@ -6,13 +6,14 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from identity import cliout
 from identity.cliout import Output
-from mesh.cli_node import Format, Json, RunDir, age, ask, size
+from identity.errors import BadInput, Unreachable
+from mesh.cli_node import Format, Json, RunDir, age, ask, parse_flow, size
 
 if TYPE_CHECKING:
     from mesh.local_client import LocalClient
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 def register(app: typer.Typer) -> None:
     """Put the commands under `app`."""
     app.command(epilog="Example: retinue flows --denied --follow")(flows)
+    app.command(epilog="Example: retinue trace web shop/api tcp/8080 --far there.json")(trace)
 
 
 def flows(
@@ -69,6 +71,73 @@ def flows(
         return
     if not follow:
         show(found, losses, chosen)
+
+
+def trace(
+    src: Annotated[str, typer.Argument(metavar="SRC", help="The workload that asks.")],
+    dst: Annotated[str, typer.Argument(metavar="DST", help="The workload that is asked.")],
+    flow: Annotated[str, typer.Argument(metavar="PORT", help="8080, tcp/8080, udp/53 or icmp.")],
+    far: Annotated[
+        list[Path] | None, typer.Option("--far", metavar="FILE", help="What `retinue trace ... -o json` said on the other host; may be repeated.")
+    ] = None,
+    run_dir: RunDir = None,
+    output: Format = Output.TABLE,
+    as_json: Json = False,
+) -> None:  # fmt: skip
+    """The path of one flow, step by step: names, policy, placement, tunnel, firewall, records. Exit 1 when a step fails."""
+    import json
+
+    from mesh.trace import BAD, join
+
+    proto, port = parse_flow(flow)
+    params = {"src": src, "dst": dst, "proto": proto} | ({"port": str(port)} if port is not None else {})
+
+    async def body(agent: LocalClient) -> list[dict[str, object]]:
+        return [json.loads(line) async for line in agent.lines("/v1/trace", params)]
+
+    halves: list[dict[str, object]] = []
+    try:
+        halves += ask(run_dir, body)
+    except Unreachable:
+        if not far:
+            raise
+    halves += [half for path in far or () for half in read_halves(path)]
+    found = join(halves)
+    cliout.emit(found, Output.JSON if as_json else output, human=lambda: show_trace(found))
+    if found["result"] == BAD:
+        raise typer.Exit(1)
+
+
+def read_halves(path: Path) -> list[dict[str, object]]:
+    """The halves in a file of `retinue trace -o json`. Raises BadInput."""
+    import json
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            data = json.loads(file.read(1 << 20))
+        halves = data.get("halves", [data])
+        for half in halves:
+            for step in half["steps"]:
+                if not all(isinstance(step[key], str) for key in ("step", "result", "text")):
+                    raise ValueError(step)
+            if not isinstance(half["host"], str) or not all(isinstance(r, str) for r in (*half["roles"], *half["hosts"])):
+                raise ValueError(half)
+    except OSError as e:
+        raise BadInput("trace.file", f"cannot read {path}: {e.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise BadInput("trace.file", f"{path} is not what `retinue trace -o json` writes") from None
+    return list(halves)
+
+
+def show_trace(found: Mapping[str, Any]) -> None:
+    """A trace for people."""
+    mark = {"ok": "ok", "no": "NO", "unknown": "?"}
+    for half in found["halves"]:
+        print(cliout.clean(f"on {half['host']} ({' and '.join(half['roles']) or 'neither end'})"))
+        for step in half["steps"]:
+            print(cliout.clean(f"  {mark.get(step['result'], '?'):<3} {step['step']:<18} {step['text']}"))
+    for text in found["missing"]:
+        print(cliout.clean(f"?     {text}"))
 
 
 def show(found: list[FlowRecord], losses: Mapping[str, int], output: Output) -> None:

@@ -43,7 +43,7 @@ async def examine(state_dir: Path, agent_socket: Path) -> list[Check]:
     if isinstance(status, RetinueError):
         checks.append(Check("agent", "fail", status.message, status.hint))
         return checks
-    return [*checks, *_running(status), *await _ca_address(state_dir)]
+    return [*checks, *_running(status), await _marks(status.interface), *await _ca_address(state_dir)]
 
 
 def _machine() -> Iterator[Check]:
@@ -156,6 +156,21 @@ async def _agent(path: Path) -> Status | RetinueError:
             return await agent.status()
     except RetinueError as e:
         return e
+
+
+async def _marks(interface: str) -> Check:
+    """Does a rule of somebody else touch our bit of the packet mark?"""
+    from mesh import nft
+    from mesh.firewall import accepted_mark
+    from mesh.marks import foreign_marks
+
+    try:
+        found = foreign_marks(await nft.list_objects("ruleset"), "retinue", accepted_mark(interface))
+    except RetinueError as e:
+        return Check("marks", "warn", f"the rules of others cannot be read: {e.message}", e.hint)
+    if found:
+        return Check("marks", "fail", "; ".join(found[:3]), "write such rules as: meta mark set meta mark & MASK | VALUE, without our bit")
+    return Check("marks", "ok", "no rule of others touches our bit of the packet mark")
 
 
 def _running(s: Status) -> Iterator[Check]:

@@ -674,6 +674,23 @@ class Firewall:
         """Packets by verdict, and the flows refused lately. Empty when the table is gone."""
         return await self.verdicts(), await self.noted("denied")
 
+    async def holds(self, src: str, dst: str, proto: int, port: int | None) -> str | None:
+        """The set in the kernel that lets a flow of this tuple begin, as the chains look them up; None when none does."""
+        family, ends = (6 if ":" in src else 4), f"{src} . {dst}"
+        for prefix in ("", "a"):
+            wanted = [(f"{prefix}pair{family}", f"{ends} . {proto} . {port}")] if port is not None else []
+            wanted.append((f"{prefix}proto{family}", f"{ends} . {proto}"))
+            wanted += [(f"{prefix}range{family}", f"{ends} . {proto} . {port}")] if port is not None else []
+            for name, element in wanted:
+                if await nft.has(self.table, name, element):
+                    return name
+            rest = f"{prefix}rest{family}"
+            if await nft.has(self.table, rest, ends) and not await nft.has(self.table, f"{prefix}except{family}", f"{ends} . {proto}"):
+                return rest
+            if not prefix and port is not None and await nft.has(self.table, f"bound{family}", f"{ends} . {proto} . {port}-{port}"):
+                return f"uid{family}"
+        return None
+
     async def verdicts(self) -> dict[str, int]:
         """Packets by verdict since the table was made."""
         listed = await nft.list_objects("counters", "table", "inet", self.table)

@@ -1,5 +1,6 @@
 """Flows on the agent's local API.
 
+    GET /v1/trace?src=&dst=&proto=&port=  -> this host's half of one flow's path (mesh.trace)
     GET /v1/flows?verdict=&since=&limit=&follow=1  -> JSON lines: first {"losses": {...}}, then one record a line
 """
 
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from aiohttp import web
 
 from identity.errors import BadInput
+from mesh.trace import trace
 from policy.flows import VERDICTS, FlowRecord, dump_flows
 
 if TYPE_CHECKING:
@@ -52,4 +54,13 @@ def routes(agent: Agent) -> list[web.RouteDef]:
                             await response.write(dump_flows([one]).encode())
         return response
 
-    return [web.get("/v1/flows", flows)]
+    async def trace_flow(request: web.Request) -> web.StreamResponse:
+        query = request.query
+        try:
+            src, dst, proto = query["src"], query["dst"], query.get("proto", "tcp")
+            port = int(query["port"]) if "port" in query else None
+        except (KeyError, ValueError):
+            raise BadInput("trace.form", "trace needs src, dst, proto and perhaps a port") from None
+        return web.Response(text=json.dumps(await trace(agent, src, dst, proto, port)) + "\n", content_type="application/x-ndjson")
+
+    return [web.get("/v1/flows", flows), web.get("/v1/trace", trace_flow)]

@@ -104,6 +104,14 @@ async def _list(*what: str) -> list[dict[str, Any]] | None:
     return objects
 
 
+async def has(table: str, name: str, element: str) -> bool:
+    """Is an element in a set of the table `inet table`?"""
+    code, _, err = await _nft("get", "element", "inet", table, name, f"{{ {element} }}")
+    if code != 0 and b"not permitted" in err:
+        raise NoPrivilege("firewall.privilege", "may not read nftables", hint="run as root (CAP_NET_ADMIN)")
+    return code == 0
+
+
 def generation() -> int:
     """The rule-set generation of this network namespace: it grows by one with every commit of anyone."""
     body = struct.pack("=BBH", socket.AF_UNSPEC, 0, 0)
