@@ -75,7 +75,8 @@ class WorkloadSvids:
                         self._held.pop(key, None)
                         raise
                     held = replace(held, renew_at=now + RETRY * (1 + random.random()))  # noqa: S311 -- jitter
-                self._held[key] = held
+            # Kept also when nothing is due: a moment drawn at every look would be the earliest of them.
+            self._held[key] = held
             return held.files.model_copy(update={"bundle": self._trust().roots_pem()})
 
     def _still_trusted(self, held: WorkloadSvid, now: float) -> WorkloadSvid | None:
