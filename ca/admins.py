@@ -6,15 +6,18 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from sqlalchemy import Connection, RowMapping, func, insert, select, update
 
 from ca import audit, schema
+from ca.contradiction import check_row
 from ca.desk import Desk
 from ca.roles import Principal
 from identity.certs import Svid
 from identity.errors import BadInput, Conflict, NotFound, Refused
 from identity.names import SpiffeId, host_name, workload_path
+from identity.records import Payload
 from identity.wire.people import AdminInfo, Role
 
 _SCOPE = re.compile(r"(?P<path>[a-z0-9._/-]{1,253})(/\*)?")
@@ -30,6 +33,7 @@ class AdminRow:
     created: int
     created_by: str
     revoked_at: int | None
+    record: str = ""
 
     @classmethod
     def of(cls, row: RowMapping) -> AdminRow:
@@ -44,6 +48,17 @@ def check_scopes(scopes: Sequence[str]) -> tuple[str, ...]:
             raise BadInput("admin.scope", f"not a subtree: {ascii(scope)[:80]}", hint="write payments/* or shop/api")
         workload_path(scope.removesuffix("/*"))
     return tuple(dict.fromkeys(scopes))
+
+
+class AdminRecord(Payload):
+    """What an administrator may, as the control plane keeps it: never sent, verified at every call."""
+
+    typ: ClassVar[str] = "admin"
+    role: ClassVar[str] = "records"
+
+    name: str
+    may: Role
+    scopes: list[str]
 
 
 class Admins:
@@ -64,7 +79,10 @@ class Admins:
             raise BadInput("admin.scope", "a ca-admin has no scopes", hint="leave --scope out, or give another role")
         if self._find(tx, name) is not None:
             raise Conflict("admin.exists", f"there is or was an administrator named {name}", hint="choose another name, or: retinue-ca admin certify")
-        values = {"name": name, "role": role, "scopes": json.dumps(list(checked)), "created": now, "created_by": actor[:255]}
+        values = {
+            "name": name, "role": role, "scopes": json.dumps(list(checked)), "created": now, "created_by": actor[:255],
+            "record": self._desk.sign(self._record(name, role, checked)),
+        }  # fmt: skip
         tx.execute(insert(schema.admins).values(**values))
         audit.append(tx, now, actor, "admin.add", name, role=role, scopes=list(checked))
         return self.get(tx, name)
@@ -113,6 +131,7 @@ class Admins:
         own = kept is not None and kept["profile"] == "admin" and kept["spiffe_id"] == str(svid.spiffe_id) and kept["revoked_at"] is None
         if row is None or not own:
             raise Refused("admin.certificate", f"this certificate of {svid.spiffe_id} is not in force", hint="get a new one: retinue-ca admin certify")
+        check_row(self._desk, f"administrator {row.name}", row.record, self._record(row.name, row.role, row.scopes))
         return Principal(f"admin/{row.name}", row.role, row.scopes, name=row.name)
 
     def info(self, tx: Connection, row: AdminRow) -> AdminInfo:
@@ -123,6 +142,9 @@ class Admins:
             name=row.name, spiffe_id=name, role=row.role, scopes=list(row.scopes), created=row.created, created_by=row.created_by,
             state="active" if row.revoked_at is None else "revoked", expires=newest,
         )  # fmt: skip
+
+    def _record(self, name: str, role: Role, scopes: Sequence[str]) -> AdminRecord:
+        return AdminRecord(trust_domain=str(self._desk.trust_domain), name=name, may=role, scopes=list(scopes))
 
     @staticmethod
     def _find(tx: Connection, name: str) -> AdminRow | None:

@@ -13,7 +13,7 @@ import structlog
 from ca.desk import Desk
 from ca.rows import EndpointRow, InstanceRow
 from identity.errors import BadState, NotVerified
-from identity.records import EndpointRecord, PlacementRecord
+from identity.records import EndpointRecord, Payload, PlacementRecord
 
 log = structlog.get_logger("retinue.ca")
 
@@ -53,6 +53,12 @@ def check_endpoint(desk: Desk, row: EndpointRow) -> None:
         "name": (row.name, said.endpoint), "kind": (row.kind, said.kind), "tunnel_key": (row.tunnel_key, said.tunnel_key),
         "generation": (row.generation >= said.generation, True),
     })  # fmt: skip
+
+
+def check_row(desk: Desk, what: str, envelope: str, wanted: Payload) -> None:
+    """Was exactly this signed for a row? Raises BadState ``store.contradiction``."""
+    if _open(desk, type(wanted), envelope, what) != wanted:
+        raise _contradiction(what, "not as signed")
 
 
 def _open(desk: Desk, kind: Any, envelope: str, what: str) -> Any:

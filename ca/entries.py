@@ -15,11 +15,13 @@ from typing import Any
 from sqlalchemy import Connection, RowMapping, delete, insert, or_, select, update
 
 from ca import audit, rows, schema
+from ca.contradiction import check_row
 from ca.desk import Desk
 from identity.entries import (
     MAX_ENTRIES,
     EntriesRecord,
     Entry,
+    EntryRecord,
     Selectors,
     check_entry,
     check_parent,
@@ -46,6 +48,7 @@ class EntryRow:
     ends_with: str | None
     created: int
     created_by: str
+    record: str = ""
 
     @classmethod
     def of(cls, row: RowMapping) -> EntryRow:
@@ -84,7 +87,7 @@ class Entries:
         values: dict[str, Any] = {
             "id": row.id, "name": row.name, "parent": row.parent, "selectors": row.selectors.model_dump_json(exclude_defaults=True),
             "labels": json.dumps(dict(row.labels)), "hint": row.hint, "ttl": row.ttl, "ends_at": ends_at, "ends_with": ends_with,
-            "created": now, "created_by": row.created_by,
+            "created": now, "created_by": row.created_by, "record": self._desk.sign(record_of(self._desk, row)),
         }  # fmt: skip
         tx.execute(insert(schema.entries).values(**values))
         self._follow(tx, row.parent, now)
@@ -151,6 +154,8 @@ def sign_for(desk: Desk, tx: Connection, endpoint: str, now: int) -> bool:
     """
     row = rows.endpoint(tx, endpoint)
     mine = [e for e in Entries(desk).all(tx) if is_parent(e.parent, endpoint)]
+    for entry in mine:
+        check_row(desk, f"entry {entry.id}", entry.record, record_of(desk, entry))
     if not mine and row.entries is None:
         return False
     if len(mine) > MAX_ENTRIES:
@@ -166,6 +171,13 @@ def sign_for(desk: Desk, tx: Connection, endpoint: str, now: int) -> bool:
     tx.execute(update(schema.endpoints).where(schema.endpoints.c.name == endpoint).values(**changed))
     desk.store.log(tx, now, "endpoint", endpoint)
     return True
+
+
+def record_of(desk: Desk, row: EntryRow) -> EntryRecord:
+    """What of an entry is signed when it is made."""
+    return EntryRecord(
+        trust_domain=str(desk.trust_domain), parent=row.parent, entry=row.signed(), ttl=row.ttl, ends_with=row.ends_with
+    )
 
 
 def check_known(request: EntryCreate) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 from sqlalchemy import Connection, select, update
 
 from ca import audit, schema, transparency
+from ca.admins import AdminRecord
 from ca.store import Store
-from identity.entries import EntriesRecord
+from identity.entries import EntriesRecord, EntryRecord
 from identity.errors import NotVerified
 from identity.records import EndpointRecord, ForeignBundle, Payload, PlacementRecord, PolicyRecord
 
@@ -57,6 +58,10 @@ def all_records(tx: Connection, open_: Open, sign: Sign, now: int, actor: str) -
             tx.execute(update(schema.federations).where(schema.federations.c.trust_domain == name).values(changed))
             _note(tx, now, "federation", name, changed)
             count += len(changed)
+    for table, key, kind in ((schema.entries, schema.entries.c.id, EntryRecord), (schema.admins, schema.admins.c.name, AdminRecord)):
+        for row in tx.execute(select(table)).mappings().all():  # kept here and never sent: no change to note
+            tx.execute(update(table).where(key == row[key.name]).values(_signed(row, {"record": kind}, open_, sign)))
+            count += 1
     audit.append(tx, now, actor, "authority.resign", f"{count} records")
     return count
 

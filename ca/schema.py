@@ -271,6 +271,7 @@ entries = Table(  # version 2
     Column("ends_with", String(255)),
     Column("created", BigInteger, nullable=False),
     Column("created_by", String(255), nullable=False),
+    Column("record", Text, nullable=False),  # what of it is signed: nothing is given out from a row that says otherwise
     Index("entry_name", "name"),
 )  # fmt: skip
 admins = Table(  # version 2
@@ -281,6 +282,7 @@ admins = Table(  # version 2
     Column("created", BigInteger, nullable=False),
     Column("created_by", String(255), nullable=False),
     Column("revoked_at", BigInteger),
+    Column("record", Text, nullable=False),  # name, role and scopes, signed
 )  # fmt: skip
 approvals = Table(  # version 2
     "approvals", metadata,

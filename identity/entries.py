@@ -81,6 +81,18 @@ class EntriesRecord(Payload):
     issued: Seconds
 
 
+class EntryRecord(Payload):
+    """One entry as the control plane keeps it: never sent, verified before it goes into a set."""
+
+    typ: ClassVar[str] = "entry"
+    role: ClassVar[str] = "records"
+
+    parent: str
+    entry: Entry
+    ttl: int | None = None
+    ends_with: str | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Facts:
     """What is known of a process. path and sha256 are None where they were not asked for or cannot be read."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from sqlalchemy import insert, select, update
 
+from ca import schema
 from ca.entries import Entries, sign_for
 from identity import records
 from identity.entries import EntriesRecord
-from identity.errors import BadInput, Conflict, NotFound
+from identity.errors import BadInput, BadState, Conflict, NotFound
 from identity.wire.entries import EntryCreate
 from tests.unit.ca.conftest import TD
 
@@ -125,3 +127,32 @@ def test_too_many_for_one_host(desk, monkeypatch):
     assert caught.value.code == "entry.many"
     with desk.store.read() as tx:
         assert len(desk.entries.all(tx)) == 1
+
+
+@pytest.mark.parametrize(
+    "change", [{"name": "other"}, {"parent": "*"}, {"selectors": '{"uid":0,"netns":"api"}'}, {"labels": '{"role":"db"}'}, {"ends_at": 1 << 40}, {"ttl": 9}, {"record": "x"}]
+)  # fmt: skip
+def test_a_row_that_a_database_writer_changed_is_not_given_out(desk, change):
+    desk.enrol("web-1")
+    desk.add("api")
+    desk.add("other")
+    row = create(desk)
+    before = signed(desk, "web-1")
+    with desk.store.write() as tx:
+        tx.execute(update(schema.entries).where(schema.entries.c.id == row.id).values(**change))
+    with pytest.raises(BadState) as caught:
+        create(desk, name="other", parent="web-1")
+    assert caught.value.code == "store.contradiction"
+    assert signed(desk, "web-1") == before
+
+
+def test_an_entry_that_a_database_writer_made_is_not_given_out(desk):
+    desk.enrol("web-1")
+    desk.add("api")
+    row = create(desk)
+    with desk.store.write() as tx:
+        kept = dict(tx.execute(select(schema.entries)).mappings().one())
+        tx.execute(insert(schema.entries).values(**{**kept, "id": "e-forged", "selectors": '{"uid":0,"netns":"api"}'}))
+    with pytest.raises(BadState), desk.store.write() as tx:
+        desk.entries.delete(tx, row.id, desk.now, "test")
+    assert [e.id for e in signed(desk, "web-1").entries] == [row.id]

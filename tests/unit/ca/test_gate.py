@@ -261,6 +261,20 @@ async def test_certificates_of_others_open_nothing(rig):
         assert refused.value.code == "admin.kind"
 
 
+async def test_a_role_that_a_database_writer_gave_is_none(rig):
+    from sqlalchemy import update
+
+    from ca import schema
+
+    alice = await rig.admin_of("alice", "viewer")
+    bob = await rig.admin_of("bob", "registrar", "payments/*")
+    for name, values in (("alice", {"role": "ca-admin"}), ("bob", {"scopes": "[]"})):
+        with rig.plane.store.write() as tx:
+            tx.execute(update(schema.admins).where(schema.admins.c.name == name).values(**values))
+    for client in (alice, bob):
+        assert await rig.code(client, "GET", "/v1/info") == "store.contradiction"
+
+
 @pytest.mark.parametrize("path", ["/v1/report", "/v1/svid", "/v1/renew", "/v1/jwt", "/v1/sidecar-token", "/v1/underlay"])
 async def test_an_administrators_certificate_is_no_endpoints(rig, path, monkeypatch):
     alice = await rig.admin_of("alice", "ca-admin")
