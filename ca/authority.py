@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from ca.keyring import GOOD, KEY_TYPES, KINDS, MANIFEST, FileKeys, Keys, Member, Ring
+from ca.keystores import KeyPlace, SignerClient, keys_of, open_keys, write_place
 from ca.signer import FileSigner, Signer, sign_certificate
 from identity import certs, records
 from identity.bundle import TrustBundle, open_bundle
@@ -120,10 +121,10 @@ class Authority:
 
     @classmethod
     def create(
-        cls, directory: Path, trust_domain: TrustDomain, now: float, *, keys: Keys | None = None,
+        cls, directory: Path, trust_domain: TrustDomain, now: float, *, place: KeyPlace | None = None,
         lifetimes: Lifetimes | None = None,
     ) -> Authority:  # fmt: skip
-        """A new authority in an empty or missing directory. `keys`: where its keys are made (default: files there).
+        """A new authority in an empty or missing directory. `place`: where its keys are made (default: files there).
 
         Raises Conflict ``ca.exists`` when one is there, BadState ``ca.partial`` for the remains of one.
         """
@@ -139,13 +140,19 @@ class Authority:
         staging = directory / f".init-{os.urandom(4).hex()}"
         staging.mkdir(mode=0o700)
         try:
-            _populate(staging, trust_domain, now, keys or FileKeys(staging), lifetimes)
+            keys = keys_of(place, staging) if place else FileKeys(staging)
+            try:
+                _populate(staging, trust_domain, now, keys, lifetimes)
+            finally:
+                _close(keys)
             names = sorted(p.name for p in staging.iterdir())
             for name in sorted(names, key=lambda n: n == MANIFEST):
                 os.rename(staging / name, directory / name)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
-        return cls.load(directory, now, keys=keys, lifetimes=lifetimes)
+        if place is not None:
+            write_place(directory, place)
+        return cls.load(directory, now, lifetimes=lifetimes)
 
     @classmethod
     def load(
@@ -154,11 +161,15 @@ class Authority:
     ) -> Authority:  # fmt: skip
         """Open an authority and renew what is due (see `maintain`). Raises BadState ``ca.*`` or ``state.*``."""
         ring = Ring.load(directory)
-        self = cls(directory, ring, keys or FileKeys(directory), record_serial=record_serial, lifetimes=lifetimes)
+        self = cls(directory, ring, keys or open_keys(directory), record_serial=record_serial, lifetimes=lifetimes)
         self._read(now)
         self.maintain(now)
         self._check(now)
         return self
+
+    def close(self) -> None:
+        """Let go of the place where the keys are."""
+        _close(self.keys)
 
     def refresh(self, now: float) -> bool:
         """Take over what another process changed in the directory. True when there was something."""
@@ -410,6 +421,11 @@ class Authority:
         from ca import rotation  # it works on this class
 
         return rotation.by_time(self, now)
+
+
+def _close(keys: Keys) -> None:
+    if isinstance(keys, SignerClient):
+        keys.close()
 
 
 def _populate(

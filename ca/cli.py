@@ -119,18 +119,24 @@ def init(
     directory: Dir = DEFAULT_DIR,
     store: Annotated[str | None, typer.Option("--store", metavar="URL", help="postgresql://user@host/database instead of SQLite; no password here.")] = None,
     store_file: Annotated[Path | None, typer.Option("--store-file", metavar="FILE", help="A file (0600) with that address; may hold a password. Also: RETINUE_CA_STORE.")] = None,
+    signer: Annotated[Path | None, typer.Option("--signer", metavar="SOCKET", help="Have the keys made and kept by the signer process on this socket.")] = None,
+    pkcs11: Annotated[Path | None, typer.Option("--pkcs11", metavar="MODULE", help="Have root and intermediate keys made and kept in a token, through this library.")] = None,
+    token_label: Annotated[str, typer.Option("--token-label", metavar="LABEL", help="The PKCS#11 token.")] = "retinue",
+    pin_file: Annotated[Path | None, typer.Option("--pin-file", metavar="FILE", help="A file (0600) with the token's PIN.")] = None,
     output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Make a new control plane: root, intermediate, record keys, database."""
     import time
 
     from ca import postgres
+    from ca.keystores import key_place
     from ca.plane import Plane
     from identity.names import TrustDomain
 
+    place = key_place(signer, pkcs11, token_label, pin_file)
     try:
         address = postgres.chosen(store, store_file)
-        authority = Plane.create(directory, TrustDomain(trust_domain), time.time(), address=address)
+        authority = Plane.create(directory, TrustDomain(trust_domain), time.time(), address=address, place=place)
     except OSError as e:
         raise BadState(
             "ca.dir", f"cannot write {directory}: {e.strerror}", hint="choose another --dir, or run as root"
@@ -157,6 +163,8 @@ def serve(
     heartbeat: Annotated[float, typer.Option(metavar="SECONDS", min=0.05, max=10.0, help="Seconds between signed heartbeats.")] = 2.0,
     host_life: Annotated[int, typer.Option(metavar="SECONDS", min=5, max=86400, help="Life of the certificates of hosts and sidecars.")] = 86400,
     workload_life: Annotated[int, typer.Option(metavar="SECONDS", min=5, max=14400, help="Life of the certificates of workloads.")] = 14400,
+    lease: Annotated[float, typer.Option(metavar="SECONDS", min=1, max=3600, help="The agents' --lease: when a strict identity without a heartbeat is dark.")] = 30.0,
+    stale_max: Annotated[float, typer.Option(metavar="SECONDS", min=1, max=30 * 86400, help="The agents' --stale-max: the same for any identity.")] = 43200.0,
     issuer_life: Annotated[int, typer.Option(metavar="SECONDS", min=60, max=7776000, help="Life of intermediates; six times that of what they issue at least.")] = 7776000,
     output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -164,6 +172,7 @@ def serve(
     import asyncio
 
     from ca.authority import Lifetimes
+    from ca.moves import Leases
     from ca.serve import Options, Running, harden, set_up_logs
     from ca.serve import serve as run
 
@@ -185,7 +194,7 @@ def serve(
     signer = min(30 * 86400, max(30, issuer_life // 3))
     lives = Lifetimes(endpoint=host_life, workload=workload_life, intermediate=issuer_life, server=host_life, signer=signer)
     upkeep = max(1.0, min(3600.0, host_life / 24, issuer_life / 60))
-    asyncio.run(run(Options(directory, listen, heartbeat, lifetimes=lives, upkeep=upkeep), ready))
+    asyncio.run(run(Options(directory, listen, heartbeat, lifetimes=lives, upkeep=upkeep, leases=Leases(lease, stale_max)), ready))
 
 
 @app.command(epilog="Example: retinue-ca info -o json")
@@ -403,40 +412,6 @@ def show_workload(w: Workload, output: Output) -> None:
     cliout.emit(w, output, columns=_WORKLOAD, rows=[_workload_row(w)])
 
 
-@workload_app.command("move", epilog="Example: retinue-ca workload move shop/api --to web-2 --wait 5")
-def workload_move(
-    name: Name,
-    to: Annotated[str, typer.Option("--to", metavar="HOST", help="The new host.")],
-    instance: Instance = 0,
-    wait: Annotated[float, typer.Option(metavar="SECONDS", min=0, max=300, help="Seconds for the new host to be ready, and for everyone to follow.")] = 5.0,
-    force: Annotated[bool, typer.Option("--force", help="Move even when the new host did not report ready.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check it and say who would be told.")] = False,
-    directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
-) -> None:  # fmt: skip
-    """Move an instance to another host: it keeps its addresses, everyone refuses the old place."""
-    from identity.wire.admin import MoveReply, WorkloadMove
-
-    request = WorkloadMove(name=name, instance=instance, to=to, wait=wait, force=force, dry_run=dry_run)
-    done = _client(directory).post("/v1/workloads/move", request, MoveReply, timeout=2 * wait + 30)
-
-    def human() -> None:
-        what = f"{cliout.clean(name)}/{instance}: {done.from_host or 'nowhere'} -> {to}"
-        if not done.applied:
-            print(f"{what} is possible; would be told: {', '.join(done.waiting_for) or 'nobody connected'}")
-            return
-        print(f"{what}, epoch {done.workload.epoch}")
-        for step, ms in (
-            ("prepared", done.prepared_ms),
-            ("committed", done.committed_ms),
-            ("released", done.released_ms),
-        ):
-            print(f"  {step:9}  {'not waited out' if ms is None else f'{ms:.1f} ms'}")
-        if done.waiting_for:
-            print(f"  not yet reported by: {', '.join(map(cliout.clean, done.waiting_for))}")
-
-    cliout.emit(done, _format(output, as_json), human=human)
-
-
 @workload_app.command("revoke", epilog="Example: retinue-ca workload revoke shop/api --instance 1")
 def workload_revoke(
     name: Name,
@@ -637,11 +612,15 @@ client, output_of, when = _client, _format, _when  # for the command groups in m
 
 
 def _register() -> None:
-    from ca import cli_authority, cli_entry, cli_host, cli_log, cli_policy, cli_store
+    from ca import cli_authority, cli_entry, cli_host, cli_log, cli_policy, cli_signer, cli_store
 
     app.add_typer(cli_authority.app, name="authority")
     app.add_typer(cli_entry.app, name="entry")
     cli_host.register()
+    from ca import cli_move
+
+    cli_move.register()
+    cli_signer.register()
     from ca import cli_admin
 
     app.add_typer(cli_admin.app, name="admin")

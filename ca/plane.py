@@ -26,6 +26,7 @@ from ca.feed import Feed, Frame
 from ca.highwater import FILE as HIGHWATER
 from ca.highwater import HighWater, Mark
 from ca.jwt_authority import JwtAuthority
+from ca.keystores import KeyPlace
 from ca.life import end_of
 from ca.mirror import BUNDLE, Mirror
 from ca.people import People
@@ -114,11 +115,13 @@ class Plane:
         self._trust: TrustBundle | None = None
         self._blocks: str | None = None  # how often the block list changed, as far as the bundle shows it
         self.targets: dict[str, str] = {}  # of moves being prepared, by any process (shared stores only)
+        self.leaving: dict[str, str] = {}  # the same instances -> who holds them
         self._head: tuple[tuple[int, int], str] | None = None
 
     @classmethod
     def create(
-        cls, directory: Path, trust_domain: TrustDomain, now: float, *, address: str | None = None
+        cls, directory: Path, trust_domain: TrustDomain, now: float, *, address: str | None = None,
+        place: KeyPlace | None = None,
     ) -> Authority:
         """Make a new control plane in an empty or missing directory; with `address` its store is that PostgreSQL database.
 
@@ -139,8 +142,8 @@ class Plane:
                 "ca.dir_used", f"{directory} is not empty", hint="choose an empty or a new directory"
             )
         if address is not None:
-            return cls._create_shared(directory, trust_domain, now, address)
-        authority = Authority.create(directory, trust_domain, now)
+            return cls._create_shared(directory, trust_domain, now, address, place)
+        authority = Authority.create(directory, trust_domain, now, place=place)
         temporary = directory / f".{DATABASE}.{os.urandom(4).hex()}"
         store = Store.create(temporary, str(trust_domain))
         with store.write() as tx:
@@ -150,10 +153,12 @@ class Plane:
         return authority
 
     @classmethod
-    def _create_shared(cls, directory: Path, trust_domain: TrustDomain, now: float, address: str) -> Authority:
+    def _create_shared(
+        cls, directory: Path, trust_domain: TrustDomain, now: float, address: str, place: KeyPlace | None
+    ) -> Authority:
         store = Store.create_shared(address, str(trust_domain))
         try:
-            authority = Authority.create(directory, trust_domain, now)
+            authority = Authority.create(directory, trust_domain, now, place=place)
             with store.write() as tx:
                 audit.append(tx, int(now), NOBODY, "init", str(trust_domain), root=authority.root_fingerprint)
             postgres.write_address(directory, address)
@@ -211,6 +216,7 @@ class Plane:
                 processes.gone(self.store, self.process)
         self.store.close()
         self.water.close()
+        self.authority.close()
 
     @property
     def now(self) -> int:
@@ -330,8 +336,11 @@ class Plane:
         target = self.mirror.world.instances[key].target
         if target is None:
             self.targets.pop(key, None)
+            self.leaving.pop(key, None)
         else:
             self.targets[key] = target
+            if (holder := self.mirror.world.instances[key].holder) is not None:
+                self.leaving[key] = holder
 
     def _blocks_changed(self) -> bool:
         with self.store.read() as tx:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -34,6 +34,14 @@ class Signer(Protocol):
 
     def sign(self, data: bytes, /) -> bytes:
         """ECDSA (DER, SHA-256 for P-256, SHA-384 for P-384) or Ed25519 (64 bytes) over `data`."""
+
+
+@runtime_checkable
+class CertificateSigner(Protocol):
+    """A signer that wants to know what it signs: another process, with a linter of its own."""
+
+    def sign_certificate(self, tbs: bytes, issuer: x509.Certificate | None) -> bytes:
+        """ECDSA over a TBSCertificate; `issuer` is None for a root. Raises what the signer answers."""
 
 
 class FileSigner:
@@ -91,13 +99,21 @@ def sign_certificate(
     lint(draft, profile, issuer=issuer, trust_domain=trust_domain)
     announce(draft)
     tbs = draft.tbs_certificate_bytes
-    signature = signer.sign(tbs)
+    signature = signer.sign_certificate(tbs, issuer) if isinstance(signer, CertificateSigner) else signer.sign(tbs)
     cert = x509.load_der_x509_certificate(_assemble(tbs, draft.public_bytes(Encoding.DER), signature))
     try:
         cert.verify_directly_issued_by(cert if issuer is None else issuer)
     except (ValueError, TypeError, InvalidSignature):
         raise Bug("cert.signature", "the signer answered with a signature that does not hold") from None
     return cert
+
+
+def draft_of(tbs: bytes, public: ec.EllipticCurvePublicKey) -> bytes:
+    """A TBSCertificate as a certificate (DER) with a void signature, to be read and linted. Raises ValueError."""
+    if len(tbs) < 8 or tbs[0] != _SEQUENCE:
+        raise ValueError("not a TBSCertificate")
+    oid = bytes.fromhex("06082a8648ce3d0403") + (b"\x03" if isinstance(public.curve, ec.SECP384R1) else b"\x02")
+    return _tlv(_SEQUENCE, tbs + _tlv(_SEQUENCE, oid) + _tlv(_BIT_STRING, b"\0" + _tlv(_SEQUENCE, b"\x02\x01\x01" * 2)))
 
 
 def _assemble(tbs: bytes, draft: bytes, signature: bytes) -> bytes:
