@@ -15,7 +15,7 @@ stamp() { mkdir -p "$STAMPS" && printf '%s' "$2" >"$STAMPS/$1"; }
 
 # program:package, what the product runs with and what its tests compare with
 RUNTIME="nft:nftables ip:iproute2 sysctl:procps cc:gcc make:make cmake:cmake openssl:openssl"
-TESTING="wg:wireguard-tools wireguard-go:wireguard-go iperf3:iperf3 ping:iputils-ping strace:strace spin:spin faketime:faketime pg_ctlcluster:postgresql systemd-analyze:systemd nebula:nebula"
+TESTING="wg:wireguard-tools wireguard-go:wireguard-go iperf3:iperf3 ping:iputils-ping strace:strace spin:spin faketime:faketime softhsm2-util:softhsm2 pg_ctlcluster:postgresql systemd-analyze:systemd nebula:nebula"
 # The kernel lane is part of the tests in CI; elsewhere `make test-kernel` installs its emulator itself.
 [ -z "${CI:-}" ] || TESTING="$TESTING qemu-system-x86_64:qemu-system-x86"
 
