@@ -240,10 +240,10 @@ def _reply(message: BaseModel) -> web.Response:
 
 
 def snapshot_of(agent: Agent) -> SnapshotReply:
-    """The envelopes in force, without what is fenced."""
+    """The envelopes in force, without what is fenced or has ended."""
     now: InForce | None = agent.in_force
     position = now.position if now else None
-    fenced = now.view.fenced if now else frozenset()
+    fenced = now.view.fenced | now.view.ended if now else frozenset()
     withheld = {f"{kind}/{key}" for key in fenced for kind in ("placement", "prepare")}
     return SnapshotReply(
         timeline=position.timeline if position else None,

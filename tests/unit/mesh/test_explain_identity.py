@@ -12,7 +12,7 @@ from identity.entries import Selectors
 from identity.errors import BadInput, NotFound
 from identity.wire.local import Attach
 from mesh.explain_identity import explain_identity, lines
-from mesh.local_api import LocalApi
+from mesh.local_api import LocalApi, snapshot_of
 from mesh.local_client import LocalClient
 from tests.unit.mesh.test_identities import API, entries, entry
 from tests.unit.mesh.workload_rig import moved, tell
@@ -48,6 +48,7 @@ async def test_what_is_over(agent, live):
     found = explain_identity(agent, "cart", 0)
     assert (found.holds, found.state, found.reason, found.ends) == (False, "fenced", "its end has come", live.time)
     assert "fenced: its end has come" in found.fences
+    assert "placement/cart/0" not in snapshot_of(agent).objects  # the gateway reads these
     await tell(agent, live.delta({"placement/cart/0": live.placement("cart", "cart-sidecar-1", epoch=3, state="revoked", **at)}))
     found = explain_identity(agent, "cart", 0)
     assert (found.state, found.holder) == ("revoked", None)

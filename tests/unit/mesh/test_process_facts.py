@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -129,6 +130,28 @@ def test_a_replaced_program_is_told_by_what_runs(start, tmp_path):
     found = look(caller_of(process, os.geteuid(), os.getegid()), program=True, digest=True)
     assert found.sha256 == before
     assert found.path == f"{program} (deleted)"
+
+
+def test_a_process_that_execs_is_what_it_became(start, tmp_path):
+    """The stated limit: who connects and then runs the approved program is taken for it, by path and by digest. Its user and
+    its place are what they were, and those are what an entry has to ask for.
+    """
+    approved = tmp_path / "approved"
+    shutil.copy(os.path.realpath("/bin/sleep"), approved)
+    process = start(["/bin/sh", "-c", f"printf x; read line; exec {approved} 60"])
+    caller = caller_of(process, os.geteuid(), os.getegid())
+    before = facts_of(caller, frozenset(), program=True, digest=True)
+    process.stdin.write(b"go\n")
+    process.stdin.flush()
+    for _ in range(1000):
+        after = facts_of(caller, frozenset(), program=True, digest=True)
+        if after.path == str(approved):
+            break
+        select.select([], [], [], 0.01)
+    caller.close()
+    assert before.path != after.path == str(approved)
+    assert after.sha256 == hashlib.sha256(approved.read_bytes()).hexdigest() != before.sha256
+    assert (after.uid, after.gid, after.cgroup) == (before.uid, before.gid, before.cgroup)
 
 
 @pytest.mark.parametrize(
