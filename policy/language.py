@@ -552,23 +552,22 @@ def _boolean(node: Node) -> bool:
 
 
 def _process(node: Node) -> Process:
-    """``uid:1001``, ``unit:ledger.service``, ``cgroup:system.slice/ledger.service``. Raises BadPolicy."""
+    """``uid:1001``. Control groups and units are understood, and refused until hosts check them. Raises BadPolicy."""
     text = node.scalar("process")
     kind, colon, value = text.partition(":")
     if kind == "uid" and value.isascii() and value.isdigit() and len(value) < 11 and int(value) <= _UID_MAX:
         return Process("uid", str(int(value)))
     good = bool(colon) and _CGROUP.fullmatch(value) is not None and not {".", ".."} & set(value.split("/"))
-    if good and kind == "unit" and "/" not in value and "." in value:
-        return Process("cgroup", f"system.slice/{value}")
-    if good and kind == "cgroup":
-        return Process("cgroup", value)
+    if good and (kind == "cgroup" or (kind == "unit" and "/" not in value and "." in value)):
+        raise node.bad("policy.not_enforced", f"no host checks a {kind} yet, so it is not accepted",
+                       hint="run it as a user of its own and write uid:N, or give it an identity of its own with `retinue run`")  # fmt: skip
     if text.startswith("/"):
         raise node.bad(
             "policy.not_enforced", "the path of an executable is no barrier, so it is not accepted as one",
-            hint="name what the kernel can check: process: unit:ledger.service, uid:1001 or cgroup:system.slice/ledger.service",
+            hint="name what the kernel can check: process: uid:1001",
         )  # fmt: skip
     raise node.bad("policy.process", f"not a process: {ascii(text)[:60]}",
-                   hint="write uid:1001, unit:ledger.service or cgroup:system.slice/ledger.service")  # fmt: skip
+                   hint="write uid:1001")  # fmt: skip
 
 
 def _rate(node: Node) -> int:

@@ -243,6 +243,85 @@ def test_audit_forwards_and_records_and_ends_by_itself(quiet: World) -> None:
         world.mesh.lab.start_ca(init=False)
 
 
+JOB = "shop/job"
+
+
+def test_a_grant_ends_with_its_workload_everywhere(world: World) -> None:
+    """web may talk with api on another port anyway, so that the hosts themselves must know that the job has ended."""
+    world.mesh.add(JOB, "a")
+    world.mesh.apply(policy() + "grants:\n  - {id: INC-7, from: {role: web}, to: {role: api}, on: tcp/8081, until: {workload_ends: shop/job}}\n")
+    held = []
+    for family in (0, 1):
+        assert until(lambda f=family: world.tcp(WEB, API, 8081, f) == "open", 15)
+        held.append(_stream(world, family))
+    assert all(_answers(sock) for sock in held)
+    world.mesh.lab.ca("workload", "revoke", JOB)
+    for family, sock in enumerate(held):
+        assert until(lambda f=family: world.tcp(WEB, API, 8081, f) == "refused", 10)
+        assert world.tcp(WEB, API, 8080, family) == "open"
+        assert not _answers(sock)
+        sock.close()
+
+    def told() -> list[dict[str, Any]]:
+        lines = world.mesh.lab.ca("audit", "list")
+        return [e for e in (lines if isinstance(lines, list) else lines.get("entries", [])) if e.get("action") == "grant.expired"]
+
+    assert until(lambda: bool(told()), 15)
+    (entry,) = told()
+    assert entry["subject"] == "INC-7"
+    assert "the end of the workload shop/job" in json.dumps(entry)
+
+
+def _stream(world: World, family: int) -> socket.socket:
+    def make() -> socket.socket:
+        sock = socket.socket(socket.AF_INET6 if family else socket.AF_INET)
+        sock.settimeout(1)
+        return sock
+
+    sock = netns.inside(world.spaces[WEB], make)
+    sock.connect((world.mesh.addresses[API][family], 8081))
+    return sock
+
+
+def _answers(sock: socket.socket) -> bool:
+    try:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        return bool(sock.recv(4096))
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("family", [0, 1], ids=["v4", "v6"])
+def test_a_trace_names_each_step_on_both_hosts(world: World, tmp_path: Path, family: int) -> None:
+    lab = world.mesh.lab
+    world.mesh.apply(policy())
+    assert until(lambda: world.tcp(WEB, API, 8080, family) == "open", 15)
+    here = lab.retinue("a", "trace", WEB, API, "8080", codes=(0, 1))
+    assert here["result"] == "unknown"  # half of it is not known, and said so
+    assert here["missing"] == ["the destination's host has not been asked: run `retinue trace` there, with -o json, and give the file with --far"]
+    (tmp_path / "there.json").write_text(json.dumps(lab.retinue("b", "trace", WEB, API, "8080")))
+    both = lab.retinue("a", "trace", WEB, API, "8080", "--far", str(tmp_path / "there.json"))
+    assert (both["result"], both["missing"], [h["host"] for h in both["halves"]]) == ("ok", [], ["a", "b"])
+    steps = {(h["host"], s["step"]): s for h in both["halves"] for s in h["steps"]}
+    assert "rule web-api" in steps["a", "policy"]["text"]
+    assert steps["b", "firewall"]["text"] == "IPv4: set pair4, IPv6: set pair6"
+    assert steps["a", "tunnel"]["text"].startswith("direct to b at ")
+    assert "allow by web-api" in steps["b", "records"]["text"]
+    refused = lab.retinue("a", "trace", BATCH, API, "8080", codes=(1,))
+    assert refused["result"] == "no"
+    failing = {s["step"] for s in refused["halves"][0]["steps"] if s["result"] == "no"}
+    assert {"policy", "firewall"} <= failing
+    nobody = lab.retinue("a", "trace", "shop/nobody", API, "8080", codes=(0, 1))
+    assert nobody["halves"][0]["steps"][0]["result"] == "unknown"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"halves": [{"steps": [{"step": 1}]}]}', '{"host": 5, "steps": [], "roles": [], "hosts": []}'])
+def test_a_forged_half_is_refused(world: World, tmp_path: Path, text: str) -> None:
+    (tmp_path / "far").write_text(text)
+    answer = world.mesh.lab.retinue("a", "trace", WEB, API, "8080", "--far", str(tmp_path / "far"), codes=(2,))
+    assert answer is None or answer["error"]["code"] == "trace.file"
+
+
 async def test_follow_shows_a_refusal_as_it_happens(world: World) -> None:
     lab = world.mesh.lab
     agent = await asyncio.create_subprocess_exec(

@@ -280,3 +280,22 @@ def test_a_policy_that_cannot_be_classed_leaves_the_old_one(monkeypatch: pytest.
             )
     assert (world.policy, world.program) == ("good", good)
     assert world.view("a").objects == before
+
+
+def test_everybody_sees_the_workload_with_which_a_grant_ends() -> None:
+    world = World()
+    for name in ("a", "b"):
+        world.set_endpoint(EndpointFact(name, f"record {name}"))
+    world.set_policy("policy", Program((), ends=frozenset({"job"})))
+    view = world.view("a")
+    assert "placement/job/0" not in view.objects
+    job = InstanceFact("job/0", subject("job", {}), False, "b", None, frozenset(), "running", None)
+    outcome = world.update(world.set_instance(job))
+    assert outcome.changed[view] == {"placement/job/0"}
+    assert view.objects["placement/job/0"] == "running"
+    assert "endpoint/b" not in view.objects  # and no more than that
+    ended = replace(job, revoked=True, holder=None, former=frozenset({"b"}), placement="revoked")
+    assert world.update(world.set_instance(ended)).changed[view] == {"placement/job/0"}
+    assert view.objects["placement/job/0"] == "revoked"
+    assert world.update(world.set_policy("other", Program(()))).changed[view] >= {"placement/job/0"}
+    assert "placement/job/0" not in view.objects

@@ -15,7 +15,7 @@ from mesh.plan import AES, CHACHA, Plan, elements_of
 from mesh.snapshot import InstanceKey, Snapshot
 from policy.evaluate import evaluate
 from policy.ports import PORTED
-from policy.program import Action, Audit, Named, Nothing, Program, Rule, Subject, Tier
+from policy.program import Action, Audit, Named, Nothing, Process, Program, Rule, Subject, Tier
 from tests.unit.mesh.plans import (
     ANYBODY,
     ME,
@@ -309,7 +309,7 @@ segments:
   - name: s
     allow:
       - {id: r, from: {workload: web, process: "uid:7"}, to: {workload: api}, on: tcp/80}
-      - {id: u, from: {workload: web, process: "unit:x.service"}, to: {workload: api}, on: tcp/81}
+      - {id: u, from: {workload: web, process: ["uid:8", "uid:9"]}, to: {workload: api}, on: tcp/81}
       - {id: f, from: {workload: web}, to: {workload: api}, on: tcp/82, max_rate: 8Mbit}
 """
 
@@ -320,11 +320,18 @@ def test_a_process_is_checked_where_it_runs_or_not_let_through(place: str) -> No
     web, api = (placement("web", "h1", 1), placement("api", ME, 2)) if place == "far" else (WEB, API)
     plan = compile_plan(snapshot([web, api], endpoints=ENDPOINTS, policy=policy_record(BOUND)), where)
     pair = plan.pairs[WEB_KEY, API_KEY]
-    assert str(pair.ports) == {"host": "tcp/80,82", "netns": "tcp/82", "far": "tcp/80-82"}[place]
+    assert str(pair.ports) == {"host": "tcp/80-82", "netns": "tcp/82", "far": "tcp/80-82"}[place]
     assert [(b.rule, b.max_rate, [str(p) for p in b.processes]) for b in pair.bounds] == [
-        ("f", 1_000_000, []), *([("r", None, ["uid 7"])] if place == "host" else [])
+        ("f", 1_000_000, []), *([("r", None, ["uid 7"]), ("u", None, ["uid 8", "uid 9"])] if place == "host" else [])
     ]  # fmt: skip
-    assert len([n for n in plan.notes if n.code == "plan.process"]) == {"host": 1, "netns": 2, "far": 0}[place]
+    assert len([n for n in plan.notes if n.code == "plan.process"]) == {"host": 0, "netns": 2, "far": 0}[place]
+
+
+def test_a_process_that_no_host_checks_gets_nothing() -> None:
+    rule = replace(allow("web", "api", "tcp/80"), processes=(Process("cgroup", "system.slice/x.service"),))
+    plan = compile_plan(snapshot([WEB, API], endpoints=ENDPOINTS), facts(host=["web/0"]), program=program(rule))
+    assert plan.pairs == {}
+    assert [n.code for n in plan.notes] == ["plan.process"]
 
 
 WEB_KEY, API_KEY = InstanceKey("web/0"), InstanceKey("api/0")

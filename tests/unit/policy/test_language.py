@@ -162,6 +162,8 @@ BAD = [
     ("process upwards", RULE % ("{app: a, process: 'cgroup:a/../b'}", "'*'", "any"), "policy.process", 5, 41),
     ("process of nft", RULE % ("{app: a, process: 'cgroup:a; accept'}", "'*'", "any"), "policy.process", 5, 41),
     ("process unit", RULE % ("{app: a, process: 'unit:a/b.service'}", "'*'", "any"), "policy.process", 5, 41),
+    ("process of a unit", RULE % ("{app: a, process: 'unit:a.service'}", "'*'", "any"), "policy.not_enforced", 5, 41),
+    ("process of a group", RULE % ("{app: a, process: 'cgroup:a/b'}", "'*'", "any"), "policy.not_enforced", 5, 41),
     ("process none", RULE % ("{app: a, process: }", "'*'", "any"), "policy.empty", 5, 41),
     ("process alone", RULE % ("{process: 'uid:1'}", "'*'", "any"), "policy.empty_selector", 5, 23),
     ("process of the destination", RULE % ("'*'", "{app: a, process: 'uid:1'}", "any"), "policy.process", 5, 41),
