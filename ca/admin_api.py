@@ -11,7 +11,16 @@ from typing import Final
 import structlog
 from aiohttp import web
 
-from ca import admin_authority, admin_entries, admin_explain, admin_people, admin_policy, audit, log_api
+from ca import (
+    admin_authority,
+    admin_entries,
+    admin_explain,
+    admin_moves,
+    admin_people,
+    admin_policy,
+    audit,
+    log_api,
+)
 from ca.gate import audited, door
 from ca.http import body, errors, number, reply, text
 from ca.principals import ACTOR
@@ -50,6 +59,7 @@ def make_app(service: Service, listen: Callable[[], str]) -> web.Application:
         web.post("/v1/workloads/move", admin.move),
         web.post("/v1/workloads/revoke", admin.revoke),
         *admin_entries.routes(service),
+        *admin_moves.routes(service),
         *admin_people.routes(service),
         *admin_explain.routes(service),
         *admin_authority.routes(service),

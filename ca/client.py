@@ -6,7 +6,8 @@ import http.client
 import json
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import urlencode
@@ -19,6 +20,7 @@ M = TypeVar("M", bound=Message)
 SOCKET: Final = "admin.sock"
 MAX_PATH: Final = 107  # bytes of sun_path without its NUL, unix(7)
 DEFAULT_S: Final = 30.0
+MAX_LINE: Final = 1 << 20  # bytes
 
 
 class _Connection(http.client.HTTPConnection):
@@ -57,14 +59,37 @@ class AdminClient:
         """POST, parsed."""
         return parse(kind, json.dumps(self.raw("POST", path, message, timeout=timeout)))
 
+    def lines(self, path: str, message: Message, *, timeout: float) -> Iterator[dict[str, Any]]:
+        """POST; the lines of the answer as they come. `timeout`: seconds between two of them."""
+        connection = self._connection(timeout)
+        with self._failures(timeout):
+            try:
+                yield from exchange_lines(connection, self._prefix + path, message)
+            finally:
+                connection.close()
+
+    _prefix = ""
+
+    def _connection(self, timeout: float) -> http.client.HTTPConnection:
+        return _Connection(str(socket_path(self.directory)), timeout)
+
     def raw(
         self, method: str, path: str, message: Message | None = None,
         *, query: Mapping[str, object] | None = None, timeout: float | None = None,
     ) -> Any:  # fmt: skip
         """One exchange; the JSON of the answer."""
-        connection = _Connection(str(socket_path(self.directory)), timeout or self._timeout)
+        connection = self._connection(timeout or self._timeout)
+        with self._failures(timeout or self._timeout):
+            try:
+                return exchange(connection, method, path, message, query)
+            finally:
+                connection.close()
+
+    @contextmanager
+    def _failures(self, timeout: float) -> Iterator[None]:
+        """What can go wrong with a connection, as errors of ours."""
         try:
-            return exchange(connection, method, path, message, query)
+            yield
         except (FileNotFoundError, ConnectionRefusedError, NotADirectoryError):
             raise Unreachable(
                 "ca.down",
@@ -78,15 +103,27 @@ class AdminClient:
                 hint="run it as root",
             ) from None
         except TimeoutError:
-            raise TimedOut(
-                "ca.slow", f"the CA did not answer within {timeout or self._timeout:g} s"
-            ) from None
+            raise TimedOut("ca.slow", f"the CA did not answer within {timeout:g} s") from None
         except (OSError, http.client.HTTPException) as e:
             raise Unreachable(
                 "ca.lost", f"the CA ended the connection ({type(e).__name__})", hint="see its log"
             ) from None
-        finally:
-            connection.close()
+
+
+def exchange_lines(connection: http.client.HTTPConnection, path: str, message: Message) -> Iterator[dict[str, Any]]:
+    """One request and the objects of its answer, a line each. Raises what the CA answered, OSError, HTTPException."""
+    connection.request("POST", path, body=message.model_dump_json().encode(), headers={"Content-Type": "application/json"})
+    response = connection.getresponse()
+    if response.status != 200:
+        _answer(response.status, response.read())
+    while line := response.readline(MAX_LINE):
+        try:
+            parsed = json.loads(line)
+        except ValueError:
+            parsed = None
+        if not isinstance(parsed, dict):
+            raise Unreachable("ca.answer", "the CA's answer cannot be read")
+        yield parsed
 
 
 def exchange(

@@ -33,7 +33,7 @@ from identity.transparency import record_leaf
 
 NEW_COLUMNS_2: Final = (
     ("instances", "mover"), ("instances", "ends_at"), ("instances", "ends_with"), ("endpoints", "entries"),
-    ("endpoints", "entries_generation"), ("policies", "kind"), ("policies", "trial"),
+    ("endpoints", "entries_generation"), ("endpoints", "draining"), ("policies", "kind"), ("policies", "trial"),
 )  # fmt: skip
 NEW_TABLES_2: Final = (
     "ledger", "ledger_nodes", "ledger_heads", "processes", "readiness", "entries", "admins", "approvals",

@@ -39,6 +39,12 @@ class Prepared:
     revision: int
 
 
+def check_open(host: EndpointRow) -> None:
+    """Raise Conflict ``host.draining`` for a host that nothing new may come to."""
+    if host.draining is not None:
+        raise Conflict("host.draining", f"{host.name} is being drained", hint=f"retinue-ca host undrain {host.name}")
+
+
 class Placements:
     """Transactions over workloads and instances. `now` is seconds since the epoch, `actor` goes to the audit."""
 
@@ -88,7 +94,9 @@ class Placements:
             )  # fmt: skip
             row = rows.instance(tx, request.name, number)
             if request.host is not None:
-                row = self.place(tx, row, rows.living_endpoint(tx, request.host), now)
+                target = rows.living_endpoint(tx, request.host)
+                check_open(target)
+                row = self.place(tx, row, target, now)
             else:
                 self._log(tx, row, now)
             life: dict[str, Any] = {k: v for k, v in (("ends_at", ends_at), ("ends_with", ends_with)) if v is not None}
@@ -243,6 +251,17 @@ class Placements:
         with self._desk.store.write() as tx:
             return self._abort(tx, self._still(tx, move), now, actor, why)
 
+    def take_back(self, name: str, instance: int, now: int, actor: str) -> tuple[InstanceRow, int]:
+        """Abort the move of an instance that is being made ready; the placement stays as it is.
+
+        Returns the row and the epoch that is given up. Raises NotFound, Conflict ``move.none``.
+        """
+        with self._desk.store.write() as tx:
+            row = rows.instance(tx, name, instance)
+            if row.state != "moving" or row.target_epoch is None:
+                raise Conflict("move.none", f"{row.key} is not being moved", hint="see: retinue-ca workload list")
+            return self._abort(tx, row, now, actor, "asked"), row.target_epoch
+
     def abort_left(self, now: int, living: Collection[str] = ()) -> int:
         """Moves that a process which is no more left half-way: all but those of `living` processes. Returns how many."""
         with self._desk.store.read() as tx:
@@ -297,6 +316,7 @@ class Placements:
             )
         if row.endpoint == to:
             raise Conflict("move.same", f"{row.key} is on {to} already")
+        check_open(target)
         self._suits(row, target)
         return row, target
 

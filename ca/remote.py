@@ -13,7 +13,8 @@ import os
 import ssl
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -135,20 +136,36 @@ class RemoteClient(AdminClient):
         self, method: str, path: str, message: Message | None, query: Mapping[str, object] | None, timeout: float | None
     ) -> Any:
         seconds = timeout or self._timeout
-        connection = _Connection(self._host, self._port, seconds, self._context(), self._server_is_ours)
+        connection = self._connection(seconds)
+        with self._failures(seconds):
+            try:
+                return exchange(connection, method, PREFIX + path, message, query)
+            finally:
+                connection.close()
+
+    _prefix = PREFIX
+
+    def lines(self, path: str, message: Message, *, timeout: float) -> Iterator[dict[str, Any]]:
+        """POST; the lines of the answer as they come."""
+        self._renew()
+        yield from super().lines(path, message, timeout=timeout)
+
+    def _connection(self, timeout: float) -> http.client.HTTPConnection:
+        return _Connection(self._host, self._port, timeout, self._context(), self._server_is_ours)
+
+    @contextmanager
+    def _failures(self, timeout: float) -> Iterator[None]:
         try:
-            return exchange(connection, method, PREFIX + path, message, query)
+            yield
         except RetinueError:
             raise
         except TimeoutError:
-            raise Unreachable("ca.slow", f"{self._url} did not answer within {seconds:g} s") from None
+            raise Unreachable("ca.slow", f"{self._url} did not answer within {timeout:g} s") from None
         except ssl.SSLError as e:
             why = str(getattr(e, "reason", None) or "the handshake failed").lower().replace("_", " ")
             raise Unreachable("ca.tls", f"no TLS connection to {self._url}: {why}", hint="is it this CA, and is the certificate still good?") from None
         except (OSError, http.client.HTTPException) as e:
             raise Unreachable("ca.unreachable", f"cannot reach {self._url} ({type(e).__name__})", hint="is the CA running and reachable?") from None
-        finally:
-            connection.close()
 
     def _context(self) -> ssl.SSLContext:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

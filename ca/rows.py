@@ -35,6 +35,7 @@ class EndpointRow:
     record: str | None
     entries: str | None = None
     entries_generation: int = 0
+    draining: int | None = None  # since when nothing new may come there
 
     @classmethod
     def of(cls, row: RowMapping) -> EndpointRow:

@@ -61,6 +61,7 @@ endpoints = Table(
     Column("record", Text),
     Column("entries", Text),  # version 2: the signed registration entries of this endpoint; none before the first
     Column("entries_generation", BigInteger, nullable=False, server_default="0"),  # version 2
+    Column("draining", BigInteger),  # version 2: since when nothing new may come there
     CheckConstraint("state in ('pending', 'enrolled', 'revoked')", name="endpoint_state"),
     CheckConstraint("kind in ('host', 'sidecar')", name="endpoint_kind"),
     # one tunnel key speaks for one living endpoint

@@ -29,6 +29,7 @@ from ca.authority import Lifetimes, ServerIdentity
 from ca.client import socket_path
 from ca.gate import PREFIX
 from ca.listener import Caps, Listener, allow_files, small_buffers
+from ca.moves import Leases
 from ca.plane import Plane
 from ca.service import MAINTAIN_S, Service
 from identity import cliout
@@ -53,6 +54,7 @@ class Options:
     caps: Caps | None = None
     lifetimes: Lifetimes | None = None
     upkeep: float = MAINTAIN_S
+    leases: Leases | None = None
 
 
 # ---- addresses
@@ -254,7 +256,7 @@ async def running(options: Options) -> AsyncIterator[Running]:
         sock = stack.enter_context(contextlib.closing(listener(*parse_listen(options.listen))))
         plane = Plane.open(options.directory, time.time, lifetimes=options.lifetimes)
         plane.listen = show(sock)
-        service = Service(plane, heartbeat=options.heartbeat, upkeep=options.upkeep)
+        service = Service(plane, heartbeat=options.heartbeat, upkeep=options.upkeep, leases=options.leases)
         await service.start()
         async with contextlib.AsyncExitStack() as late:
             late.push_async_callback(service.stop)

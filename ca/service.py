@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from ca import postgres, processes
 from ca.doorbell import POLL_S, Doorbell
 from ca.feed import Frame
 from ca.handover import HAND_OVER_S, Handover
+from ca.moves import MAX_LEASE_WAIT_S, Contacts, Leases, Progress, Tell
 from ca.placements import Prepared
 from ca.plane import Plane, Published
 from ca.rows import EndpointRow, InstanceRow
@@ -76,8 +76,13 @@ class Stream:
 class Service:
     """Use between `start` and `stop`, on one event loop."""
 
-    def __init__(self, plane: Plane, *, heartbeat: float = 2.0, upkeep: float = MAINTAIN_S) -> None:
+    def __init__(
+        self, plane: Plane, *, heartbeat: float = 2.0, upkeep: float = MAINTAIN_S, leases: Leases | None = None
+    ) -> None:
         self.plane = plane
+        self.leases = Leases() if leases is None else leases
+        self.contacts = Contacts()
+        self._taken_back: set[tuple[str, int]] = set()  # (instance, target epoch) of moves that `abort` ended here
         self.upkeep = upkeep  # seconds between looks at what the authority needs
         self.heartbeat = heartbeat
         self.reports: dict[str, Report] = {}
@@ -207,6 +212,7 @@ class Service:
         stream.close("closed")
         if self.streams.get(stream.endpoint) is stream:
             del self.streams[stream.endpoint]
+            self.contacts.lost(stream.endpoint)
         self._tell()
         with contextlib.suppress(RuntimeError):  # the worker has stopped already
             await self.read(lambda: self.plane.feed.leave(stream.endpoint, stream.turn, self.plane.now))
@@ -221,7 +227,7 @@ class Service:
         self._tell()
         if report.flows:
             self._spawn(self._observe(endpoint, report.flows))
-        if endpoint in self.plane.targets.values():
+        if endpoint in self.plane.targets.values() or endpoint in self.plane.leaving.values():
             self._spawn(self._share(endpoint, report))
 
     async def _observe(self, endpoint: str, flows: list[FlowSummary]) -> None:
@@ -266,7 +272,7 @@ class Service:
                 log.critical("the change log cannot be followed", why=f"{type(e).__name__}: {e}")
 
     def _look_elsewhere(self) -> None:
-        targets = set(self.plane.targets.values()) - self.streams.keys()
+        targets = {*self.plane.targets.values(), *self.plane.leaving.values()} - self.streams.keys()
         found = {name: processes.ready(self.plane.store, name) for name in targets}
         self._elsewhere = {name: ready for name, ready in found.items() if ready is not None}
 
@@ -313,47 +319,155 @@ class Service:
 
     # ---- moving
 
-    async def move(self, request: WorkloadMove, actor: str) -> MoveReply:
+    async def move(self, request: WorkloadMove, actor: str, tell: Tell | None = None) -> MoveReply:
         """PREPARE, wait until the new holder is ready, COMMIT, wait until the receivers have it.
 
-        Raises Conflict ``move.not_ready`` (then nothing changed) when the new holder does not report the instance
-        attached within `wait`, unless `force`; and what `Placements.prepare` and `commit` raise.
+        Raises Conflict ``move.not_ready`` or ``move.lease`` (then nothing changed) when the new holder does not report
+        the instance attached within `wait`, or the old one may still serve it, unless `force`; ``move.aborted``; and
+        what `Placements.prepare` and `commit` raise. `tell` gets every step.
         """
-        began = time.monotonic()
         plane = self.plane
         if request.dry_run:
             return await self._plan(request)
+        progress = Progress(f"{request.name}/{request.instance}", tell)
         prepared, told = await self.change(
             lambda: plane.placements.prepare(request.name, request.instance, request.to, plane.now, actor)
         )
+        progress.say("prepare", f"prepared on {request.to}; peers warm a tunnel to it", epoch=prepared.instance.target_epoch)
         try:
-            ready = await self._until(lambda: self._ready(prepared, told), request.wait)
-            if not ready and not request.force and (missing := self._missing(prepared)):
-                raise Conflict(
-                    "move.not_ready", f"{request.to} is not ready for {prepared.instance.key}: {missing}; nothing was changed",
-                    hint=f"on {request.to}: retinue attach {request.name} --instance {request.instance}; or give --force",
-                )  # fmt: skip
-            prepared_ms = _since(began) if ready else None
-            forced = {"forced": True} if request.force and not ready else {}
+            ready = await self._make_ready(request, prepared, told, progress)
+            prepared_ms = progress.ms if ready else None
+            silent = await self._answered(request, prepared, progress)
+            forced = {"forced": True} if request.force and (silent or not ready) else {}
+            quiet = {"silent": prepared.holder} if silent else {}
             order = Handover(prepared.target, prepared.holder) if ready else None
             (row, revision), told = await asyncio.shield(
                 asyncio.ensure_future(
-                    self.change(lambda: plane.placements.commit(prepared, plane.now, actor, **forced), order)
+                    self.change(lambda: plane.placements.commit(prepared, plane.now, actor, **forced, **quiet), order)
                 )
             )
         except BaseException as e:
-            if not isinstance(e, Conflict) or e.code not in {"move.lost", "placement.changed"}:
-                await asyncio.shield(asyncio.ensure_future(self._abort(prepared, actor, e)))
-            raise
-        committed_ms = _since(began)
+            error = self._why_lost(prepared, e)
+            if not isinstance(error, Conflict) or error.code not in {"move.lost", "move.aborted", "placement.changed"}:
+                await asyncio.shield(asyncio.ensure_future(self._abort(prepared, actor, error)))
+            progress.say("aborted", "nothing was changed")
+            if error is e:
+                raise
+            raise error from None
+        committed_ms = progress.ms
+        progress.say("commit", f"{request.to} holds it; every receiver that hears of it refuses the old place", epoch=row.epoch)
         released = await self._until(
             lambda: not self._lagging(told & self.streams.keys(), revision), request.wait
         )
         late = self._lagging(told, revision)
+        until = None
+        if silent:
+            left = max(0.0, self._lease_left(row, prepared.holder))
+            until = plane.now + int(left) + 1
+            progress.say(
+                "fenced", f"{prepared.holder} has not said that it follows: it may serve peers that cannot hear of the move either,"
+                f" for up to {left:.0f} s", waiting_for=sorted(late), seconds=round(left, 1),
+            )  # fmt: skip
+        elif released and not late:
+            progress.say("released", "everybody concerned has followed")
         return MoveReply(
             workload=self.workload(row), from_host=prepared.holder, prepared_ms=prepared_ms, committed_ms=committed_ms,
-            released_ms=_since(began) if released and not late else None, waiting_for=sorted(late),
+            released_ms=progress.ms if released and not late else None, waiting_for=sorted(late), silent=silent,
+            double_until=until,
         )  # fmt: skip
+
+    async def _make_ready(self, request: WorkloadMove, prepared: Prepared, told: set[str], progress: Progress) -> bool:
+        """Wait for the new holder, and a while for those who were told. Raises Conflict ``move.not_ready``."""
+        if missing := self._missing(prepared):
+            progress.say("waiting", f"{request.to}: {missing}", seconds=request.wait, waiting_for=[request.to])
+        over = self._is_taken_back(prepared)
+        ready = await self._until(lambda: over() or self._ready(prepared, told), request.wait)
+        if over():
+            raise Conflict("move.lost", "taken back")
+        if ready:
+            progress.say("ready", f"{request.to} is ready")
+            return True
+        missing = self._missing(prepared)
+        if missing and not request.force:
+            raise Conflict(
+                "move.not_ready", f"{request.to} is not ready for {prepared.instance.key}: {missing}; nothing was changed",
+                hint=f"on {request.to}: retinue attach {request.name} --instance {request.instance}; or give --force",
+            )  # fmt: skip
+        lagging = sorted(self._lagging(told & self.streams.keys(), prepared.revision))
+        progress.say("not_ready", f"goes on without: {missing or 'peers that have not answered'}", waiting_for=lagging)
+        return False
+
+    async def _answered(self, request: WorkloadMove, prepared: Prepared, progress: Progress) -> bool:
+        """Is the old holder silent? Waits for its lease where that is asked or its fence is strict.
+
+        Raises Conflict ``move.lease`` when that takes too long, ``move.aborted``.
+        """
+        row, holder = prepared.instance, prepared.holder
+        if holder is None:
+            return False
+        over = self._is_taken_back(prepared)
+        if self.plane.store.shared and holder not in self.streams:  # it may be another process's
+            await self._until(lambda: over() or self._follows(prepared), request.wait)
+        if self._follows(prepared):
+            return False
+        known = "does not answer" if holder in self.streams else "is not connected"
+        progress.say("holder_silent", f"{holder} {known}: dead, stopped or cut off", waiting_for=[holder])
+        if request.force or (row.fence == "available" and not request.wait_lease):
+            return True
+        stream = self.streams.get(holder)
+        if stream is not None:
+            # It gets no further heartbeat. Alive after all, it connects anew, and then it answers.
+            stream.close("did not answer a move")
+            await self.close_stream(stream)
+        left = self._lease_left(row, holder)
+        if left > MAX_LEASE_WAIT_S:
+            raise Conflict(
+                "move.lease", f"{holder} {known} and may serve {row.key} for another {left:.0f} s; nothing was changed",
+                hint="wait for it to come back, or give --force: peers that cannot hear of the move may then hear both",
+            )  # fmt: skip
+        if left > 0:
+            progress.say("lease", f"waiting for {holder}'s lease to end", seconds=round(left, 1), waiting_for=[holder])
+        while (left := self._lease_left(row, holder)) > 0:
+            if await self._until(lambda: over() or self._follows(prepared), left):
+                if over():
+                    raise Conflict("move.lost", "taken back")
+                return False
+        return False  # the lease is over: whoever held it is dark by itself
+
+    def _follows(self, prepared: Prepared) -> bool:
+        """Has the old holder acknowledged the prepare, to this process or another?"""
+        assert prepared.holder is not None
+        report: Report | processes.Ready | None = self.reports.get(prepared.holder)
+        if prepared.holder not in self.streams:
+            report = self._elsewhere.get(prepared.holder)
+        return report is not None and report.revision >= prepared.revision
+
+    def _lease_left(self, row: InstanceRow, holder: str | None) -> float:
+        """Seconds until a silent holder has fenced itself. On a shared store another process may still send to it."""
+        if holder is None:
+            return 0.0
+        silence = 0.0 if holder in self.streams else self.contacts.silence(holder)
+        if self.plane.store.shared:
+            return self.leases.of(row) + MAX_LEASE_WAIT_S
+        return self.leases.of(row) - silence
+
+    async def abort_move(self, name: str, instance: int, actor: str) -> InstanceRow:
+        """Take back a move that is being made ready, whoever makes it. Raises NotFound, Conflict ``move.none``."""
+        plane = self.plane
+        (row, epoch), _ = await self.change(lambda: plane.placements.take_back(name, instance, plane.now, actor))
+        self._taken_back.add((row.key, epoch))
+        self._tell()
+        return row
+
+    def _is_taken_back(self, prepared: Prepared) -> Callable[[], bool]:
+        return lambda: (prepared.instance.key, prepared.instance.target_epoch) in self._taken_back
+
+    def _why_lost(self, prepared: Prepared, error: BaseException) -> BaseException:
+        mine = (prepared.instance.key, prepared.instance.target_epoch or 0)
+        if mine in self._taken_back and isinstance(error, Conflict) and error.code in {"move.lost", "placement.changed"}:
+            self._taken_back.discard(mine)
+            return Conflict("move.aborted", f"the move of {prepared.instance.key} was taken back; nothing was changed")
+        return error
 
     async def _plan(self, request: WorkloadMove) -> MoveReply:
         def run() -> tuple[InstanceRow, set[str]]:
@@ -402,6 +516,7 @@ class Service:
             name=row.name, kind=row.kind, spiffe_id=row.spiffe_id, tunnel_key=row.tunnel_key, underlay=row.underlay,
             generation=row.generation, state=self._state(row), enrolled=row.enrolled,
             svid_expires=row.svid_expires, revision=report.revision if report else None, connected=row.name in self.streams,
+            draining=row.draining is not None,
         )  # fmt: skip
 
     def _state(self, row: EndpointRow) -> Literal["enrolled", "quarantined", "revoked"]:
@@ -446,11 +561,6 @@ class Service:
                 await self.change(self.plane.maintain)
             except Exception as e:
                 log.critical("renewing the authority's certificates failed", why=f"{type(e).__name__}: {e}")
-
-
-def _since(began: float) -> float:
-    """Milliseconds."""
-    return round((time.monotonic() - began) * 1000, 3)
 
 
 def _wake(loop: asyncio.AbstractEventLoop, rung: asyncio.Event) -> None:

@@ -16,10 +16,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
+from identity.grown import Grown
 from identity.wire import Message
 
 
@@ -62,6 +63,7 @@ class Host(Message):
     svid_expires: int
     revision: int | None = None  # last applied, as reported
     connected: bool = False
+    draining: bool = False  # nothing is placed or moved there
 
 
 class HostList(Message):
@@ -107,6 +109,7 @@ class WorkloadMove(Message):
     wait: float = Field(default=5.0, ge=0, le=300)  # seconds for each phase
     force: bool = False  # commit even when the new holder did not report ready
     dry_run: bool = False  # check it and say who would be told
+    wait_lease: bool = False  # wait until a holder that does not answer has fenced itself
 
 
 class Workload(Message):
@@ -137,6 +140,8 @@ class MoveReply(Message):
     released_ms: float | None
     waiting_for: list[str] = []  # endpoints that had not reported when the wait was over
     applied: bool = True  # False for a dry run; `waiting_for` then names whom it would wait for
+    silent: bool = False  # the old holder had not answered: peers that did not hear of the move may still hear it
+    double_until: int | None = None  # seconds since the epoch: by then it has fenced itself
 
 
 class PolicyFileIn(Message):
@@ -165,7 +170,9 @@ class PolicyReply(Message):
     kind: str = "apply"  # how it came: apply, rollback N, rollout ...
 
 
-class ExplainReply(Message):
+class ExplainReply(Message, Grown):
+    later: ClassVar[frozenset[str]] = frozenset({"audited", "would_deny"})
+
     """policy.explain's answer, as data; `verdict` is allow or deny."""
 
     src: str
