@@ -342,9 +342,18 @@ def _rows(found: Any, output: Output) -> None:
 
 
 @policy_app.command("flows", epilog="Example: retinue-ca policy flows --out flows.jsonl")
-def flows(out: Out = None, directory: Dir = DEFAULT_DIR) -> None:
-    """What the hosts reported as forwarded, for `retinue policy draft`, `lint` and `test --flows`."""
-    _write(out, client(directory, 120.0).raw("GET", "/v1/policy/flows")["text"])
+def flows(
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write them there, as JSON lines.")] = None,
+    directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
+) -> None:  # fmt: skip
+    """What the hosts reported as forwarded, for `retinue policy draft`, `lint`, `replay` and `test --flows`."""
+    text = client(directory, 120.0).raw("GET", "/v1/policy/flows")["text"]
+    if out is not None:
+        _write(out, text)
+        return
+    found = [json.loads(line) for line in text.splitlines()]
+    rows = [(r["src"], r["dst"], r["proto"], r.get("port", ""), r.get("count", 1), when(r["time"])) for r in found]
+    cliout.emit(found, output_of(output, as_json), columns=("from", "to", "proto", "port", "seen", "last"), rows=rows)
 
 
 @policy_app.command("inventory", epilog="Example: retinue-ca policy inventory --out inventory.yaml")

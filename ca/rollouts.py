@@ -256,9 +256,8 @@ class Rollouts:
         known = subjects(rows.instances(tx))
         programs: tuple[Program, Program] | None = None
         if current is not None and current.trial is not None:
-            staged = current.staged()
-            assert staged.trial is not None
-            programs = (compile_policy(staged.base, now, known), compile_policy(staged.trial, now, known))
+            staged = current.staged()  # as it stands: outside the canary nothing is the new policy's doing
+            programs = (compile_policy(staged.base, now, known), staged.program(now, known))
         holders: dict[str, set[str]] = {}
         for row in rows.instances(tx):
             if row.endpoint is not None:
@@ -341,7 +340,7 @@ def _excluded(
         return ""
     before, after = (evaluate(p, known[src], known[dst], proto, port).allowed for p in programs)
     if after:
-        return "the new policy allows it: the reporter is mistaken, or not up to date"
+        return "allowed now (outside the canary, or by the new policy): the reporter is mistaken or not up to date"
     return "" if before else "the policy before denies it as well"
 
 

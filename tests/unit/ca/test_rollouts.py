@@ -112,7 +112,8 @@ def test_the_budget_is_counted_in_distinct_flows(shop) -> None:
     [
         ("c", flow("web", "api", 81, "deny", 0), None),  # about others' ends: not even kept
         ("a", flow("web", "api", 99, "deny", 0), "not seen before"),
-        ("a", flow("web", "api", 80, "deny", 0), "the new policy allows it"),
+        ("a", flow("web", "api", 80, "deny", 0), "allowed now"),
+        ("c", flow("web2", "api", 81, "deny", 0), "allowed now"),  # outside the canary
         ("a", flow("api", "web", 81, "deny", 0), "not seen before"),
         ("a", flow("web", "api", 82, "deny", 0), "by the reporting end only"),
     ],
@@ -121,8 +122,9 @@ def test_a_lying_host_spends_no_budget(shop, reporter, what, why) -> None:
     seen(shop, 81)
     seen(shop, 80)
     seen(shop, 82, holders="a")  # the liar prepared it: nobody else saw it
+    shop.rollouts.observe("b", [flow("web2", "api", 81, "allow", shop.now)], shop.now)
     shop.now += 5
-    start(shop, force=True)
+    start(shop, force=True, who=Who({}, hosts=["a"]))
     lie = what.model_copy(update={"first": shop.now, "last": shop.now})
     noted = shop.rollouts.observe(reporter, [lie], shop.now)
     _, watched = shop.rollouts.status(shop.now)

@@ -32,7 +32,7 @@ RECORDS = [flow("web", "api", 80), flow("web", "api", 81), flow("api", "db", 543
 def test_what_was_forwarded_and_would_be_denied() -> None:
     recording = Recording.of(RECORDS, NOW)
     found = replay(compile_policy(policy(), NOW), recording.edges, ALL)
-    assert [b.edge[:2] + (b.edge[3],) for b in found.broken] == [("shop/api", "shop/db", 5432), ("shop/web", "shop/api", 81)]
+    assert [(*b.edge[:2], b.edge[3]) for b in found.broken] == [("shop/api", "shop/db", 5432), ("shop/web", "shop/api", 81)]
     assert (found.flows, found.unknown) == (3, 1)
     assert "default deny" in str(found.broken[0])
     assert (found.first, found.last) == (NOW - 40 * DAY, NOW - DAY)
