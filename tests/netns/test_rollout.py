@@ -78,7 +78,7 @@ def test_both_ends_of_a_pair_go_by_the_same_policy(shop: Shop) -> None:
     assert until(lambda: shop.seen((OTHER, 8082)) and shop.shut((OTHER, 8081)), 15)
     assert shop.rollout("abort", "--why", "test")["rollout"]["state"] == "aborted"
     assert until(lambda: shop.seen((WEB, 8081), (OTHER, 8081)) and shop.shut((WEB, 8082), (OTHER, 8082)), 15)
-    assert shop.mesh.lab.retinue("b", "status")["policy_trial"] == ""
+    assert "policy_trial" not in shop.mesh.lab.retinue("b", "status")
 
 
 def test_back_by_itself_when_a_flow_that_was_seen_is_refused(shop: Shop) -> None:
