@@ -122,7 +122,7 @@ class Recorder:
         passed, self._refilled = now - self._refilled, now
         self._tokens = min(EVENTS, self._tokens + passed * EVENTS)
         self._lookups = min(LOOKUPS, self._lookups + passed * LOOKUPS)
-        self._tokens -= one.read(int(min(AT_ONCE, self._tokens)))
+        self._tokens -= one.read(max(0, int(min(AT_ONCE, self._tokens))))
 
     def _event(self, kind: int, flags: int, body: bytes) -> None:
         """One message of the kernel; what does not parse is nothing."""
