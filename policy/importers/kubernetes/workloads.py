@@ -25,6 +25,7 @@ TEMPLATES: Final[Mapping[str, tuple[str, ...]]] = {
     "ReplicationController": ("spec", "template"),
     "Job": ("spec", "template"),
     "CronJob": ("spec", "jobTemplate", "spec", "template"),
+    "VirtualMachine": ("spec", "template"),  # kubevirt.io: the pod of a machine has its labels
 }
 PORT: Final = "port:"  # label prefix of a named port: ``port:http/tcp: 8080``
 EXTERNAL: Final = Subject("external", nets=("0.0.0.0/0", "::/0"))
@@ -82,12 +83,14 @@ def read_cluster(objects: Sequence[Object], notes: list[str], untranslated: list
 
 def _pods(one: Object) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """(identity, pod template) of a workload object; nothing for other kinds."""
-    if one.kind == "Pod":
-        name, kind = one.name, "Pod"
+    if one.kind in {"Pod", "VirtualMachineInstance"}:
+        name, kind = one.name, one.kind
         owners = one.body["metadata"].get("ownerReferences") or []
         owner = owners[0] if isinstance(owners, list) and owners and isinstance(owners[0], dict) else {}
         if owner.get("name") and owner.get("kind") != "Node":
-            name, kind = str(owner["name"]), str(owner.get("kind") or "Pod")
+            name, kind = str(owner["name"]), str(owner.get("kind") or one.kind)
+        if kind == "VirtualMachineInstance":
+            kind = "VirtualMachine"  # an instance has the name of its machine, and so has its pod's owner
         yield f"{one.namespace}/{name}[{kind}]", one.body
     elif one.kind in TEMPLATES:
         template: Any = one.body

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from policy.evaluate import permitted
 from policy.importers.kubernetes import import_kubernetes
 from policy.importers.model import Imported, SourceRefused
 
@@ -373,3 +374,17 @@ def test_rules_know_their_place() -> None:
     assert rule.where.file == "x.yaml"
     assert rule.where.line > 30
     assert rule.id == "NetworkPolicy shop/p ingress[0]"
+
+
+def test_virtual_machines_are_workloads() -> None:
+    machine = {"apiVersion": "kubevirt.io/v1", "kind": "VirtualMachine", "metadata": {"name": "vm", "namespace": "shop"},
+               "spec": {"template": {"metadata": {"labels": {"app": "vm"}}, "spec": {"domain": {}}}}}  # fmt: skip
+    instance = {"apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance", "metadata": {"name": "vm", "namespace": "shop", "labels": {"app": "vm"}}}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "virt-launcher-vm", "namespace": "shop", "labels": {"app": "vm"},
+           "ownerReferences": [{"kind": "VirtualMachineInstance", "name": "vm"}]}, "spec": {"containers": []}}  # fmt: skip
+    found = load(machine, instance, pod, netpol({"podSelector": {"matchLabels": {"app": "vm"}}, "ingress": [{"from": [app("web")]}]}))
+    names = [s.name for s in found.inventory if not s.nets]
+    assert names.count("shop/vm[VirtualMachine]") == 1
+    by_name = {s.name: s for s in found.inventory}
+    assert permitted(found.policy.program, by_name[WEB], by_name["shop/vm[VirtualMachine]"])
+    assert not permitted(found.policy.program, by_name[DB], by_name["shop/vm[VirtualMachine]"])
