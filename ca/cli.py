@@ -166,12 +166,17 @@ def serve(
     lease: Annotated[float, typer.Option(metavar="SECONDS", min=1, max=3600, help="The agents' --lease: when a strict identity without a heartbeat is dark.")] = 30.0,
     stale_max: Annotated[float, typer.Option(metavar="SECONDS", min=1, max=30 * 86400, help="The agents' --stale-max: the same for any identity.")] = 43200.0,
     issuer_life: Annotated[int, typer.Option(metavar="SECONDS", min=60, max=7776000, help="Life of intermediates; six times that of what they issue at least.")] = 7776000,
+    bundle_endpoint: Annotated[str | None, typer.Option("--bundle-endpoint", metavar="HOST:PORT", help="Serve our bundle to other trust domains there.")] = None,
+    bundle_cert: Annotated[Path | None, typer.Option("--bundle-cert", metavar="FILE", help="A web certificate for it (https_web), PEM; our own SVID without.")] = None,
+    bundle_key: Annotated[Path | None, typer.Option("--bundle-key", metavar="FILE", help="Its key.")] = None,
+    web_roots: Annotated[Path | None, typer.Option("--web-roots", metavar="FILE", help="What web certificates of others are checked by; the system's without.")] = None,
     output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Run the control plane until SIGTERM. Prints one line when it is ready."""
     import asyncio
 
     from ca.authority import Lifetimes
+    from ca.federation_service import WebIdentity
     from ca.moves import Leases
     from ca.serve import Options, Running, harden, set_up_logs
     from ca.serve import serve as run
@@ -189,12 +194,19 @@ def serve(
         import json
 
         print(json.dumps({"event": "ready", "listen": server.listen, "trust_domain": str(plane.trust_domain),
-                          "root_fingerprint": fingerprint, "admin": str(server.admin)}), flush=True)  # fmt: skip
+                          "root_fingerprint": fingerprint, "admin": str(server.admin), "bundle": server.bundle}), flush=True)  # fmt: skip
 
+    if (bundle_cert is None) != (bundle_key is None):
+        raise BadInput("serve.bundle", "a certificate goes with its key", hint="give both --bundle-cert and --bundle-key")
+    web = WebIdentity(bundle_cert, bundle_key) if bundle_cert is not None and bundle_key is not None else None
     signer = min(30 * 86400, max(30, issuer_life // 3))
     lives = Lifetimes(endpoint=host_life, workload=workload_life, intermediate=issuer_life, server=host_life, signer=signer)
     upkeep = max(1.0, min(3600.0, host_life / 24, issuer_life / 60))
-    asyncio.run(run(Options(directory, listen, heartbeat, lifetimes=lives, upkeep=upkeep, leases=Leases(lease, stale_max)), ready))
+    options = Options(
+        directory, listen, heartbeat, lifetimes=lives, upkeep=upkeep, leases=Leases(lease, stale_max),
+        bundle_listen=bundle_endpoint, bundle_identity=web, web_roots=web_roots,
+    )  # fmt: skip
+    asyncio.run(run(options, ready))
 
 
 @app.command(epilog="Example: retinue-ca info -o json")
@@ -612,11 +624,21 @@ client, output_of, when = _client, _format, _when  # for the command groups in m
 
 
 def _register() -> None:
-    from ca import cli_authority, cli_entry, cli_host, cli_log, cli_policy, cli_signer, cli_store
+    from ca import (
+        cli_authority,
+        cli_entry,
+        cli_federation,
+        cli_host,
+        cli_log,
+        cli_policy,
+        cli_signer,
+        cli_store,
+    )
 
     app.add_typer(cli_authority.app, name="authority")
     app.add_typer(cli_entry.app, name="entry")
     cli_host.register()
+    app.add_typer(cli_federation.app, name="federation")
     from ca import cli_move
 
     cli_move.register()

@@ -42,6 +42,7 @@ class Mirror:
         with self._store.read() as tx:
             self.revision = self._store.revision(tx)
             things: list[Thing] = [(BUNDLE, BUNDLE)]
+            things += [("federation", name) for name in tx.execute(select(schema.federations.c.trust_domain)).scalars()]
             things += [("endpoint", name) for name in tx.execute(select(schema.endpoints.c.name)).scalars()]
             columns = schema.instances.c
             things += [
@@ -117,6 +118,11 @@ class Mirror:
             case "policy":
                 row = newest_raw(tx)
                 return None if row is None else lambda: self._set_policy(parse_row(row), now)
+            case "federation":
+                found = tx.execute(
+                    select(schema.federations.c.record).where(schema.federations.c.trust_domain == key)
+                ).scalar_one_or_none()
+                return lambda: world.set_foreign(key, found)
             case "endpoint":
                 raw = (
                     tx.execute(select(schema.endpoints).where(schema.endpoints.c.name == key)).mappings().one()

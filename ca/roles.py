@@ -110,6 +110,11 @@ TABLE: Final[Mapping[tuple[str, str], Rule]] = {
     ("POST", "/v1/policy/rollout/abort"): Rule("operator"),
     ("POST", "/v1/policy/authority"): Rule("ca-admin", two=True),  # who may sign policy
     ("GET", "/v1/authority"): Rule("viewer"),
+    ("GET", "/v1/federation"): Rule("viewer"),
+    ("GET", "/v1/federation/own"): Rule("viewer"),
+    ("POST", "/v1/federation"): Rule("ca-admin"),
+    ("POST", "/v1/federation/remove"): Rule("ca-admin"),
+    ("POST", "/v1/federation/refresh"): Rule("operator"),
     ("GET", "/v1/hosts/standing"): Rule("viewer"),
     ("POST", "/v1/hosts/recover"): Rule("operator"),
     ("POST", "/v1/hosts/unquarantine"): Rule("operator"),

@@ -258,6 +258,7 @@ class World:
         self.instances: dict[str, InstanceFact] = {}
         self.bundle: str | None = None
         self.policy: str | None = None
+        self.foreign: dict[str, str] = {}  # object key -> bundle of another trust domain; every endpoint has them all
         self.program: Program | None = None
         self._classes = Near(None)
         self._lines = Lines()
@@ -278,6 +279,15 @@ class World:
     def set_bundle(self, envelope: str) -> Touched:
         self.bundle = envelope
         return Touched(keys={BUNDLE})
+
+    def set_foreign(self, trust_domain: str, envelope: str | None) -> Touched:
+        """Another trust domain's bundle; None: it is known no more."""
+        key = f"federation/{trust_domain}"
+        if envelope is None:
+            self.foreign.pop(key, None)
+        else:
+            self.foreign[key] = envelope
+        return Touched(keys={key})
 
     def set_policy(self, envelope: str, program: Program) -> Touched:
         """Classes are made for the new program first: when that fails, the old policy stays in force here."""
@@ -371,6 +381,8 @@ class World:
             before: Before = {}
             found.put(BUNDLE, self.bundle, before)
             found.put(POLICY, self.policy, before)
+            for key, envelope in self.foreign.items():
+                found.put(key, envelope, before)
             for number in near:
                 for key in self._members[number]:
                     self._show(found, key, before)
@@ -472,7 +484,7 @@ class World:
     def _refresh(self, shared: Shared, touched: Touched) -> Before:
         before: Before = {}
         for key in touched.keys:
-            shared.put(key, self.bundle if key == BUNDLE else self.policy, before)
+            shared.put(key, {BUNDLE: self.bundle, POLICY: self.policy}.get(key, self.foreign.get(key)), before)
         for name in touched.endpoints:
             if shared.refs[name] > 0:
                 self._show_endpoint(shared, name, before)

@@ -27,6 +27,7 @@ from aiohttp import web
 from ca import admin_api, api
 from ca.authority import Lifetimes, ServerIdentity
 from ca.client import socket_path
+from ca.federation_service import WebIdentity, bundle_endpoint, refresh_for_ever, spiffe_context, web_context
 from ca.gate import PREFIX
 from ca.listener import Caps, Listener, allow_files, small_buffers
 from ca.moves import Leases
@@ -54,6 +55,9 @@ class Options:
     caps: Caps | None = None
     lifetimes: Lifetimes | None = None
     upkeep: float = MAINTAIN_S
+    bundle_listen: str | None = None  # where our bundle is served to other trust domains
+    bundle_identity: WebIdentity | None = None  # a web certificate for that; without one, our own SVID
+    web_roots: Path | None = None
     leases: Leases | None = None
 
 
@@ -245,6 +249,7 @@ class Running:
     listen: str
     admin: Path
     front: Listener
+    bundle: str | None = None
 
 
 @asynccontextmanager
@@ -264,9 +269,14 @@ async def running(options: Options) -> AsyncIterator[Running]:
             await _listen_admin(late, service, admin_path, show(sock))
             renewing = asyncio.create_task(_renew_tls(service, tls))
             late.callback(renewing.cancel)
+            service.web_roots = None if options.web_roots is None else str(options.web_roots)
+            if not plane.replica:
+                fetching = asyncio.create_task(refresh_for_ever(service, service.web_roots))
+                late.callback(fetching.cancel)
+            bundle_at = await _listen_bundle(late, service, tls, options)
             late.callback(_close_streams, service)
             assert tls.front is not None
-            yield Running(service, show(sock), admin_path, tls.front)
+            yield Running(service, show(sock), admin_path, tls.front, bundle_at)
 
 
 def _close_streams(service: Service) -> None:
@@ -279,6 +289,7 @@ class _Tls:
     context: ssl.SSLContext
     identity: ServerIdentity
     front: Listener | None = None
+    bundle: ssl.SSLContext | None = None
 
 
 async def _listen_tls(
@@ -304,6 +315,24 @@ async def _listen_tls(
     late.push_async_callback(front.close)
     tls.front = front
     return tls
+
+
+async def _listen_bundle(
+    late: contextlib.AsyncExitStack, service: Service, tls: _Tls, options: Options
+) -> str | None:
+    if options.bundle_listen is None:
+        return None
+    sock = listener(*parse_listen(options.bundle_listen))
+    late.callback(sock.close)
+
+    def context() -> ssl.SSLContext:
+        if options.bundle_identity is not None:
+            return web_context(options.bundle_identity)
+        tls.bundle = spiffe_context(tls.identity.certificate, tls.identity.key)
+        return tls.bundle
+
+    await late.enter_async_context(bundle_endpoint(service, sock, context))
+    return show(sock)
 
 
 def _shown(plane: Plane) -> tuple[ServerIdentity, str]:
@@ -346,6 +375,8 @@ async def _renew_tls(service: Service, tls: _Tls) -> None:
             assert tls.front is not None
             tls.front.use(context)
             tls.context, tls.identity = context, identity
+            if tls.bundle is not None:
+                tls.bundle.load_cert_chain(identity.certificate, identity.key)
         except Exception as e:
             log.critical("the TLS certificate could not be renewed", why=f"{type(e).__name__}: {e}")
 

@@ -83,6 +83,7 @@ class Service:
         self.leases = Leases() if leases is None else leases
         self.contacts = Contacts()
         self._taken_back: set[tuple[str, int]] = set()  # (instance, target epoch) of moves that `abort` ended here
+        self.web_roots: str | None = None  # PEM file that bundle servers with web certificates are checked by
         self.upkeep = upkeep  # seconds between looks at what the authority needs
         self.heartbeat = heartbeat
         self.reports: dict[str, Report] = {}

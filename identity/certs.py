@@ -428,6 +428,11 @@ def check_link(link: x509.Certificate, issuer: x509.Certificate, trust_domain: T
         raise NotVerified("cert.link", "a root is vouched for by no root that is known") from None
 
 
+def check_foreign_root(cert: x509.Certificate, trust_domain: TrustDomain, now: float) -> None:
+    """Is this fit to be a root of another trust domain? Its name, when it has one, must be of that. Raises NotVerified."""
+    check_root(cert, trust_domain, now)
+
+
 def check_root(cert: x509.Certificate, trust_domain: TrustDomain, now: float) -> None:
     """Is this fit to be a root of the trust domain: an authority, self-signed, in its lifetime? Raises NotVerified."""
     _check_readable(cert)
