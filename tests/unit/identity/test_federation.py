@@ -87,6 +87,7 @@ def test_junk_is_refused_in_one_way(text: str) -> None:
     assert codes <= {"federation.bundle"}
 
 
+@pytest.mark.filterwarnings("ignore:Parsed a serial number")
 @given(st.data())
 def test_a_changed_bundle_is_refused_or_says_the_same_or_something_else_that_is_whole(data: st.DataObject) -> None:
     text = make_bundle([FORGE.root.cert], 3)
