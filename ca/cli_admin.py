@@ -64,7 +64,7 @@ def certify(
 
 
 @app.command("request", epilog="Example: retinue-ca admin request --out ./alice > alice.csr")
-def request_(out: Out) -> None:
+def request_(out: Out, output: Format = Output.TABLE, as_json: Json = False) -> None:
     """Make a key here and print the request for its certificate: the key never leaves this machine."""
     from ca.remote import new_key
     from identity import certs
@@ -77,8 +77,13 @@ def request_(out: Out) -> None:
         write_secret(out / "key.pem", private_pem(key))
     except OSError as e:
         raise BadState("admin.identity", f"cannot write {out}: {e.strerror}") from None
-    print(certs.make_csr(key), end="")
-    cliout.note("next: a ca-admin runs retinue-ca admin add or certify with --csr; put what it writes beside key.pem")
+    csr = certs.make_csr(key)
+
+    def human() -> None:
+        print(csr, end="")
+        cliout.note("next: a ca-admin runs retinue-ca admin add or certify with --csr; put what it writes beside key.pem")
+
+    cliout.emit({"csr": csr, "key": str(out / "key.pem")}, output_of(output, as_json), human=human)
 
 
 @app.command("list", epilog="Example: retinue-ca admin list -o json")

@@ -78,7 +78,7 @@ def test_help_is_light(argv: tuple[str, ...]) -> None:
 
 
 def test_help_after_other_words_is_help_and_a_command_of_run_keeps_its_own() -> None:
-    assert call("retinue", "explain", "web", "--help").stdout.startswith("Usage: retinue explain [OPTIONS] SRC DST PORT\n")
+    assert call("retinue", "explain", "web", "--help").stdout.startswith("Usage: retinue explain [OPTIONS] SRC DST [PORT]\n")
     done = call("retinue", "run", "--as", "web", "--", "curl", "--help", RETINUE_RUN_DIR="/nonexistent")
     assert (done.returncode in {3, 4}, done.stdout) == (True, ""), done
 
