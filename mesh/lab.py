@@ -24,7 +24,7 @@ from identity.names import host_name
 from identity.wire import Message
 from identity.wire.local import Status
 from mesh import lab_registry
-from mesh.lab_process import Process, command, ip_batch, run
+from mesh.lab_process import PATIENCE, Process, command, ip_batch, run
 
 UNDERLAY_V4: Final = "198.51.100.{}"
 UNDERLAY_V6: Final = "2001:db8:51:100::{:x}"
@@ -342,7 +342,7 @@ class Lab:
 
         seen: Status | None = None
         try:
-            async with asyncio.timeout(timeout), LocalClient(self.nodes[node].run_dir / "agent.sock") as agent:
+            async with asyncio.timeout(timeout * PATIENCE), LocalClient(self.nodes[node].run_dir / "agent.sock") as agent:
                 async for _ in agent.watch():
                     seen = await agent.status()
                     if holds(seen):

@@ -21,6 +21,8 @@ from identity.errors import NoPrivilege, NotFound, RetinueError, TimedOut
 NETNS_DIR: Final = Path("/run/netns")
 CLONE_NEWNET: Final = 0x40000000  # linux/sched.h
 LOG_TAIL: Final = 4096  # bytes of a log shown in an error
+# Every wait of a lab takes this many times as long: for an emulated machine.
+PATIENCE: Final = float(os.environ.get("RETINUE_LAB_PATIENCE", "1"))
 _MODULES: Final = {
     "retinue": "mesh.cli", "retinue-agent": "mesh.agent", "retinue-sidecar": "mesh.sidecar",
     "retinue-broker": "mesh.broker", "retinue-engine": "mesh.engine_daemon", "retinue-gateway": "gateway.daemon", "retinue-ca": "ca.cli",
@@ -152,7 +154,7 @@ class Process:
 
     def wait_ready(self, timeout: float = 15.0) -> None:
         """Block until READY=1. Raises ProcessFailed when it ended first, TimedOut after `timeout` seconds."""
-        deadline = time.monotonic() + timeout
+        deadline = time.monotonic() + timeout * PATIENCE
         pidfd = os.pidfd_open(self.pid)
         try:
             poll = select.poll()
@@ -213,7 +215,7 @@ def run(
     """One command to its end, output as text. Raises ProcessFailed for a status not in `codes`, or TimedOut."""
     try:
         done = subprocess.run(
-            inside(netns, argv), env=base_env(env), cwd=cwd, capture_output=True, timeout=timeout, text=True, check=False,
+            inside(netns, argv), env=base_env(env), cwd=cwd, capture_output=True, timeout=timeout * PATIENCE, text=True, check=False,
             input=stdin or "",
         )  # fmt: skip
     except subprocess.TimeoutExpired:

@@ -28,8 +28,9 @@ from mesh import netns
 REPOSITORY = Path(__file__).resolve().parents[2]
 MARK = "RETINUE-KERNEL "
 PORT = 7099  # as in guest.py
-LIMIT = 420  # seconds the guest may live; it powers itself off then
-BOOT = 120  # seconds until it answers
+LIMIT = 900  # seconds the guest may live; it powers itself off then
+SILENCE = 300  # seconds a command in it may say nothing
+BOOT = 180  # seconds until it answers
 
 
 class Command:
@@ -182,7 +183,7 @@ class Machine:
 
     def _connect(self) -> socket.socket:
         connection = netns.inside(self.ns, socket.socket)
-        connection.settimeout(LIMIT)
+        connection.settimeout(SILENCE)
         connection.connect((self.there[0], PORT))
         return connection
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.kernel.within import Within
 
-pytestmark = [pytest.mark.netns, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.netns, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
@@ -32,3 +32,7 @@ def test_the_kernel_device_by_itself(outcomes: dict[str, str]) -> None:
 
 def test_data_planes_on_the_kernel_device(outcomes: dict[str, str]) -> None:
     assert bad(outcomes, "test_plane") == {}
+
+
+def test_agents_on_the_kernel_device(outcomes: dict[str, str]) -> None:
+    assert bad(outcomes, "test_agents") == {}
