@@ -95,7 +95,9 @@ def _json(path: Path) -> Any:
 
 
 @policy_app.command("bundle", epilog="Example: retinue-ca policy bundle --out current.bundle")
-def bundle(out: Out = None, directory: Dir = DEFAULT_DIR) -> None:
+def bundle(
+    out: Out = None, directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False
+) -> None:
     """The policy in force as a bundle: what `retinue policy sign --base` begins with."""
     from identity.records_policy import parse_sealed
     from identity.wire.policy import BundleReply
@@ -106,17 +108,19 @@ def bundle(out: Out = None, directory: Dir = DEFAULT_DIR) -> None:
         found.trust_domain, tuple((f.name, f.text) for f in found.files) if found.parts else (),
         tuple(map(parse_sealed, found.parts)), tuple(found.authority),
     )  # fmt: skip
-    _write(out, dump_bundle(made))
+    _write(out, dump_bundle(made), output_of(output, as_json))
 
 
-def _write(out: Path | None, text: str) -> None:
+def _write(out: Path | None, text: str, output: Output) -> None:
+    """The text to its file (then the answer says where), or to standard output: as it is, or in JSON."""
     if out is None:
-        print(text, end="")
+        cliout.emit({"text": text}, output, human=lambda: print(text, end=""))
         return
     try:
         out.write_text(text)
     except OSError as error:
         raise BadInput("file.write", f"cannot write {out}: {error.strerror}") from None
+    cliout.emit({"file": str(out)}, output, human=lambda: print(out))
 
 
 # ---- plan
@@ -285,8 +289,9 @@ def rollback(
 
 @policy_app.command("export-history", epilog="Example: retinue-ca policy export-history history.jsonl")
 def export_history(
-    out: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")], directory: Dir = DEFAULT_DIR
-) -> None:
+    out: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write.")], directory: Dir = DEFAULT_DIR,
+    output: Format = Output.TABLE, as_json: Json = False,
+) -> None:  # fmt: skip
     """Every policy, placement and bundle as signed, with the log that proves that none is missing; for `retinue policy as-of`."""
     ca, part = client(directory, 120.0), out.with_name(f".{out.name}.part")
     page = ca.raw("GET", "/v1/policy/export-history")
@@ -302,7 +307,7 @@ def export_history(
     except OSError as error:
         part.unlink(missing_ok=True)
         raise BadInput("file.write", f"cannot write {out}: {error.strerror}") from None
-    cliout.note(f"{done} leaves of the log in {out}")
+    cliout.emit({"file": str(out), "leaves": done}, output_of(output, as_json), human=lambda: print(f"{done} leaves of the log in {out}"))
 
 
 # ---- questions
@@ -349,7 +354,7 @@ def flows(
     """What the hosts reported as forwarded, for `retinue policy draft`, `lint`, `replay` and `test --flows`."""
     text = client(directory, 120.0).raw("GET", "/v1/policy/flows")["text"]
     if out is not None:
-        _write(out, text)
+        _write(out, text, output_of(output, as_json))
         return
     found = [json.loads(line) for line in text.splitlines()]
     rows = [(r["src"], r["dst"], r["proto"], r.get("port", ""), r.get("count", 1), when(r["time"])) for r in found]
@@ -357,6 +362,8 @@ def flows(
 
 
 @policy_app.command("inventory", epilog="Example: retinue-ca policy inventory --out inventory.yaml")
-def inventory(out: Out = None, directory: Dir = DEFAULT_DIR) -> None:
+def inventory(
+    out: Out = None, directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False
+) -> None:
     """The workloads there are, as an inventory for the questions of `retinue policy`."""
-    _write(out, client(directory).raw("GET", "/v1/policy/inventory")["text"])
+    _write(out, client(directory).raw("GET", "/v1/policy/inventory")["text"], output_of(output, as_json))

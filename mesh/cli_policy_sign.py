@@ -31,7 +31,7 @@ app.add_typer(key_app, name="key")
 app.add_typer(authority_app, name="authority")
 
 KeyFile = Annotated[Path, typer.Option("--key", "-k", metavar="FILE", help="The operator's key file.")]
-Out = Annotated[Path, typer.Option("--out", "-o", metavar="FILE", help="Where to write it.")]
+Out = Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to write it.")]
 Passphrase = Annotated[
     Path | None, typer.Option("--passphrase-file", metavar="FILE", help="File that holds the passphrase of the key.")
 ]
@@ -44,7 +44,8 @@ Passphrase = Annotated[
 def key_new(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="The new key file; it must not exist.")],
     passphrase_file: Passphrase = None,
-) -> None:
+    output: Format = Output.TABLE, as_json: Json = False,
+) -> None:  # fmt: skip
     """Make a signing key (Ed25519, mode 0600) and print its public half for the authority."""
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import (
@@ -70,18 +71,23 @@ def key_new(
         f.write(data)
         f.flush()
         os.fsync(fd)
-    print(b64(ed25519_public(key)))
+    _public(b64(ed25519_public(key)), Output.JSON if as_json else output)
     cliout.note(f"{path}: keep it secret" + ("" if secret else "; it has no passphrase"))
 
 
 @key_app.command("show", epilog="Example: retinue policy key show alice.key")
 def key_show(
-    path: Annotated[Path, typer.Argument(metavar="FILE", help="The key file.")], passphrase_file: Passphrase = None
-) -> None:
+    path: Annotated[Path, typer.Argument(metavar="FILE", help="The key file.")], passphrase_file: Passphrase = None,
+    output: Format = Output.TABLE, as_json: Json = False,
+) -> None:  # fmt: skip
     """Print the public half of a key."""
     from identity.keys import b64, ed25519_public
 
-    print(b64(ed25519_public(_key(path, passphrase_file))))
+    _public(b64(ed25519_public(_key(path, passphrase_file))), Output.JSON if as_json else output)
+
+
+def _public(key: str, output: Output) -> None:
+    cliout.emit({"public": key}, output, human=lambda: print(key))
 
 
 def _passphrase(path: Path | None) -> bytes | None:
@@ -134,14 +140,15 @@ scopes:
   acme/payments: {signers: [carol], threshold: 1}"""
 
 
-@authority_app.command("new", epilog="Example: retinue policy authority new authority.yaml -o authority.json")
+@authority_app.command("new", epilog="Example: retinue policy authority new authority.yaml --out authority.json")
 def authority_new(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="Who signs for what, in YAML.")],
     out: Out,
     base: Annotated[
         Path | None, typer.Option("--base", metavar="FILE", help="The chain so far; the new document is its next version.")
     ] = None,
-) -> None:
+    output: Format = Output.TABLE, as_json: Json = False,
+) -> None:  # fmt: skip
     """Make the next authority document from a YAML file. The root signers sign it next.
 
     The file holds trust_domain, signers (name: {key, roles}), root (signers, threshold) and scopes (path: {signers,
@@ -157,7 +164,9 @@ def authority_new(
     known = open_authority(chain, document.trust_domain) if chain else None
     sealed = next_document(known, document)
     out.write_text(json.dumps([*map(json.loads, chain), json.loads(sealed.model_dump_json())], indent=1) + "\n")
-    cliout.note(f"version {len(chain) + 1}, fingerprint {sealed.hash}; sign it: retinue policy authority sign {out} --key KEY")
+    data = {"version": len(chain) + 1, "fingerprint": sealed.hash, "file": str(out)}
+    cliout.emit(data, Output.JSON if as_json else output, human=lambda: print(f"version {data['version']}, fingerprint {sealed.hash}"))
+    cliout.note(f"sign it: retinue policy authority sign {out} --key KEY")
 
 
 def _document(path: Path) -> Any:
@@ -227,7 +236,8 @@ def authority_sign(
     path: Annotated[Path, typer.Argument(metavar="FILE", help="The chain; its last document is signed, in place.")],
     key: KeyFile,
     passphrase_file: Passphrase = None,
-) -> None:
+    output: Format = Output.TABLE, as_json: Json = False,
+) -> None:  # fmt: skip
     """Sign the newest document of a chain. A new version takes the root signers of the old one and its own."""
     import json
 
@@ -238,7 +248,9 @@ def authority_sign(
     last = add_signature(AuthorityDocument, parse_sealed(chain[-1]), private, b64(ed25519_public(private)))
     texts = [*chain[:-1], last.model_dump_json()]
     write_file(path, (json.dumps([json.loads(t) for t in texts], indent=1) + "\n").encode())
-    cliout.note(_complete(texts))
+    said = _complete(texts)
+    data = {"version": len(texts), "signatures": len(last.signatures), "complete": said.startswith("complete")}
+    cliout.emit(data, Output.JSON if as_json else output, human=lambda: print(said))
 
 
 def _complete(chain: list[str]) -> str:
@@ -291,7 +303,7 @@ def authority_show(
 # ---- bundles
 
 
-@app.command("sign", epilog="Example: retinue policy sign payments.yaml --base current.bundle --key carol.key -o next.bundle")
+@app.command("sign", epilog="Example: retinue policy sign payments.yaml --base current.bundle --key carol.key --out next.bundle")
 def sign(
     out: Out,
     key: KeyFile,
@@ -307,7 +319,7 @@ def sign(
         list[str] | None, typer.Option("--withdraw", metavar="SCOPE", help="Take this scope's part back; may be repeated.")
     ] = None,
     passphrase_file: Passphrase = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Say who signed what as JSON.")] = False,
+    output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Sign policy files as the whole part of their scopes, beside the parts of others; or add a signature to a bundle.
 
@@ -340,10 +352,10 @@ def sign(
     from identity.keys import write_file
 
     write_file(out, dump_bundle(signed).encode())
-    _show_states(signed, trusted, Output.JSON if as_json else Output.TABLE)
+    _show_states(signed, trusted, Output.JSON if as_json else output)
     missing = [s for s in states(signed, trusted) if not s.complete]
     cliout.note(f"signed {', '.join(s or 'the whole mesh' for s in scopes) or 'nothing new'}; "
-                + ("complete" if not missing else f"{len(missing)} parts lack signatures: retinue policy sign --add {out} --key KEY -o {out}"))  # fmt: skip
+                + ("complete" if not missing else f"{len(missing)} parts lack signatures: retinue policy sign --add {out} --key KEY --out {out}"))  # fmt: skip
 
 
 def _bundle(path: Path) -> Bundle:

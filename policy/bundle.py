@@ -98,7 +98,7 @@ def read_bundle(name: str, text: str) -> Bundle:
     except (BadInput, NotVerified, KeyError, TypeError) as error:
         why = error.message if isinstance(error, BadInput | NotVerified) else "it lacks a part"
         raise BadInput("bundle.form", f"{name} is not a policy bundle: {why}",
-                       hint="make one with: retinue policy sign FILE... --key KEY -o BUNDLE") from None  # fmt: skip
+                       hint="make one with: retinue policy sign FILE... --key KEY --out BUNDLE") from None  # fmt: skip
 
 
 def _word(value: Any) -> str:

@@ -236,7 +236,7 @@ def verify_bundle(
     if not texts:
         raise NotVerified(
             "policy.unsigned", "the policy is not signed by the operators of the policy authority",
-            hint="retinue policy sign FILE... --key KEY --base BUNDLE -o BUNDLE",
+            hint="retinue policy sign FILE... --key KEY --base BUNDLE --out BUNDLE",
         )  # fmt: skip
     if len(texts) > MAX_PARTS:
         raise NotVerified("policy.parts", f"a bundle of {len(texts)} parts; at most {MAX_PARTS}")

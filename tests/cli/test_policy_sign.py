@@ -45,7 +45,7 @@ def keys(run, tmp_path):
     public = [run("key", "new", "alice.key").strip(), run("key", "new", "bob.key", "--passphrase-file", "pass").strip()]
     (tmp_path / "a.yaml").write_text(AUTHORITY % tuple(f'"{k}"' for k in public))
     (tmp_path / "shop.yaml").write_text(SHOP)
-    run("authority", "new", "a.yaml", "-o", "a.json")
+    run("authority", "new", "a.yaml", "--out", "a.json")
     run("authority", "sign", "a.json", "--key", "alice.key")
     assert "authority.threshold" in run("authority", "show", "a.json", code=1)
     run("authority", "sign", "a.json", "--key", "bob.key", "--passphrase-file", "pass")
@@ -68,20 +68,20 @@ def test_keys_are_secret_and_never_overwritten(run, keys, tmp_path) -> None:
 
 
 def test_signatures_are_collected(run, keys, tmp_path) -> None:
-    run("sign", "shop.yaml", "--authority", "a.json", "--key", "alice.key", "-o", "one")
+    run("sign", "shop.yaml", "--authority", "a.json", "--key", "alice.key", "--out", "one")
     assert "no" in run("bundle", "one", code=1)
-    run("sign", "--add", "one", "--key", "bob.key", "--passphrase-file", "pass", "-o", "two")
+    run("sign", "--add", "one", "--key", "bob.key", "--passphrase-file", "pass", "--out", "two")
     (state,) = json.loads(run("bundle", "two", "-o", "json"))
     assert (state["complete"], state["signed"], state["serial"]) == (True, ["alice", "bob"], 1)
     (tmp_path / "shop.yaml").write_text(SHOP + "# more\n")
-    run("sign", "shop.yaml", "--base", "two", "--key", "alice.key", "-o", "three")
+    run("sign", "shop.yaml", "--base", "two", "--key", "alice.key", "--out", "three")
     assert json.loads(run("bundle", "three", "-o", "json", code=1).rpartition("]")[0] + "]")[0]["serial"] == 2
     assert run("authority", "show", "three", "-o", "json") == run("authority", "show", "a.json", "-o", "json")
 
 
 def test_the_next_document(run, keys, tmp_path) -> None:
     (tmp_path / "b.yaml").write_text((AUTHORITY % tuple(f'"{k}"' for k in keys)).replace("threshold: 2}\nscopes", "threshold: 1}\nscopes"))
-    run("authority", "new", "b.yaml", "--base", "a.json", "-o", "b.json")
+    run("authority", "new", "b.yaml", "--base", "a.json", "--out", "b.json")
     run("authority", "sign", "b.json", "--key", "alice.key")
     run("authority", "sign", "b.json", "--key", "bob.key", "--passphrase-file", "pass")
     assert json.loads(run("authority", "show", "b.json", "-o", "json"))["version"] == 2
@@ -90,15 +90,15 @@ def test_the_next_document(run, keys, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("args", "code", "exit_code"),
     [
-        (("sign", "--key", "alice.key", "-o", "x"), "usage", 2),
-        (("sign", "--authority", "a.json", "--key", "alice.key", "-o", "x"), "usage", 2),
-        (("sign", "shop.yaml", "--add", "one", "--key", "alice.key", "-o", "x"), "usage", 2),
-        (("sign", "bad.yaml", "--authority", "a.json", "--key", "alice.key", "-o", "x"), "policy.unknown_key", 2),
-        (("sign", "shop.yaml", "--authority", "a.json", "--key", "other.key", "-o", "x"), "policy.signer_unknown", 1),
-        (("sign", "shop.yaml", "--authority", "shop.yaml", "--key", "alice.key", "-o", "x"), "authority.form", 2),
-        (("sign", "--add", "shop.yaml", "--key", "alice.key", "-o", "x"), "bundle.form", 2),
-        (("authority", "new", "shop.yaml", "-o", "x"), "policy.unknown_key", 2),
-        (("authority", "new", "short.yaml", "-o", "x"), "authority.document", 2),
+        (("sign", "--key", "alice.key", "--out", "x"), "usage", 2),
+        (("sign", "--authority", "a.json", "--key", "alice.key", "--out", "x"), "usage", 2),
+        (("sign", "shop.yaml", "--add", "one", "--key", "alice.key", "--out", "x"), "usage", 2),
+        (("sign", "bad.yaml", "--authority", "a.json", "--key", "alice.key", "--out", "x"), "policy.unknown_key", 2),
+        (("sign", "shop.yaml", "--authority", "a.json", "--key", "other.key", "--out", "x"), "policy.signer_unknown", 1),
+        (("sign", "shop.yaml", "--authority", "shop.yaml", "--key", "alice.key", "--out", "x"), "authority.form", 2),
+        (("sign", "--add", "shop.yaml", "--key", "alice.key", "--out", "x"), "bundle.form", 2),
+        (("authority", "new", "shop.yaml", "--out", "x"), "policy.unknown_key", 2),
+        (("authority", "new", "short.yaml", "--out", "x"), "authority.document", 2),
         (("authority", "show", "none.json"), "authority.form", 2),
         (("as-of", "shop.yaml", "--at", "2031-01-01", "--root", "00"), "history.form", 2),
         (("as-of", "gone", "--at", "2031-01-01", "--root", "00"), "file.read", 2),
