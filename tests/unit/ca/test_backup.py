@@ -19,6 +19,9 @@ from identity.wire.admin import WorkloadAdd
 from identity.wire.enroll import RenewRequest
 from mesh.sync import Accepted, RecordRefused, SyncMachine
 
+# `retinue-ca backup` is for SQLite; PostgreSQL has its own (tests/unit/ca/test_replica.py).
+pytestmark = pytest.mark.parametrize("plane", ["sqlite"], indirect=True)
+
 POLICY = """meshpolicy: 1
 labels: {keys: [role]}
 segments:
