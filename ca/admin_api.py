@@ -21,6 +21,7 @@ from ca import (
     admin_policy,
     audit,
     log_api,
+    orchestrator,
 )
 from ca.gate import audited, door
 from ca.http import body, errors, number, reply, text
@@ -61,6 +62,7 @@ def make_app(service: Service, listen: Callable[[], str]) -> web.Application:
         web.post("/v1/workloads/revoke", admin.revoke),
         *admin_entries.routes(service),
         *admin_moves.routes(service),
+        *orchestrator.routes(service),
         *admin_people.routes(service),
         *admin_explain.routes(service),
         *admin_authority.routes(service),

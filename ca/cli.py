@@ -642,6 +642,9 @@ def _register() -> None:
     from ca import cli_move
 
     cli_move.register()
+    from ca import cli_orchestrator
+
+    app.add_typer(cli_orchestrator.app, name="orchestrator")
     cli_signer.register()
     from ca import cli_admin
 

@@ -38,7 +38,7 @@ NEW_COLUMNS_2: Final = (
 NEW_TABLES_2: Final = (
     "ledger", "ledger_nodes", "ledger_heads", "processes", "readiness", "entries", "admins", "approvals",
     "policy_authority", "rollouts", "flow_edges", "flow_denials",
-    "credentials", "blocks", "federations",
+    "credentials", "blocks", "federations", "orchestrated", "orchestrator_events",
 )  # fmt: skip
 
 _AUDIT_1: Final = """

@@ -71,37 +71,41 @@ class Placements:
         Raises Conflict ``workload.exists`` when the name is taken and `replica` is not asked for; BadInput, NotFound
         and Refused for a bad name, label or host.
         """
+        with self._desk.store.write() as tx:
+            return self.add_in(tx, request, now, actor)
+
+    def add_in(self, tx: Connection, request: WorkloadAdd, now: int, actor: str) -> InstanceRow:
+        """`add` inside a transaction of the caller."""
         spiffe_id = str(SpiffeId.workload(self._desk.trust_domain, request.name))
         labels = check_labels(request.labels)
-        with self._desk.store.write() as tx:
-            siblings = rows.instances(tx, name=request.name)
-            fence = request.fence
-            ends_at, ends_with = end_of(
-                tx, now, request.name, ends_at=request.ends_at, ends_in=request.ends_in, ends_with=request.ends_with
+        siblings = rows.instances(tx, name=request.name)
+        fence = request.fence
+        ends_at, ends_with = end_of(
+            tx, now, request.name, ends_at=request.ends_at, ends_in=request.ends_in, ends_with=request.ends_with
+        )
+        if siblings:
+            labels = self._replica_labels(request, siblings, labels)
+            fence = siblings[0].fence
+        number = siblings[-1].instance + 1 if siblings else 0
+        overlay = self._desk.store.take_number(tx, "overlay_next")
+        self._desk.trust_domain.overlay(overlay)  # raises when the range is used up
+        tx.execute(
+            insert(schema.instances).values(
+                name=request.name, instance=number, spiffe_id=spiffe_id, labels=json.dumps(labels), fence=fence,
+                overlay=overlay, state="unplaced", epoch=0, epoch_top=self._desk.store.floor(tx), created=now,
+                ends_at=ends_at, ends_with=ends_with,
             )
-            if siblings:
-                labels = self._replica_labels(request, siblings, labels)
-                fence = siblings[0].fence
-            number = siblings[-1].instance + 1 if siblings else 0
-            overlay = self._desk.store.take_number(tx, "overlay_next")
-            self._desk.trust_domain.overlay(overlay)  # raises when the range is used up
-            tx.execute(
-                insert(schema.instances).values(
-                    name=request.name, instance=number, spiffe_id=spiffe_id, labels=json.dumps(labels), fence=fence,
-                    overlay=overlay, state="unplaced", epoch=0, epoch_top=self._desk.store.floor(tx), created=now,
-                    ends_at=ends_at, ends_with=ends_with,
-                )
-            )  # fmt: skip
-            row = rows.instance(tx, request.name, number)
-            if request.host is not None:
-                target = rows.living_endpoint(tx, request.host)
-                check_open(target)
-                row = self.place(tx, row, target, now)
-            else:
-                self._log(tx, row, now)
-            life: dict[str, Any] = {k: v for k, v in (("ends_at", ends_at), ("ends_with", ends_with)) if v is not None}
-            audit.append(tx, now, actor, "workload.add", row.key, host=request.host, labels=labels, **life)
-            return row
+        )  # fmt: skip
+        row = rows.instance(tx, request.name, number)
+        if request.host is not None:
+            target = rows.living_endpoint(tx, request.host)
+            check_open(target)
+            row = self.place(tx, row, target, now)
+        else:
+            self._log(tx, row, now)
+        life: dict[str, Any] = {k: v for k, v in (("ends_at", ends_at), ("ends_with", ends_with)) if v is not None}
+        audit.append(tx, now, actor, "workload.add", row.key, host=request.host, labels=labels, **life)
+        return row
 
     @staticmethod
     def _replica_labels(

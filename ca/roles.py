@@ -95,6 +95,7 @@ TABLE: Final[Mapping[tuple[str, str], Rule]] = {
     ("POST", "/v1/workloads/move"): Rule("registrar", subject="name", two=_forced),
     ("POST", "/v1/workloads/move/steps"): Rule("registrar", subject="name", two=_forced),
     ("POST", "/v1/workloads/abort"): Rule("registrar", subject="name"),
+    ("POST", "/v1/orchestrator/events"): Rule("registrar", subject="workload"),
     ("POST", "/v1/hosts/drain"): Rule("operator", two=_forced),
     ("POST", "/v1/hosts/undrain"): Rule("operator"),
     ("POST", "/v1/workloads/life"): Rule("registrar", subject="name", two=_soon),

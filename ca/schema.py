@@ -157,6 +157,23 @@ holdings = Table(
     PrimaryKeyConstraint("endpoint", "name", "instance"),
     Index("holding_instance", "name", "instance"),
 )  # fmt: skip
+orchestrated = Table(  # version 2: instances as a scheduler calls them
+    "orchestrated", metadata,
+    Column("workload", String(255), nullable=False),
+    Column("instance", String(255), nullable=False),
+    Column("number", BigInteger),  # none: it was never here
+    Column("seq", BigInteger, nullable=False),  # of the last event that counted
+    PrimaryKeyConstraint("workload", "instance"),
+)  # fmt: skip
+orchestrator_events = Table(  # version 2: events that were answered, and how
+    "orchestrator_events", metadata,
+    Column("id", String(255), primary_key=True),
+    Column("digest", String(64), nullable=False),  # SHA-256 of what it said
+    Column("answer", Text, nullable=False),
+    Column("at", BigInteger, nullable=False),
+    Column("place", BigInteger, nullable=False),  # in the order of arrival: the oldest are forgotten
+    Index("orchestrator_place", "place"),
+)  # fmt: skip
 policies = Table(
     "policies", metadata,
     Column("revision", BigInteger, primary_key=True),
