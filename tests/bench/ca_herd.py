@@ -51,7 +51,14 @@ from tests.bench.ca_issuing import rate
 from tests.ha.processes import TD, Process
 from tests.postgres_server import server
 
-POLICY = 'meshpolicy: 1\nsegments:\n  - name: s\n    allow:\n      - {{id: all, from: "*", to: "*", on: tcp/{port}}}\n'
+APP = 10  # hosts whose workloads may talk with one another
+
+
+def policy(count: int, port: int) -> str:
+    """Many small applications: what an endpoint sees does not grow with the number of endpoints."""
+    apps = (f"{{app: a{n}}}" for n in range(max(1, count // APP)))
+    rules = "".join(f"      - {{id: r{n}, from: {a}, to: {a}, on: tcp/{port}}}\n" for n, a in enumerate(apps))
+    return f"meshpolicy: 1\nlabels: {{keys: [app]}}\nsegments:\n  - name: s\n    allow:\n{rules}"
 
 
 @dataclass
@@ -106,7 +113,7 @@ def enrol(plane: Plane, count: int, root: Path) -> list[ssl.SSLContext]:
         with plane.issuing(name):  # as Plane.enroll does it, without the proofs
             chain = plane.authority.issue_endpoint(csr, SpiffeId.parse(row.spiffe_id), plane.clock())
         plane.registry.finish(name, certs.not_after(certs.parse_chain(chain)[0]), plane.now, name)
-        plane.placements.add(WorkloadAdd(name=f"w/{name}", host=name), plane.now, "bench")
+        plane.placements.add(WorkloadAdd(name=f"w/{name}", host=name, labels={"app": f"a{n // APP}"}), plane.now, "bench")
         (root / "chain.pem").write_text("".join(chain))
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
@@ -148,14 +155,13 @@ async def bench(process: Process, contexts: list[ssl.SSLContext], changes: int) 
 
     spread: list[float] = []
     for n in range(changes):
-        policy = PolicyApply(files=[PolicyFileIn(name="p.yaml", text=POLICY.format(port=n + 1))])
-        spread += await change(policy, "/v1/policy", PolicyReply, agents)
+        files = [PolicyFileIn(name="p.yaml", text=policy(len(agents), n + 1))]
+        spread += await change(PolicyApply(files=files), "/v1/policy", PolicyReply, agents)
     show("policy change to every stream", spread)
     spread = []
-    for n in range(changes):
-        # Everybody may talk with everybody; a host whose only workload is gone is told of nothing any more.
-        spread += await change(WorkloadRef(name=f"w/h{n}", instance=0), "/v1/workloads/revoke", Workload, agents[n:])
-    show("revocation to every stream", spread)
+    for n in range(0, min(changes * APP, len(agents) - APP + 1), APP):
+        spread += await change(WorkloadRef(name=f"w/h{n}", instance=0), "/v1/workloads/revoke", Workload, agents[n : n + APP])
+    show("revocation to all who see it", spread)
 
     waits: list[float] = []
 

@@ -55,7 +55,7 @@ class Process:
 
     @property
     def admin(self) -> AdminClient:
-        return AdminClient(self.directory)
+        return AdminClient(self.directory, timeout=120.0)
 
     def kill(self) -> None:
         """At once, with whatever it was started under."""
