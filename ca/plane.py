@@ -17,9 +17,10 @@ import structlog
 
 from ca import audit, grant_ends, leases, postgres, processes, succession, transparency
 from ca.admins import Admins
+from ca.attestors import attestor_for
 from ca.authority import Authority, Issuing, Lifetimes
 from ca.desk import Desk
-from ca.enroll import Admitted, Challenges, JoinTokenAttestor, admit
+from ca.enroll import Admitted, Challenges, admit
 from ca.enroll import TokenRow as TokenEvidence
 from ca.entries import Entries, check_known
 from ca.feed import Feed, Frame
@@ -504,10 +505,9 @@ class Plane:
 
     def _admit(self, request: EnrollRequest) -> Admitted:
         challenge = self.challenges.take(request.nonce, self.clock())
-        token = self.registry.token(request.token_id)
-        return admit(request, challenge, JoinTokenAttestor(self._evidence(token)), self.clock())
+        return admit(request, challenge, attestor_for(self, request), self.clock())
 
-    def _evidence(self, token: TokenRow | None) -> TokenEvidence | None:
+    def evidence(self, token: TokenRow | None) -> TokenEvidence | None:
         if token is None:
             return None
         claimant = self.registry.claimant(token)

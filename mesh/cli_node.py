@@ -106,20 +106,31 @@ def enroll(
     policy_authority: Annotated[
         str | None, typer.Option("--policy-authority", metavar="FINGERPRINT", help="Fingerprint of the policy authority, from its operators (default: pin the one the CA shows).")
     ] = None,
+    device_cert: Annotated[Path | None, typer.Option("--device-cert", metavar="FILE", help="Instead of a token: a device certificate with its issuers, PEM.")] = None,
+    device_key: Annotated[Path | None, typer.Option("--device-key", metavar="FILE", help="Its key.")] = None,
+    root_fp: Annotated[str | None, typer.Option("--root-fp", metavar="FINGERPRINT", help="The CA's root, with --device-cert; a token names it itself.")] = None,
     output: Format = Output.TABLE,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Join a trust domain with a one-time token. The keys are made here and stay here."""
+    """Join a trust domain with a one-time token, or with a device certificate. The keys are made here and stay here."""
     import asyncio
 
-    token = read_token(token_file)
+    from mesh.device_join import device_pin, load_device
+
+    device = None
+    if device_cert is not None:
+        if device_key is None or root_fp is None or token_file is not None:
+            raise BadInput("enroll.device", "a device certificate goes with --device-key and --root-fp, and with no token")
+        device, token = load_device(device_cert, device_key), device_pin(root_fp)
+    else:
+        token = read_token(token_file)
     from mesh.companion import guess_underlay
     from mesh.devices.offers import offers
     from mesh.enroll import enroll as join
 
     ciphers = check_ciphers(cipher) if cipher else asyncio.run(offers())
     hints = underlay or guess_underlay(ca, listen_port)
-    done = asyncio.run(join(ca, token, state_dir, hints, ciphers, replace=replace, policy_authority=policy_authority))
+    done = asyncio.run(join(ca, token, state_dir, hints, ciphers, replace=replace, policy_authority=policy_authority, device=device))
     data = {
         "trust_domain": str(done.trust_domain), "endpoint": done.endpoint, "kind": done.kind, "spiffe_id": str(done.spiffe_id),
         "workload": done.workload, "tunnel_key": done.tunnel_public, "svid_expires": done.svid.not_after,
@@ -184,7 +195,7 @@ def show_status(s: Status, now: float) -> None:
     if s.attachments:
         cliout.table(
             ("instance", "state", "epoch", "place", "addresses"),
-            [(f"{a.name}/{a.instance}", a.state, a.epoch, a.netns or a.kind, " ".join(a.addresses)) for a in s.attachments],
+            [(f"{a.name}/{a.instance}", a.state, a.epoch, a.netns or a.device or a.kind, " ".join(a.addresses)) for a in s.attachments],
         )
     else:
         print("No instance is attached here.")
@@ -238,6 +249,7 @@ def attach(
     netns: Annotated[str | None, typer.Option("--netns", metavar="NAME", help="A network namespace: its name or path.")] = None,
     pid: Annotated[int | None, typer.Option("--pid", metavar="PID", min=1, help="The network namespace of this process.")] = None,
     host: Annotated[bool, typer.Option("--host", help="This host's own network namespace.")] = False,
+    tap: Annotated[str | None, typer.Option("--tap", metavar="DEVICE", help="The host's side of a link to a guest, such as a VM's tap.")] = None,
     wait: Annotated[float, typer.Option("--wait", metavar="SECONDS", min=0, help="Seconds to wait until it is active.")] = 0.0,
     run_dir: RunDir = None,
     output: Format = Output.TABLE,
@@ -246,17 +258,25 @@ def attach(
     """Give an instance its place on this host. It gets its addresses once the CA has placed it here."""
     from identity.wire.local import Attach
 
-    if sum((netns is not None, pid is not None, host)) != 1:
-        raise BadInput("usage", "give one of --netns, --pid and --host")
+    if sum((netns is not None, pid is not None, host, tap is not None)) != 1:
+        raise BadInput("usage", "give one of --netns, --pid, --tap and --host")
     place = f"/proc/{pid}/ns/net" if pid is not None else netns
-    request = Attach(name=name, instance=instance, kind="host" if host else "netns", netns=place)
+    request = Attach(name=name, instance=instance, kind="host" if host else "tap" if tap is not None else "netns", netns=place, device=tap)
 
     async def body(agent: LocalClient) -> Attachment:
         return await wait_active(agent, request, wait)
 
     found = ask(run_dir, body)
     where = " ".join(found.addresses) or "no addresses yet"
-    cliout.emit(found, _format(output, as_json), human=lambda: print(f"{name}/{instance} is {found.state} here: {where}"))
+
+    def human() -> None:
+        print(f"{name}/{instance} is {found.state} here: {where}")
+        for address, gateway, overlay in zip(found.addresses, found.gateways, found.overlay, strict=False):
+            six = " -6" if ":" in address else ""
+            cliout.note(f"in the guest: ip addr add {address}/{128 if six else 32} dev DEV; ip link set DEV up mtu {found.mtu};"
+                        f" ip{six} route add {overlay} via {gateway} dev DEV onlink")  # fmt: skip
+
+    cliout.emit(found, _format(output, as_json), human=human)
 
 
 async def wait_active(agent: LocalClient, request: Attach, seconds: float) -> Attachment:
@@ -292,16 +312,23 @@ if TYPE_CHECKING:
 def detach(
     name: Name,
     instance: Instance = 0,
+    if_attached: Annotated[bool, typer.Option("--if-attached", help="Exit 0 also when it is not attached here.")] = False,
     run_dir: RunDir = None,
     output: Format = Output.TABLE,
     as_json: Json = False,
 ) -> None:
-    """Take an instance's place on this host away."""
+    """Take an instance's place on this host away. Exit 1 when it is not attached here."""
     from identity.wire.local import InstanceRef
 
-    ask(run_dir, lambda agent: agent.detach(InstanceRef(name=name, instance=instance)))
-    data = {"name": name, "instance": instance, "attached": False}
-    cliout.emit(data, _format(output, as_json), human=lambda: print(f"{name}/{instance} is detached"))
+    was = True
+    try:
+        ask(run_dir, lambda agent: agent.detach(InstanceRef(name=name, instance=instance)))
+    except NotFound as e:
+        if not if_attached or e.code != "attach.unknown":
+            raise
+        was = False
+    data = {"name": name, "instance": instance, "attached": False, "changed": was}
+    cliout.emit(data, _format(output, as_json), human=lambda: print(f"{name}/{instance} {'is detached' if was else 'was not attached'}"))
 
 
 # ---- explain

@@ -45,6 +45,7 @@ from identity.wire.enroll import (
 )
 from mesh import policy_trust
 from mesh.control import ClientFiles, ControlClient, RootPin, check_url
+from mesh.device_join import Device
 from mesh.state import check_dir, read_owned
 
 STATE_VERSION: Final = 1
@@ -119,12 +120,14 @@ class Enrollment:
 async def enroll(
     ca_url: str, token_text: str, state_dir: Path, underlay: Sequence[str], ciphers: Sequence[Cipher],
     *, replace: bool = False, clock: Clock = time.time, policy_authority: str | None = None,
+    device: Device | None = None,
 ) -> Enrollment:  # fmt: skip
     """Join with a token: make all keys here, prove them, verify everything that comes back, store it as one.
 
     underlay: ``address:port`` hints where peers may reach this endpoint; ciphers: what its engine offers.
     A reply lost on the way is fetched again by running this once more with the same token within five minutes: the
     keys of the attempt are kept until it succeeded.
+    device: a certificate of somebody else's as the evidence instead; the text is then a `device_pin`.
     policy_authority: fingerprint that the CA's policy authority must have (default: the one it shows is pinned).
     Raises BadInput ``token.malformed``, ``ca.url``, ``underlay.form``; Conflict ``enroll.exists``, ``enroll.running``;
     NotVerified ``ca.fingerprint`` and ``cert.*`` before anything secret was sent; what the CA answered; BadState.
@@ -138,7 +141,7 @@ async def enroll(
             raise Conflict("enroll.exists", f"{state_dir} already holds an enrolment", hint="use --replace to give it up")
         keys = _pending_keys(state_dir, token)
         async with ControlClient(url, RootPin(token.root_fingerprint), clock=clock) as client:
-            reply = await _ask(client, token, keys, hints, ciphers)
+            reply = await _ask(client, token, keys, hints, ciphers, device)
             trust_domain = client.server.spiffe_id.trust_domain
         files = _accept(reply, keys, url, token, trust_domain, int(clock()))
         _pin_authority(state_dir, trust_domain, reply.authority, policy_authority)
@@ -166,20 +169,22 @@ class _Keys:
 
 
 async def _ask(
-    client: ControlClient, token: JoinToken, keys: _Keys, underlay: Sequence[str], ciphers: Sequence[Cipher]
-) -> EnrollReply:
+    client: ControlClient, token: JoinToken, keys: _Keys, underlay: Sequence[str], ciphers: Sequence[Cipher],
+    device: Device | None,
+) -> EnrollReply:  # fmt: skip
     try:
-        return await _attempt(client, token, keys, underlay, ciphers)
+        return await _attempt(client, token, keys, underlay, ciphers, device)
     except (Unreachable, TimedOut) as e:
         if e.code not in {"ca.disconnected", "ca.timeout"}:
             raise
         # The reply may be what was lost; the CA repeats it to the same keys.
-        return await _attempt(client, token, keys, underlay, ciphers)
+        return await _attempt(client, token, keys, underlay, ciphers, device)
 
 
 async def _attempt(
-    client: ControlClient, token: JoinToken, keys: _Keys, underlay: Sequence[str], ciphers: Sequence[Cipher]
-) -> EnrollReply:
+    client: ControlClient, token: JoinToken, keys: _Keys, underlay: Sequence[str], ciphers: Sequence[Cipher],
+    device: Device | None,
+) -> EnrollReply:  # fmt: skip
     challenge = await client.post("/v1/enroll/challenge", ChallengeRequest(token_id=token.id), Challenge)
     offer = Offer(
         token_id=token.id, nonce=unb64(challenge.nonce), server_leaf=client.server_leaf,
@@ -187,7 +192,8 @@ async def _attempt(
         tunnel_key=x25519_public(keys.tunnel), enroll_key=ed25519_public(keys.enroll),
         underlay=tuple(underlay), ciphers=tuple(ciphers),
     )  # fmt: skip
-    return await client.post("/v1/enroll", _request(offer, prove(offer, token, keys.tunnel, keys.enroll)), EnrollReply)
+    request = _request(offer, prove(offer, token, keys.tunnel, keys.enroll))
+    return await client.post("/v1/enroll", request if device is None else device.onto(request, offer), EnrollReply)
 
 
 def _request(offer: Offer, proofs: Proofs) -> EnrollRequest:

@@ -10,10 +10,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from identity.grown import Grown
 from identity.wire import WIRE_VERSION, Message
 
 Cipher = Literal["chacha20poly1305", "aes-256-gcm"]
@@ -46,9 +47,14 @@ class EnrollRequest(Message):
     enroll_proof: str = Field(max_length=128)  # Ed25519 signature under enroll_key
     underlay: list[str] = Field(max_length=16)
     ciphers: list[Cipher] = Field(max_length=2)
+    attestor: str = Field(default="token", max_length=32)
+    device_chain: list[str] = Field(default=[], max_length=5)  # PEM, of the attestor x509pop
+    device_proof: str = Field(default="", max_length=2048)  # signature under the device key
 
 
-class EnrollReply(Message):
+class EnrollReply(Message, Grown):
+    later: ClassVar[frozenset[str]] = frozenset({"authority"})
+
     trust_domain: str
     endpoint: str
     kind: Literal["host", "sidecar"]
