@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from identity.errors import BadInput, NotVerified
+from identity.grown import Grown
 from identity.keys import b64, unb64
 
 RECORD_VERSION: Final = 1
@@ -57,13 +58,14 @@ class EndpointRecord(Payload):
     expires: Seconds
 
 
-class PlacementRecord(Payload):
+class PlacementRecord(Payload, Grown):
     """Where one instance of an identity is now, and the tunnel key that may speak for its addresses.
 
     state: ``prepare`` (a move to `endpoint` is being made ready; nothing may be accepted from it yet),
     ``active``, or ``revoked`` (nobody holds it). Receivers keep the highest epoch and refuse lower ones for ever.
     """
 
+    later: ClassVar[frozenset[str]] = frozenset({"ends"})
     typ: ClassVar[str] = "placement"
     role: ClassVar[str] = "records"
 
@@ -105,13 +107,14 @@ class PolicyTrial(BaseModel):
     everybody: bool = False
 
 
-class PolicyRecord(Payload):
+class PolicyRecord(Payload, Grown):
     """The policy in force: its source files and the SHA-256 digest that names it.
 
     authority, parts: what operators signed (identity/records_policy.py), as texts; empty where no authority exists
     trial:            a policy that is being rolled out beside this one
     """
 
+    later: ClassVar[frozenset[str]] = frozenset({"authority", "parts", "trial"})
     typ: ClassVar[str] = "policy"
     role: ClassVar[str] = "policy"
     limit: ClassVar[int] = MAX_POLICY
@@ -163,13 +166,14 @@ class Taint(BaseModel):
     until: Seconds
 
 
-class BundleRecord(Payload):
+class BundleRecord(Payload, Grown):
     """The trust bundle: the roots of one trust domain and the keys that may sign records. `sequence` only grows.
 
     links: certificates by which one root vouches for another; a root that is new to the receiver needs one from a root
     it knows. revoked: entries of identity.revocation.
     """
 
+    later: ClassVar[frozenset[str]] = frozenset({"jwt_authorities", "links", "tainted", "revoked"})
     typ: ClassVar[str] = "bundle"
     role: ClassVar[str] = "records"
     limit: ClassVar[int] = MAX_BUNDLE

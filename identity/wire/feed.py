@@ -10,11 +10,12 @@ a hash mismatch makes the endpoint ask again without a position and get a snapsh
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from identity.errors import BadInput
+from identity.grown import Grown
 from identity.wire import Message
 from identity.wire.flows import MAX as FLOWS_MAX
 from identity.wire.flows import FlowSummary
@@ -64,8 +65,10 @@ def parse_frame(line: bytes) -> Snapshot | Delta | Beat:
         raise BadInput("feed.frame", "a feed frame does not fit its schema") from None
 
 
-class Report(Message):
+class Report(Message, Grown):
     """What the endpoint has applied to its data plane (not merely received)."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"flows"})
 
     timeline: str
     revision: int

@@ -13,10 +13,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
+from identity.grown import Grown
 from identity.wire import Message
 
 
@@ -29,23 +30,29 @@ class Attach(Message):
     """Give an instance a place on this host.
 
     kind netns: `netns` is a named network namespace (``ip netns``) or an absolute path such as /proc/PID/ns/net;
-    kind host: the instance is this network namespace itself.
+    kind host: the instance is this network namespace itself;
+    kind tap: `device` is the host's side of a link to a guest, such as a VM's tap.
     """
 
     name: str = Field(max_length=255)
     instance: int = Field(default=0, ge=0)
-    kind: Literal["netns", "host"] = "netns"
+    kind: Literal["netns", "host", "tap"] = "netns"
     netns: str | None = Field(default=None, max_length=4096)
+    device: str | None = Field(default=None, max_length=15)
 
 
 class Attachment(Message):
     name: str
     instance: int
-    kind: Literal["netns", "host"]
+    kind: Literal["netns", "host", "tap"]
     netns: str | None
     state: Literal["waiting", "prepared", "active", "fenced"]
     epoch: int | None
     addresses: list[str]
+    device: str | None = None
+    gateways: list[str] = []  # kind tap: what the guest routes `overlay` to
+    overlay: list[str] = []
+    mtu: int | None = None
 
 
 class Down(Message):
@@ -75,7 +82,9 @@ class Condition(Message):
     text: str
 
 
-class Status(Message):
+class Status(Message, Grown):
+    later: ClassVar[frozenset[str]] = frozenset({"policy_signers", "policy_trial"})
+
     version: str
     trust_domain: str
     endpoint: str
