@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from identity.errors import NoPrivilege
+from mesh.lab import Lab
 from tests.chaos import rows_control, rows_crowd, rows_disk, rows_held, rows_move, rows_network, soak
 from tests.chaos.registry import ROWS, Result, Row, Run, order, play, table
 from tests.chaos.stage import Stage
@@ -31,7 +32,7 @@ async def go(rows: Sequence[Row], seed: int, seconds: float | None) -> list[Resu
     results: list[Result] = []
 
     async def each(stage: object, kind: str) -> None:
-        for one in rows:
+        for one in sorted(rows, key=lambda r: r.final):
             if one.stage == kind:
                 results.append(await play(one, stage, Run(seed, seconds)))
                 print(table(results[-1:]).splitlines()[0], flush=True)
@@ -76,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 4
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(1 << 20)
     print(f"seed {seed}", flush=True)
+    Lab.sweep()
     results = asyncio.run(go(chosen, seed, args.seconds))
     print("\n" + table(results))
     save(results, seed, partial=bool(args.rows or args.fast or args.soak))

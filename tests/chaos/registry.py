@@ -69,6 +69,7 @@ class Row:
     stage: Literal["small", "crowd", "none"]
     fast: bool
     body: Body
+    final: bool = False  # it cannot be undone: played last on its stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +92,13 @@ class Result:
 ROWS: Final[dict[str, Row]] = {}
 
 
-def row(name: str, title: str, passes: str, *, stage: Literal["small", "crowd", "none"] = "small", fast: bool = False) -> Callable[[Body], Body]:
+def row(name: str, title: str, passes: str, *, stage: Literal["small", "crowd", "none"] = "small", fast: bool = False, final: bool = False) -> Callable[[Body], Body]:
     """Register a row."""
 
     def register(body: Body) -> Body:
         if name in ROWS:
             raise ValueError(f"two rows are called {name}")
-        ROWS[name] = Row(name, title, passes, stage, fast, body)
+        ROWS[name] = Row(name, title, passes, stage, fast, body, final)
         return body
 
     return register

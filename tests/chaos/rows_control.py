@@ -32,8 +32,7 @@ async def ca_down(stage: Stage, run: Run) -> None:
         status = await stage.lab.aretinue("host-a", "status")
         return any(c["code"] == "control.stale" for c in status["conditions"])
 
-    while not await stale() and time.monotonic() - down < 20:
-        await asyncio.sleep(0.2)
+    await until_async(stale, 20)
     shown = time.monotonic() - down
     await asyncio.sleep(max(0.0, seconds - shown))
     available = worst(stage.tallies(began, time.time() - 0.2, "web-api", "web-tcp"))

@@ -41,7 +41,7 @@ class Crowd(Stage):
 
         def up(host: str) -> None:
             lab.enroll(host)
-            lab.start_agent(host, wait=False)
+            lab.start_agent(host)
 
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(up, self.hosts))
@@ -127,7 +127,7 @@ async def crowd_move(stage: Crowd, run: Run) -> None:
     run.check("longest gap 100 ms", max(gaps.values) <= 100)
 
 
-@row("F23", "Revoked identity, open tunnels", "<= 1 s after commit p99 at 50 real agents", stage="crowd")
+@row("F23", "Revoked identity, open tunnels", "<= 1 s after commit p99 at 50 real agents", stage="crowd", final=True)
 async def revoked(stage: Crowd, run: Run) -> None:
     """The identity that all 48 others hear from is revoked; last in the run, for it is final."""
     placed = next(w for w in stage.lab.ca("workload", "list") if w["name"] == "api")

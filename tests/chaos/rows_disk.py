@@ -42,7 +42,7 @@ def shown(directory: Path) -> dict[str, str]:
     """The state hash of what each host is sent. Raises RetinueError when the database is refused."""
     plane = Plane.open(directory, lambda: NOW)
     try:
-        return {h: state_hash(dict(plane.mirror.world.view(h).objects())) for h in HOSTS}
+        return {h: state_hash(dict(plane.mirror.world.view(h).objects)) for h in HOSTS}
     finally:
         plane.close()
 

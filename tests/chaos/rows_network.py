@@ -140,7 +140,7 @@ async def black_hole(stage: Stage, run: Run) -> None:
                     return
 
     def source() -> None:
-        sock = in_netns(space_a, lambda: socket.socket())
+        sock = in_netns(space_a, socket.socket)
         sock.settimeout(15)
         with sock:
             try:

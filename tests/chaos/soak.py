@@ -41,7 +41,7 @@ def oracle(stage: Stage) -> dict[str, str]:
         try:
             mirror = Mirror(store)
             mirror.load(int(time.time()))
-            return {h: state_hash(dict(mirror.world.view(h).objects())) for h in stage.hosts}
+            return {h: state_hash(dict(mirror.world.view(h).objects)) for h in stage.hosts}
         finally:
             store.close()
     finally:

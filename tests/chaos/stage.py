@@ -61,7 +61,7 @@ class Flow:
 
     @property
     def next(self) -> int:
-        return self.log.next
+        return self.log.upcoming
 
     def delivered(self, first: int = 0, last: int | None = None) -> int:
         end = self.next if last is None else last

@@ -90,12 +90,12 @@ class Log:
         self.cells[what] += many
 
     @property
-    def next(self) -> int:
+    def upcoming(self) -> int:
         """Number of the next message to be sent."""
         return int(self.cells[7])
 
-    @next.setter
-    def next(self, number: int) -> None:
+    @upcoming.setter
+    def upcoming(self, number: int) -> None:
         self.cells[7] = number
 
     def sent(self, n: int) -> float:
@@ -128,7 +128,7 @@ class _Flow:
         self.due = 0.0
 
     def tick(self) -> None:
-        n = self.log.next
+        n = self.log.upcoming
         message = MESSAGE.pack(self.tag, n)
         now = time.time()
         if self.spec.stream:
@@ -142,7 +142,7 @@ class _Flow:
             except OSError:
                 self.log.add(ERRORS)  # it counts as sent: the workload tried
         self.log.note_sent(n, now)
-        self.log.next = n + 1
+        self.log.upcoming = n + 1
         if self.spec.stream:
             self._flush()
 
