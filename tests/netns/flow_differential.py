@@ -299,6 +299,7 @@ class Differential:
         """Packets of flows that passed before, in both directions: a verdict may be another by now."""
         old = [p for p in passed if p.proto == UDP]
         self.run([replace(p, number=self.number()) for p in old])
+        self.settle()  # an answer that may begin a flow must not overtake a refused packet: that would be its answer then
         self.run([self.answer(p) for p in old])
 
     # ---- packets
