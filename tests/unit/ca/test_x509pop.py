@@ -131,7 +131,9 @@ def test_devices_of_nobody_or_of_no_rule(plane: Plane, maker: Maker, clock: Any)
         assert refused(maker.device(subject), plane) == "device.rule", subject
     assert refused(maker.device("node-a", more=["node-b"]), plane) == "device.rule"  # two names: it may not choose
     assert refused(maker.device(None, sans=[x509.DNSName("web.lan"), x509.DNSName("db.lan")]), plane) == "device.rule"
-    assert refused(maker.device("node-a", days=0), plane) == "device.untrusted"
+    ended = maker.device("node-a", days=0)
+    clock.now += 60
+    assert refused(ended, plane) == "device.untrusted"
     selfish = ec.generate_private_key(ec.SECP256R1())
     assert refused(Device([made("node-a", selfish)], selfish), plane) == "device.untrusted"
     assert plane.registry.all() == []
