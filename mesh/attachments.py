@@ -7,6 +7,7 @@ import contextlib
 import os
 import re
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import structlog
@@ -14,12 +15,13 @@ import structlog
 from identity.errors import BadInput, Conflict, NotFound, RetinueError
 from identity.names import workload_path
 from identity.wire.local import Attach
-from mesh import netns
+from mesh import netns, taps
 from mesh.attestation import NamespaceId, namespace_at
 from mesh.compile import LocalAttachment
 from mesh.processes import process_start
 from mesh.snapshot import InstanceKey, instance_key
 from mesh.state import SavedPlace, StateDir
+from mesh.taps import LinkWatch
 
 _PROCESS: Final = re.compile(r"/proc/([1-9][0-9]{0,9})/ns/net")
 
@@ -33,6 +35,7 @@ class Attachments:
         self._state, self._boot, self._changed = state, boot, changed
         self._places: dict[InstanceKey, SavedPlace] = {}
         self._watched: dict[InstanceKey, int] = {}
+        self._links: LinkWatch | None = None
 
     def load(self) -> None:
         """Take over what was attached before, as far as it still exists. Raises BadState."""
@@ -42,9 +45,13 @@ class Attachments:
             if pid is not None and (place.started is None or process_start(pid) != place.started):
                 log.info("the process of an attachment is gone", instance=key)
                 continue
+            if place.attach.kind == "tap" and (place.inode is None or taps.index_of(place.attach.device or "") != place.inode):
+                log.info("the link of an attachment is gone", instance=key)
+                continue
             self._places[key] = place
             if pid is not None:
                 self._watch(key, pid)
+        self._watch_links()
 
     def entries(self) -> list[Attach]:
         """What is attached, in order of the instances."""
@@ -61,7 +68,7 @@ class Attachments:
             if place.attach.kind == "netns" and _pid(place.attach) is None and place.attach.netns is not None:
                 with contextlib.suppress(RetinueError):
                     inode = netns.identify(place.attach.netns)
-            out[key] = LocalAttachment(place.attach.kind, place.attach.netns, inode)
+            out[key] = LocalAttachment(place.attach.kind, place.attach.netns, inode, place.attach.device)
         return out
 
     def is_at(self, key: InstanceKey, space: NamespaceId) -> bool:
@@ -78,14 +85,16 @@ class Attachments:
         key = instance_key(request.name, request.instance)
         place = _inspect(request)
         before = self._places.get(key)
-        if before is not None and (before.attach.kind, before.inode) != (place.attach.kind, place.inode):
+        if before is not None and (before.attach.kind, before.inode) != (place.attach.kind, place.inode) and _stands(before):
             raise Conflict(
-                "attach.taken", f"{key} is attached elsewhere on this host ({before.attach.netns or 'the host itself'})",
+                "attach.taken", f"{key} is attached elsewhere on this host ({_where(before.attach)})",
                 hint=f"retinue detach {request.name} --instance {request.instance}",
             )  # fmt: skip
         if before == place:
             return key
         self._save(self._places | {key: place})
+        self._unwatch(key)
+        self._watch_links()
         pid = _pid(request)
         if pid is not None:
             self._watch(key, pid)
@@ -104,6 +113,23 @@ class Attachments:
         """Stop watching; the table stays on disk."""
         for key in list(self._watched):
             self._unwatch(key)
+        if self._links is not None:
+            self._links.close()
+            self._links = None
+
+    def _watch_links(self) -> None:
+        if self._links is None and any(p.attach.kind == "tap" for p in self._places.values()):
+            self._links = LinkWatch(self._link_ended, self._links_missed)
+            self._links_missed()  # what went before it listened
+
+    def _link_ended(self, index: int) -> None:
+        for key in [k for k, p in self._places.items() if p.attach.kind == "tap" and p.inode == index]:
+            self._ended(key)
+
+    def _links_missed(self) -> None:
+        for place in list(self._places.values()):
+            if place.attach.kind == "tap" and place.inode is not None and taps.index_of(place.attach.device or "") != place.inode:
+                self._link_ended(place.inode)
 
     def _save(self, places: dict[InstanceKey, SavedPlace]) -> None:
         self._state.save_attachments([p for _, p in sorted(places.items())], self._boot)
@@ -126,7 +152,7 @@ class Attachments:
             os.close(fd)
 
     def _ended(self, key: InstanceKey) -> None:
-        log.info("the process of an attachment ended", instance=key)
+        log.info("the process or link of an attachment ended", instance=key)
         try:
             self.detach(key)
         except Exception as e:  # the disk: the table in memory still has to follow the world
@@ -141,8 +167,31 @@ def _pid(attach: Attach) -> int | None:
     return int(match[1]) if match else None
 
 
+def _where(attach: Attach) -> str:
+    return attach.netns or attach.device or "the host itself"
+
+
+def _stands(place: SavedPlace) -> bool:
+    """Is the place of an attachment still there? A namespace that was made again under its name is another one."""
+    match place.attach.kind:
+        case "tap":
+            return taps.index_of(place.attach.device or "") == place.inode
+        case "netns":
+            with contextlib.suppress(RetinueError):
+                return netns.identify(place.attach.netns or "") == place.inode
+            return False
+    return True
+
+
 def _inspect(request: Attach) -> SavedPlace:
     """Look at the place asked for. Raises BadInput or NotFound."""
+    if request.kind == "tap":
+        if request.netns is not None or not request.device:
+            raise BadInput("attach.kind", "an attachment of kind tap needs a device, and no network namespace")
+        with ThreadPoolExecutor(1) as aside:  # netlink has a loop of its own
+            return SavedPlace(attach=request, inode=aside.submit(taps.inspect, request.device).result())
+    if request.device is not None:
+        raise BadInput("attach.kind", f"an attachment of kind {request.kind} has no device")
     if request.kind == "host":
         if request.netns is not None:
             raise BadInput("attach.kind", "an attachment of kind host has no network namespace of its own")

@@ -49,12 +49,13 @@ class LocalAttachment:
     """A place on this machine that was given to an instance.
 
     netns: a named namespace or a path, for kind netns. inode: its identity (mesh.netns.identify), so that two names of
-    one namespace share one link; without it the name is the identity.
+    one namespace share one link; without it the name is the identity. device: the link of kind tap.
     """
 
     kind: AttachmentKind
     netns: str | None = None
     inode: int | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -476,7 +477,7 @@ class _Compilation:
             key=key,
             kind=place.kind,
             netns=place.netns,
-            veth=veth_name(self.facts.interface, place) if place.kind == "netns" else None,
+            veth=veth_name(self.facts.interface, place) if place.kind == "netns" else place.device,
             state=state,
             epoch=None if record is None else record.epoch,
             addresses=() if record is None else _both(record),

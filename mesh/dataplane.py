@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from identity.errors import RetinueError, Unreachable
-from mesh import netns
+from mesh import netns, taps
 from mesh.devices import Choice, Device, DeviceConfig, PeerState, after, choose, peer_changes
 from mesh.firewall import DeniedFlow, Firewall, log_group
 from mesh.host import HostNet
@@ -109,6 +109,7 @@ class DataPlane:
         self._watcher = Watcher(self._suspicion.set)
         self._guard: asyncio.Task[None] | None = None
         self._lost_device = False
+        self._arp = False  # is the table for the taps there?
         self._host_due = 0.0
 
     @property
@@ -171,6 +172,8 @@ class DataPlane:
                 # The rules that keep packets out go last.
                 await self.host.clean()
                 await self.firewall.remove()
+                with contextlib.suppress(RetinueError):  # a kernel without it has had none
+                    await taps.answer_arp(self.config.interface, wanted=False)
             await self.host.stop()
 
     # ---- apply
@@ -206,8 +209,20 @@ class DataPlane:
         if errors:
             raise errors[0]
         await self.firewall.widen(plan)
+        await self._answer_arp(plan)
         bad |= await self.host.widen(plan, bad)
         return {key: bad[at.veth] for key, at in plan.attachments.items() if at.veth is not None and at.veth in bad}
+
+    async def _answer_arp(self, plan: Plan, *, again: bool = False) -> None:
+        """Guests behind a tap find their gateway; without it they only cannot be reached."""
+        wanted = any(at.kind == "tap" for at in plan.attachments.values())
+        if wanted == self._arp and not (again and wanted):
+            return
+        try:
+            await taps.answer_arp(self.config.interface, wanted=wanted)
+            self._arp = wanted
+        except RetinueError as e:
+            self._tell("tap.arp", f"guests cannot find their gateway by ARP: {e.message}")
 
     async def _forget(self, changes: Changes) -> None:
         """Tracked connections that may not go on: the elements that held them are gone already, so nothing passes; but
@@ -287,6 +302,8 @@ class DataPlane:
             # The firewall first: it is what others flush, and what must be back soonest.
             if await self.firewall.verify():
                 notes.append(Note("firewall.restored", "somebody else had changed our firewall table; it is back"))
+                if self.plan is not None:
+                    await self._answer_arp(self.plan, again=True)
             # A device of the kernel has no process whose end tells that it is gone.
             if self._lost_device or self._link_is_gone():
                 self._lost_device, self._peers = True, None

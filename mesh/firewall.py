@@ -56,6 +56,7 @@ COUNTERS: Final = ("accepted", "denied", "strangers", "spoofed", "outside", "inv
 LOG_GROUP: Final = 0x5254  # plus the slot of the interface; a group belongs to one namespace
 LOG_RATE: Final = 1000  # a second, of each kind
 LOG_BYTES: Final = 128  # of a packet: both headers
+GATEWAY: Final = "0xfe800000000000000000000000000001"  # fe80::1, what a guest asks for by neighbour discovery
 LIMITS: Final = "limits"  # in Sets: the limit objects, as "name rate"
 _BURST: Final = 131_072  # bytes; a superpacket has to fit
 NOTED: Final = ("denied", "audited")
@@ -177,6 +178,8 @@ def topology_sets(plan: Plan) -> Sets:
     for attachment in plan.attachments.values():
         if attachment.veth is not None:
             out.setdefault("links", set()).add(f'"{attachment.veth}"')
+            if attachment.kind == "tap":
+                out.setdefault("taps", set()).add(f'"{attachment.veth}"')
         if not attachment.active:
             continue
         for address in attachment.addresses:
@@ -274,6 +277,7 @@ def skeleton(interface: str, *, close_v6: bool = False) -> str:
     parts = [f"table inet {table_name(interface)} {{"]
     parts += [f"counter {name} {{ }}" for name in COUNTERS]
     parts.append("set links { type ifname; }")
+    parts.append("set taps { type ifname; }")
     for family in (4, 6):
         parts += _sets(family, f"ipv{family}_addr")
     parts.append(f"""
@@ -330,6 +334,8 @@ chain from_mesh {{
     goto stranger
 }}
 chain from_link {{
+    iifname @taps icmpv6 type nd-neighbor-solicit ip6 hoplimit 255 @th,64,128 {GATEWAY} goto pass
+    iifname @taps icmpv6 type nd-neighbor-advert ip6 hoplimit 255 ip6 daddr fe80::1 goto pass
     ip daddr 224.0.0.0/3 drop
     ip6 daddr ff00::/8 drop
     iifname . ip saddr @place4 goto here4
@@ -376,6 +382,7 @@ chain to_local {{
     goto here6
 }}
 chain quiet {{
+    oifname @taps icmpv6 type {{ nd-neighbor-solicit, nd-neighbor-advert }} accept
     ip daddr 224.0.0.0/3 drop
     ip6 daddr ff00::/8 drop
     ct state untracked drop

@@ -8,6 +8,7 @@ number or our link alias; nothing else is touched.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,10 @@ from mesh.snapshot import InstanceKey
 T = TypeVar("T")
 
 _ALIAS: Final = "retinue "
+_TAP_SETTINGS: Final = {  # what we change on a link that is not ours
+    "ipv6/conf": ("disable_ipv6", "accept_ra", "autoconf", "accept_redirects", "addr_gen_mode", "dad_transmits", "forwarding", "force_forwarding"),
+    "ipv4/conf": ("accept_redirects", "send_redirects", "arp_ignore", "forwarding", "src_valid_mark"),
+}
 
 
 def _forwards(name: str) -> bool:
@@ -116,11 +121,16 @@ class HostNet:
         there = nl.links(self._alias)
         for name in there.keys() - want.pairs.keys():
             nl.remove_link(there[name])
+        self._give_back(nl, {name for name, pair in want.pairs.items() if pair.tap})
         for rule in have_rules - want.rules:
             nl.rule("del", rule)
         failed: dict[str, str] = {}
         for name, pair in want.pairs.items():
             before = None if known is None else known.pairs.get(name)
+            if pair.tap:
+                if before is None or not before.tap:
+                    self._attempt(failed, name, lambda name=name: self._adopt(nl, name))  # type: ignore[misc]  # a default binds the loop's value
+                continue
             if before is not None and name in there and set(before.addresses) <= set(pair.addresses):
                 continue  # it stands, and nothing has to go
             try:
@@ -153,6 +163,43 @@ class HostNet:
         nl.address("add", index, GATEWAY4, scope=SCOPE_LINK)
         nl.address("add", index, GATEWAY6, length=64, scope=SCOPE_LINK)
         self._places.configure(_side(want, pair), add=False)
+
+    @staticmethod
+    def _attempt(failed: dict[str, str], name: str, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except RetinueError as e:
+            failed[name] = e.message
+
+    def _adopt(self, nl: Netlink, name: str) -> None:
+        """Take somebody else's link into use: what it was is remembered, what leads to it is ours."""
+        index = nl.index(name)
+        if index is None:
+            raise NotFound("host.no_link", f"the link {name} is gone")
+        self._remember_all([f"{place}/{name}/{setting}" for place, settings in _TAP_SETTINGS.items() for setting in settings])
+        quiet_link(name)
+        netns.sysctl(f"ipv4/conf/{name}/arp_ignore", "1")  # for the gateway alone
+        self._forwarding(name)
+        nl.link("set up a link", index, state="up")
+        nl.address("add", index, GATEWAY4, scope=SCOPE_LINK)
+        nl.address("add", index, GATEWAY6, length=64, scope=SCOPE_LINK)
+
+    def _give_back(self, nl: Netlink, keep: set[str]) -> None:
+        """Links of others that are not used any more become what they were."""
+        undo = self._undo()
+        names = {key.split("/")[2] for key in undo if key.count("/") == 3} - keep - {"all"}
+        if not names:
+            return
+        for key in [key for key in undo if key.count("/") == 3 and key.split("/")[2] in names]:
+            with contextlib.suppress(RetinueError):
+                netns.sysctl(key, undo[key])
+            del undo[key]
+        for name in names:
+            index = nl.index(name)
+            if index is not None:
+                nl.address("del", index, GATEWAY4)
+                nl.address("del", index, GATEWAY6, length=64)
+        write_file(self._undo_file, json.dumps(undo).encode())
 
     def _inside_there(self, pair: Pair) -> bool:
         """Is the other end of the pair still where it belongs?"""
@@ -196,6 +243,8 @@ class HostNet:
                 index = nl.index(name)
                 if index is None:
                     raise NotFound("host.no_link", f"the link {name} is gone")
+                if pair.tap:
+                    continue  # the guest says its link address itself
                 for address in pair.reachable:
                     nl.neighbour(index, address, pair.inside_mac)
                 if before is None or before.addresses != pair.addresses:
@@ -274,10 +323,13 @@ class HostNet:
         return {str(k): str(v) for k, v in saved.items()} if isinstance(saved, dict) else {}
 
     def _remember(self, name: str) -> None:
+        self._remember_all([name])
+
+    def _remember_all(self, names: Iterable[str]) -> None:
         undo = self._undo()
-        value = netns.sysctl(name)
-        if name not in undo and value is not None:
-            undo[name] = value
+        found = {name: value for name in names if name not in undo and (value := netns.sysctl(name)) is not None}
+        if found:
+            undo |= found
             write_file(self._undo_file, json.dumps(undo).encode())
 
     # ---- verify, clean
@@ -295,9 +347,12 @@ class HostNet:
         there = nl.links(self._alias)
         lost: set[str] = set()
         for name, pair in want.pairs.items():
-            if name in there:
+            if name in there or (pair.tap and nl.index(name) is not None):
                 continue
             lost.add(name)
+            if pair.tap:
+                gone += pair.instances
+                continue
             try:
                 netns.identify(pair.netns)
             except RetinueError:
@@ -305,8 +360,9 @@ class HostNet:
             else:
                 wrong.append(f"the link {name} into {pair.netns} is missing")
         wrong += [f"the leftover link {name}" for name in there.keys() - want.pairs.keys() - self._failed]
+        adopted = [name for name, pair in want.pairs.items() if pair.tap and name not in lost]
         # net.ipv4.ip_forward=0 by anybody switches it off for every link.
-        wrong += [f"{name} does not forward any more" for name in (self.interface, *(want.pairs.keys() & there)) if not _forwards(name)]
+        wrong += [f"{name} does not forward any more" for name in (self.interface, *(want.pairs.keys() & there), *adopted) if not _forwards(name)]
         if nl.local_first():
             wrong.append("the local table stands before our rules")
         have_rules = nl.read_rules(self.interface)
@@ -338,6 +394,7 @@ class HostNet:
                 nl.move_local(behind=False)
                 for rule in nl.read_rules(self.interface):
                     nl.rule("del", rule)
+            self._give_back(nl, set())
             undo = self._undo()
             for name, value in undo.items():
                 netns.sysctl(name, value)

@@ -65,6 +65,7 @@ class Pair:
     addresses: tuple[str, ...]
     reachable: tuple[str, ...]
     instances: tuple[InstanceKey, ...]
+    tap: bool = False  # somebody else's link to a guest: `netns` is empty, and the other end not ours to set
 
     @property
     def host_mac(self) -> str:
@@ -99,15 +100,16 @@ def layout(plan: Plan) -> Layout:
     pairs: dict[str, Pair] = {}
     for key in sorted(plan.attachments):
         at = plan.attachments[key]
-        if at.veth is None or at.netns is None:
+        if at.veth is None or (at.netns is None and at.kind != "tap"):
             continue
         before = pairs.get(at.veth)
         pairs[at.veth] = Pair(
             name=at.veth,
-            netns=before.netns if before else at.netns,
+            netns=before.netns if before else at.netns or "",
             addresses=(before.addresses if before else ()) + at.addresses,
             reachable=(before.reachable if before else ()) + (at.addresses if at.active else ()),
             instances=(*(before.instances if before else ()), key),
+            tap=at.kind == "tap",
         )
     held = plan.host_addresses
     return Layout(

@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 import structlog
 from aiohttp import web
@@ -38,7 +38,8 @@ from identity.wire.local import (
 )
 from mesh import flow_api
 from mesh.compile import running
-from mesh.plan import AttachmentPlan
+from mesh.inside import GATEWAY4, GATEWAY6
+from mesh.plan import AttachmentPlan, Overlay
 from mesh.snapshot import InstanceKey, instance_key
 from mesh.uplink import boottime
 from policy.ports import proto_name, proto_number
@@ -273,7 +274,17 @@ def _attachment(agent: Agent, attach: Attach, plan: AttachmentPlan | None) -> At
         state=plan.state if plan is not None and usable else "waiting",
         epoch=plan.epoch if plan is not None and usable else None,
         addresses=list(plan.addresses) if plan is not None and usable else [],
+        **({} if attach.kind != "tap" else _for_guest(agent, attach)),
     )  # fmt: skip
+
+
+def _for_guest(agent: Agent, attach: Attach) -> dict[str, Any]:
+    """What the guest behind a tap has to set up."""
+    overlay = Overlay.of(agent.enrollment.trust_domain.name)
+    return {
+        "device": attach.device, "gateways": [GATEWAY4, GATEWAY6], "overlay": [str(overlay.v4), str(overlay.v6)],
+        "mtu": agent.config.mtu,
+    }  # fmt: skip
 
 
 async def status_of(agent: Agent) -> Status:

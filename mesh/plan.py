@@ -20,7 +20,7 @@ from policy.ports import ALL_PORTS, ICMP, ICMPV6, PORTED, PortMap, ranges
 K = TypeVar("K")
 V = TypeVar("V")
 
-AttachmentKind = Literal["netns", "host"]
+AttachmentKind = Literal["netns", "host", "tap"]
 AttachmentState = Literal["waiting", "prepared", "active", "fenced"]
 Cipher = Literal["chacha20poly1305", "aes-256-gcm"]
 
@@ -108,7 +108,7 @@ class PeerPlan:
 class AttachmentPlan:
     """One local instance.
 
-    veth:      name of the host side of the pair of its namespace, None for kind host
+    veth:      name of the host side of the pair of its namespace, or of its tap; None for kind host
     addresses: (IPv4, IPv6) it holds inside (states prepared and active), else empty
     Only in state active is it routed to and may anything come from it.
     """
