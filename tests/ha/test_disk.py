@@ -19,7 +19,6 @@ from mesh.enroll import enroll
 from tests.ha.kill_points import points, run
 from tests.ha.processes import TD, Process, wait_for
 
-
 pytestmark = pytest.mark.timeout(300)
 
 

@@ -37,7 +37,6 @@ from tests.ha.claims import rounds
 from tests.ha.processes import TD, Process, wait_for
 from tests.postgres_server import Server
 
-
 pytestmark = pytest.mark.timeout(240)
 
 
