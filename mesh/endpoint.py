@@ -346,9 +346,11 @@ class Agent:
             ("attach.failed", [f"{key}: {why}" for key, why in sorted(failed.items())]),
             ("feed.refused", [f"{key}: {error.message}" for key, error in sorted(self.machine.refused.items())]),
             ("fence.closed", [*map(str, sorted(view.fenced))]),
+            ("device.upgrade", [held] if (held := getattr(self.plane.device, "held_back", None)) else []),
         ):
             if texts:
-                health.put(code, "error" if code != "feed.refused" else "warning", _few(texts))
+                mild = code in {"feed.refused", "device.upgrade"}
+                health.put(code, "warning" if mild else "error", _few(texts))
             else:
                 health.clear(code)
         if view.snapshot.policy is None and view.snapshot.timeline:

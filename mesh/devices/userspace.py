@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import json
 import os
 import shutil
@@ -78,6 +79,16 @@ async def version_of(program: Path) -> str | None:
     return words[1][:40] if len(words) >= 2 and words[0] == OURS else None
 
 
+def identity_of(program: Path) -> str:
+    """What changes when a program is replaced: file, size and time of it and, for our script, of the native module."""
+    paths = [program]
+    if program.name == OURS and program.parent == Path(sys.executable).parent:
+        spec = importlib.util.find_spec("mesh._native")
+        paths += [Path(spec.origin)] if spec is not None and spec.origin else []
+    found = [os.stat(path) for path in paths]
+    return " ".join(f"{s.st_dev}.{s.st_ino}.{s.st_size}.{s.st_mtime_ns}" for s in found)
+
+
 class UserspaceDevice:
     """See mesh.devices.Device."""
 
@@ -89,6 +100,8 @@ class UserspaceDevice:
         self.program: Path | None = None
         self.version: str | None = None
         self.running: Running | None = None
+        self.held_back: str | None = None  # why the installed engine could not take over from the running one
+        self._identity: str | None = None  # of the running program; None when its agent wrote none
         self._child: subprocess.Popen[bytes] | None = None
         self._pidfd: int | None = None
 
@@ -123,6 +136,8 @@ class UserspaceDevice:
         if not adopted:
             await self._launch()
         self._watch()
+        if adopted:
+            await self._try_upgrade()
         await self._give_key(await uapi.get(self.socket))
         return adopted
 
@@ -140,15 +155,70 @@ class UserspaceDevice:
         if key is not None or port is not None or mark is not None:
             await uapi.apply(self.socket, uapi.set_request(private_key=key, listen_port=port, fwmark=mark))
 
-    def _saved(self) -> tuple[Running, Path, str | None] | None:
+    def _saved(self) -> tuple[Running, Path, str | None, str | None] | None:
         """The engine of the pid file, when that process still lives."""
         try:
             saved = json.loads(self._pid_file.read_text())
             running, program = Running(int(saved["pid"]), int(saved["started"])), Path(str(saved["program"]))
             version = None if saved["version"] is None else str(saved["version"])
+            identity = str(saved["identity"]) if saved.get("identity") else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return None if start_time(running.pid) != running.started else (running, program, version)
+        return None if start_time(running.pid) != running.started else (running, program, version, identity)
+
+    async def _try_upgrade(self) -> None:
+        try:
+            await self.upgrade()
+            self.held_back = None
+        except RetinueError as e:
+            self.held_back = e.message
+
+    async def upgrade(self) -> bool:
+        """Let the installed engine go on in the place of the running one, without a lost packet; False when it is the same.
+
+        Raises RetinueError when that does not work out; then the running engine goes on as it was.
+        """
+        old = self.running
+        if old is None or self.version is None:
+            return False
+        program = find_engine(self.config.engine)
+        version, identity = await version_of(program), identity_of(program)
+        if version is None or (version, identity) == (self.version, self._identity):
+            return False
+        return await self._hand_over(program, version, identity)
+
+    async def _hand_over(self, program: Path, version: str, identity: str) -> bool:
+        child = self._spawn(program, "--take-over")
+        new = Running(child.pid, start_time(child.pid) or 0)
+        deadline = asyncio.get_running_loop().time() + START_TIMEOUT
+        old = self.running
+        assert old is not None
+        # The old one ends at the moment at which the new one owns the tunnel, not before.
+        self._unwatch()
+        try:
+            while start_time(old.pid) == old.started:
+                if self._child is not None:
+                    self._child.poll()
+                if child.poll() is not None:
+                    raise Unreachable("device.upgrade", f"the installed engine did not take over: {self._last_words() or 'no word'}",
+                                      hint="the running engine goes on; see its log")  # fmt: skip
+                if asyncio.get_running_loop().time() > deadline:
+                    raise TimedOut("device.upgrade", f"the installed engine did not take over within {START_TIMEOUT:.0f} s",
+                                   hint="the running engine goes on; see its log")  # fmt: skip
+                await asyncio.sleep(0.01)
+        except BaseException:
+            if start_time(old.pid) == old.started:
+                child.kill()
+                child.wait()
+                self._watch()
+                raise
+        if self._child is not None:
+            self._child.wait()
+        self.program, self.version, self._identity, self.running, self._child = program, version, identity, new, child
+        self._record()
+        self._watch()
+        await uapi.get(self.socket)
+        return True
 
     def left_running(self) -> bool:
         """Is there an engine of an earlier agent?"""
@@ -158,8 +228,7 @@ class UserspaceDevice:
         saved = self._saved()
         if saved is None:
             return False
-        running, program, version = saved
-        self.program, self.running, self.version = program, running, version
+        self.running, self.program, self.version, self._identity = saved
         try:
             await uapi.get(self.socket)
         except RetinueError:
@@ -172,6 +241,18 @@ class UserspaceDevice:
         self.version = await version_of(self.program)
         # A socket left by a killed engine would look like an engine that does not answer.
         self.socket.unlink(missing_ok=True)
+        self._identity = identity_of(self.program)
+        self._child = self._spawn(self.program)
+        pid = self._child.pid
+        self.running = Running(pid, start_time(pid) or 0)
+        try:
+            await self._answers()
+        except BaseException:
+            await self._kill()
+            raise
+        self._record()
+
+    def _spawn(self, program: Path, *options: str) -> subprocess.Popen[bytes]:
         env = {
             "PATH": os.environ.get("PATH", "/usr/sbin:/usr/bin:/sbin:/bin"),
             "WG_UAPI_DIR": str(self.config.run_dir),
@@ -183,24 +264,18 @@ class UserspaceDevice:
             if self.log_file.stat().st_size > _LOG_LIMIT:
                 self.log_file.unlink()
         with open(self.log_file, "ab", opener=lambda path, flags: os.open(path, flags, 0o600)) as log:
-            self._child = subprocess.Popen(
-                [str(self.program), "-f", self.config.interface], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+            return subprocess.Popen(
+                [str(program), "-f", *options, self.config.interface], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
                 env=env, cwd="/", start_new_session=True, close_fds=True,
             )  # fmt: skip
-        pid = self._child.pid
-        self.running = Running(pid, start_time(pid) or 0)
-        try:
-            await self._answers()
-        except BaseException:
-            await self._kill()
-            raise
-        write_file(
-            self._pid_file,
-            json.dumps(
-                {"pid": pid, "started": self.running.started, "program": str(self.program), "version": self.version}
-            ).encode(),
-            0o600,
-        )
+
+    def _record(self) -> None:
+        assert self.running is not None
+        saved = {
+            "pid": self.running.pid, "started": self.running.started, "program": str(self.program), "version": self.version,
+            "identity": self._identity,
+        }  # fmt: skip
+        write_file(self._pid_file, json.dumps(saved).encode(), 0o600)
 
     async def _answers(self) -> None:
         """Wait until the fresh engine answers. Raises NoPrivilege, Unreachable (it exited), TimedOut."""

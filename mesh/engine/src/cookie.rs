@@ -48,8 +48,8 @@ pub fn mac1_ok(key: &Key, msg: &[u8]) -> bool {
 pub struct Checker {
     mac1_key: Key,
     cookie_key: Key,
-    secret: Zeroizing<Key>,
-    secret_born: Option<u64>,
+    pub(crate) secret: Zeroizing<Key>,
+    pub(crate) secret_born: Option<u64>,
 }
 
 impl Checker {
@@ -103,8 +103,8 @@ impl Checker {
 /// The sending side, one per peer. Small: most peers never see a cookie.
 #[derive(Default)]
 pub struct Sender {
-    last_mac1: Option<[u8; 16]>,
-    cookie: Option<Box<(u64, [u8; 16])>>,
+    pub(crate) last_mac1: Option<[u8; 16]>,
+    pub(crate) cookie: Option<Box<(u64, [u8; 16])>>,
 }
 
 impl Sender {

@@ -56,6 +56,8 @@ pub struct Forged;
 /// A keyed AEAD. The key schedule lives in an AWS-LC allocation that is wiped when freed.
 pub struct Aead {
     ctx: NonNull<lc::EVP_AEAD_CTX>,
+    /// What a session's was made of, for a hand-over to another process.
+    made_of: Option<(Cipher, Secret)>,
 }
 
 // SAFETY: EVP_AEAD_CTX has no thread affinity, and the library documents seal and open on a
@@ -73,7 +75,17 @@ impl Aead {
                 Cipher::Aes256Gcm => lc::EVP_aead_aes_256_gcm(),
             }
         };
-        Self::with_algorithm(alg, key)
+        let mut kept = blank_secret();
+        kept.copy_from_slice(key);
+        // Not by struct update: that would copy the pointer and drop what it came from.
+        let mut made = Self::with_algorithm(alg, key);
+        made.made_of = Some((cipher, kept));
+        made
+    }
+
+    /// Cipher and key of a session's AEAD.
+    pub fn made_of(&self) -> Option<(Cipher, &Key)> {
+        self.made_of.as_ref().map(|(c, k)| (*c, &***k))
     }
 
     fn xchacha(key: &Key) -> Self {
@@ -85,7 +97,7 @@ impl Aead {
         // SAFETY: `alg` is static, `key` is 32 bytes, which every algorithm used here takes.
         let ctx = unsafe { lc::EVP_AEAD_CTX_new(alg, key.as_ptr(), key.len(), TAG_LEN) };
         // Null only when malloc fails: nothing sensible is left to do then.
-        Self { ctx: NonNull::new(ctx).expect("out of memory for an AEAD context") }
+        Self { ctx: NonNull::new(ctx).expect("out of memory for an AEAD context"), made_of: None }
     }
 
     fn seal_with(&self, nonce: &[u8], ad: &[u8], plain: &[u8], out: &mut [u8]) -> usize {

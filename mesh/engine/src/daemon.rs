@@ -8,10 +8,11 @@ use std::sync::Arc;
 
 use crate::confine;
 use crate::crypto::burn_stack;
-use crate::device::Core;
+use crate::device::{Action, Core};
 use crate::engine::Engine;
 use crate::error::{EngineError, Result, EXIT_FAILURE};
 use crate::events;
+use crate::handover;
 use crate::log::{configure, log, Level};
 use crate::netlink::{self, LinkEvent, LinkSettings, LinkWatch};
 use crate::server::Server;
@@ -34,6 +35,8 @@ Options:
                         the cores, at least 1)
   --spin-us N           during bulk traffic, poll this many microseconds before sleeping (default 20)
   --low-power           never spin; one blocking thread per direction
+  --take-over           go on in the place of the running engine of IFNAME, with its sessions, sockets
+                        and queues; if that fails, it goes on itself
   --mtu N               MTU of the new interface (default 1420)
   --no-tun-offload      no TSO/USO superpackets on the TUN
   --no-udp-gso          one send per datagram
@@ -67,6 +70,7 @@ const MAX_WORKERS: usize = 64;
 pub struct Options {
     pub name: String,
     pub foreground: bool,
+    pub take_over: bool,
     pub workers: usize,
     pub spin_us: u64,
     pub low_power: bool,
@@ -94,6 +98,7 @@ pub fn parse_args(args: &[String]) -> Result<Command> {
     let mut o = Options {
         name: String::new(),
         foreground: env("WG_PROCESS_FOREGROUND") == "1",
+        take_over: false,
         workers: default_workers(),
         spin_us: DEFAULT_SPIN_US,
         low_power: false,
@@ -131,6 +136,7 @@ pub fn parse_args(args: &[String]) -> Result<Command> {
             "-h" | "--help" => return Ok(Command::Help),
             "-V" | "--version" => return Ok(Command::Version),
             "-f" | "--foreground" => o.foreground = true,
+            "--take-over" => o.take_over = true,
             "--low-power" => o.low_power = true,
             "--no-tun-offload" => o.tun_offload = false,
             "--no-udp-gso" => o.udp_gso = false,
@@ -271,32 +277,51 @@ const TOKEN_LINK: u64 = 3;
 /// Sets everything up, calls `ready` when the UAPI socket answers, runs until told to stop.
 fn serve(o: &Options, ready: impl FnOnce()) -> Result<i32> {
     let signals = termination_signals().map_err(os_failure("signals"))?;
-    // Before the TUN exists: a second engine must not disturb the first.
-    let server = Server::listen(&o.name)?;
-    let (queues, offloads) = tun::Queue::create(&o.name, o.workers, o.tun_offload)?;
-    let index = netlink::index_of(&o.name).map_err(os_failure("interface"))?;
-    let settings =
-        LinkSettings { mtu: o.mtu, txqlen: TX_QUEUE, gso_max: if o.tun_offload { GSO_MAX } else { 0 } };
-    netlink::configure(index, settings).map_err(|e| {
-        EngineError::device(format!("interface {}", o.name), e, "run as root or with CAP_NET_ADMIN")
-    })?;
     let control_wake = Arc::new(EventFd::new().map_err(os_failure("eventfd"))?);
     let waker = control_wake.clone();
-    let core = Core::new(now_ms(), events::Queue::new(Box::new(move || waker.signal())), o.mtu as usize);
+    let wake: Box<dyn Fn() + Send + Sync> = Box::new(move || waker.signal());
     let roles: &[Role] = if o.low_power {
         &[Role { outbound: true, inbound: false }, Role { outbound: false, inbound: true }]
     } else {
         &[Role { outbound: true, inbound: true }]
     };
-    let threads = o.workers * roles.len();
-    let wakes =
-        (0..threads).map(|_| EventFd::new()).collect::<io::Result<_>>().map_err(os_failure("eventfd"))?;
-    let udp = self_test(UdpOptions { gso: o.udp_gso, gro: o.udp_gro });
-    if (udp.gso, udp.gro) != (o.udp_gso, o.udp_gro) {
-        log(Level::Error, &format!("the kernel's UDP offloads failed the self-test: using {udp:?}"));
-    }
-    let engine = Arc::new(Engine::new(core, queues, offloads, udp, wakes, control_wake));
-    if !confine::enter().map_err(os_failure("seccomp"))? {
+    let make_wakes = |queues: usize| {
+        (0..queues * roles.len())
+            .map(|_| EventFd::new())
+            .collect::<io::Result<Vec<_>>>()
+            .map_err(os_failure("eventfd"))
+    };
+    let enter = || confine::enter().map_err(os_failure("seccomp"));
+    let (engine, server, claim) = if o.take_over {
+        // Packets wait from the moment we ask: all that can be done before is.
+        let confined = enter()?;
+        let from = handover::ask(&o.name, now_ms(), wake)?;
+        let claim = from.claim().map_err(os_failure("take-over"))?;
+        let wakes = make_wakes(from.queues.len())?;
+        let engine = Engine::new(from.core, from.queues, from.offloads, from.udp, wakes, control_wake);
+        engine.sockets.store(Arc::new(from.sockets));
+        engine.port.store(from.port, Relaxed);
+        engine.mark.store(from.mark, Relaxed);
+        (engine, Server::inherited(&o.name, from.listener), Some((claim, confined)))
+    } else {
+        // Before the TUN exists: a second engine must not disturb the first.
+        let server = Server::listen(&o.name)?;
+        (create(o, wake, control_wake, make_wakes)?, server, None)
+    };
+    let engine = Arc::new(engine);
+    let queues = engine.queues.len();
+    let threads = engine.wakes.len();
+    let (server, confined) = match claim {
+        None => (server, enter()?),
+        Some((claim, confined)) => match claim.own(&o.name) {
+            Ok(()) => (server, confined),
+            Err(e) => {
+                server.leave();
+                return Err(e);
+            }
+        },
+    };
+    if !confined {
         log(Level::Error, "this kernel has no system-call filter: running without one");
     }
     let spin = if o.low_power { 0 } else { o.spin_us };
@@ -316,7 +341,10 @@ fn serve(o: &Options, ready: impl FnOnce()) -> Result<i32> {
         });
         handles.push(h.map_err(os_failure("thread"))?);
     }
-    log(Level::Info, &format!("started: {threads} thread(s), TUN offloads {offloads:?}"));
+    log(
+        Level::Info,
+        &format!("started: {threads} thread(s), {queues} queue(s), TUN offloads {:?}", engine.offloads),
+    );
     ready();
     let outcome = control(&engine, &server, &o.name, signals.as_raw_fd());
     drop(server);
@@ -326,6 +354,38 @@ fn serve(o: &Options, ready: impl FnOnce()) -> Result<i32> {
     Ok(if clean { 0 } else { EXIT_FAILURE })
 }
 
+/// A new device.
+fn create(
+    o: &Options,
+    wake: Box<dyn Fn() + Send + Sync>,
+    control_wake: Arc<EventFd>,
+    make_wakes: impl FnOnce(usize) -> Result<Vec<EventFd>>,
+) -> Result<Engine> {
+    let (queues, offloads) = tun::Queue::create(&o.name, o.workers, o.tun_offload)?;
+    let index = netlink::index_of(&o.name).map_err(os_failure("interface"))?;
+    let settings =
+        LinkSettings { mtu: o.mtu, txqlen: TX_QUEUE, gso_max: if o.tun_offload { GSO_MAX } else { 0 } };
+    netlink::configure(index, settings).map_err(|e| {
+        EngineError::device(format!("interface {}", o.name), e, "run as root or with CAP_NET_ADMIN")
+    })?;
+    let core = Core::new(now_ms(), events::Queue::new(wake), o.mtu as usize);
+    let wakes = make_wakes(queues.len())?;
+    let udp = self_test(UdpOptions { gso: o.udp_gso, gro: o.udp_gro });
+    if (udp.gso, udp.gro) != (o.udp_gso, o.udp_gro) {
+        log(Level::Error, &format!("the kernel's UDP offloads failed the self-test: using {udp:?}"));
+    }
+    Ok(Engine::new(core, queues, offloads, udp, wakes, control_wake))
+}
+
+/// Works off everything that waits for the control thread.
+fn work_off(engine: &Engine, tx: &mut Tx, actions: &mut Vec<Action>) {
+    while let Some((event, backlog)) = engine.core.queue.pop() {
+        let t = now();
+        engine.core.handle(event, backlog, t, actions);
+        engine.execute(actions, tx, t.ms);
+    }
+}
+
 /// Handshakes, timers, UAPI and signals.
 fn control(engine: &Arc<Engine>, server: &Server, name: &str, signals: i32) -> io::Result<()> {
     let epoll = Epoll::new()?;
@@ -333,7 +393,7 @@ fn control(engine: &Arc<Engine>, server: &Server, name: &str, signals: i32) -> i
     epoll.add(engine.control_wake.as_raw_fd(), TOKEN_EVENTS)?;
     epoll.add(signals, TOKEN_SIGNAL)?;
     // Without news of the link the configured MTU stands: padding then may be less tight.
-    let mut link = LinkWatch::open(name).ok();
+    let mut link = LinkWatch::open(name).ok().or_else(|| watch_again(engine).ok());
     if let Some(l) = &link {
         epoll.add(l.as_raw_fd(), TOKEN_LINK)?;
     }
@@ -355,18 +415,25 @@ fn control(engine: &Arc<Engine>, server: &Server, name: &str, signals: i32) -> i
                 _ => return Ok(()),
             }
         }
-        while let Some((event, backlog)) = core.queue.pop() {
-            let t = now();
-            core.handle(event, backlog, t, &mut actions);
-            engine.execute(&mut actions, &mut tx, t.ms);
-        }
+        work_off(engine, &mut tx, &mut actions);
         let t = now();
         core.tick(t, &mut actions);
         engine.execute(&mut actions, &mut tx, t.ms);
         // Handshakes leave copies of what they derived.
         burn_stack();
+        if engine.gate.closed() && engine.gate.waiting() == engine.wakes.len() {
+            // The workers stand still: what they left is the last there is.
+            work_off(engine, &mut tx, &mut actions);
+            engine.gate.wait(|| ());
+        }
     }
     Ok(())
+}
+
+/// Watches the link in the namespace in which it is now.
+fn watch_again(engine: &Engine) -> io::Result<LinkWatch> {
+    let queue = &engine.queues[0];
+    LinkWatch::open_in(queue.namespace()?, queue.name()?)
 }
 
 /// Takes the MTU from the link, wherever it went.
@@ -383,9 +450,7 @@ fn follow_link(engine: &Engine, epoll: &Epoll, link: &mut Option<LinkWatch>) -> 
                     epoll.remove(old.as_raw_fd());
                 }
                 // Deleted: the workers see that on the queue. Moved: watch it there.
-                let queue = &engine.queues[0];
-                let moved = queue.name().and_then(|n| LinkWatch::open_in(queue.namespace()?, n));
-                if let Ok(l) = moved {
+                if let Ok(l) = watch_again(engine) {
                     epoll.add(l.as_raw_fd(), TOKEN_LINK)?;
                     *link = Some(l);
                 }

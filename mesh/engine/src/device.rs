@@ -67,7 +67,7 @@ pub enum Action {
 pub struct Identity {
     pub secret: SecretKey,
     pub public: Key,
-    checker: Checker,
+    pub(crate) checker: Checker,
 }
 
 impl Identity {
@@ -82,8 +82,8 @@ pub struct Control {
     pub identity: Option<Identity>,
     pub peers: HashMap<Key, Arc<Peer>>,
     limiter: RateLimiter,
-    under_load_until: u64,
-    wheel: Wheel<Arc<Peer>>,
+    pub(crate) under_load_until: u64,
+    pub(crate) wheel: Wheel<Arc<Peer>>,
 }
 
 /// Who a receiver index belongs to.
@@ -150,7 +150,7 @@ impl Core {
         }
     }
 
-    fn slot(&self, index: u32) -> Option<Slot> {
+    pub(crate) fn slot(&self, index: u32) -> Option<Slot> {
         self.index.read().unwrap_or_else(PoisonError::into_inner).get(&index).cloned()
     }
 
@@ -165,7 +165,7 @@ impl Core {
         }
     }
 
-    fn set_slot(&self, index: u32, slot: Slot) {
+    pub(crate) fn set_slot(&self, index: u32, slot: Slot) {
         self.index.write().unwrap_or_else(PoisonError::into_inner).insert(index, slot);
     }
 

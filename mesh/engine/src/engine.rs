@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 use arc_swap::ArcSwap;
 
 use crate::device::{Action, Core};
+use crate::gate::Gate;
 use crate::sys::EventFd;
 use crate::tun::{Offloads, Queue};
 use crate::tx::{execute, Tx};
@@ -26,6 +27,8 @@ pub struct Engine {
     /// One per worker thread.
     pub wakes: Vec<EventFd>,
     pub control_wake: Arc<EventFd>,
+    /// Where all threads wait while the state is handed over.
+    pub gate: Gate,
     stop: AtomicBool,
 }
 
@@ -49,6 +52,7 @@ impl Engine {
             configuring: Mutex::new(()),
             wakes,
             control_wake,
+            gate: Gate::default(),
             stop: AtomicBool::new(false),
         }
     }
@@ -57,9 +61,17 @@ impl Engine {
         self.stop.load(Relaxed)
     }
 
+    /// Makes all threads wait at the gate after what they are doing.
+    pub fn pause(&self) {
+        self.gate.close();
+        self.wake_workers();
+        self.control_wake.signal();
+    }
+
     /// Ends all threads.
     pub fn shutdown(&self) {
         self.stop.store(true, Relaxed);
+        self.gate.open();
         self.wake_workers();
         self.control_wake.signal();
     }

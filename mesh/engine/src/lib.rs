@@ -2,7 +2,7 @@
 //!
 //! Layers, from pure to I/O: `crypto`, `replay`, `router`, `packet`, `noise`, `cookie`, `timers`,
 //! `offload`; `peer` and `device` (the protocol core, sans I/O); `tx` and `rx` (packet paths over
-//! traits); `sys`, `tun`, `udp`, `netlink` (Linux); `engine`, `worker`, `uapi`, `server`, `daemon`.
+//! traits); `state` and `handover` (to the next process); `sys`, `tun`, `udp`, `netlink` (Linux); `engine`, `worker`, `uapi`, `server`, `daemon`.
 //!
 //! Unsafe code is confined to the modules that say so below: calls into AWS-LC, into the kernel,
 //! and one vectorised loop. Each block states why it is sound.
@@ -19,6 +19,9 @@ pub mod device;
 pub mod engine;
 pub mod error;
 pub mod events;
+pub mod gate;
+#[allow(unsafe_code)] // descriptors in control messages
+pub mod handover;
 pub mod log;
 #[allow(unsafe_code)] // sockets
 pub mod netlink;
@@ -32,6 +35,7 @@ pub mod router;
 pub mod rx;
 pub mod server;
 pub mod stamps;
+pub mod state;
 #[allow(unsafe_code)] // system calls
 pub mod sys;
 pub mod timers;
@@ -57,6 +61,8 @@ mod offload_tests;
 pub mod sim;
 #[cfg(test)]
 mod sim_tests;
+#[cfg(test)]
+mod state_tests;
 #[cfg(test)]
 mod uapi_tests;
 

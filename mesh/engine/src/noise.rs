@@ -48,9 +48,9 @@ pub struct TransportKeys {
 
 /// What the initiator keeps between initiation and response.
 pub struct Initiation {
-    chain: Zeroizing<Key>,
-    hash: Key,
-    ephemeral: SecretKey,
+    pub(crate) chain: Zeroizing<Key>,
+    pub(crate) hash: Key,
+    pub(crate) ephemeral: SecretKey,
     pub local_index: u32,
 }
 

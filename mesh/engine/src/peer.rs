@@ -71,6 +71,14 @@ impl Session {
         })
     }
 
+    /// A session of another process: `sent` nonces are used up.
+    pub fn restored(self: Arc<Self>, sent: u64, replay: Replay, confirmed: bool) -> Arc<Self> {
+        self.counter.store(sent, Relaxed);
+        *lock(&self.replay) = replay;
+        self.confirmed.store(confirmed, Relaxed);
+        self
+    }
+
     pub fn age(&self, now: u64) -> u64 {
         now.saturating_sub(self.born)
     }
@@ -151,6 +159,10 @@ impl StagedQueue {
             let Some(old) = self.packets.pop_front() else { break };
             self.bytes -= old.bytes.len();
         }
+    }
+
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = &Staged> {
+        self.packets.iter()
     }
 
     pub fn take(&mut self) -> VecDeque<Staged> {

@@ -18,6 +18,20 @@ impl Default for Replay {
 }
 
 impl Replay {
+    /// Everything, for a hand-over: the next counter, then the bits.
+    pub fn words(&self) -> impl Iterator<Item = u64> + '_ {
+        std::iter::once(self.next).chain(self.bits)
+    }
+
+    /// The opposite of [`Replay::words`].
+    pub fn from_words(mut word: impl FnMut() -> Option<u64>) -> Option<Self> {
+        let mut r = Self { next: word()?, ..Self::default() };
+        for b in &mut r.bits {
+            *b = word()?;
+        }
+        Some(r)
+    }
+
     /// Accepts `counter` once. The caller has authenticated the packet and bounded the counter.
     pub fn accept(&mut self, counter: u64) -> bool {
         let word = (counter >> 6) as usize;

@@ -1,7 +1,7 @@
 //! The UAPI socket: one line protocol per connection, bounded in size, number and time.
 
 use std::io::{self, BufRead, Read, Write};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -14,6 +14,8 @@ use zeroize::{Zeroize, Zeroizing};
 use crate::crypto::burn_stack;
 use crate::engine::Engine;
 use crate::error::{EngineError, Result};
+use crate::handover::{give, REQUEST};
+use crate::log::{log, Level};
 use crate::sys::{now_ms, with_umask};
 use crate::uapi::{apply, parse_set, report, Errno};
 
@@ -75,6 +77,16 @@ impl Server {
         Ok(Self { listener, path, live: Arc::new(AtomicUsize::new(0)) })
     }
 
+    /// The socket of an engine that handed it over.
+    pub fn inherited(name: &str, listener: OwnedFd) -> Self {
+        Self { listener: listener.into(), path: socket_path(name), live: Arc::new(AtomicUsize::new(0)) }
+    }
+
+    /// Lets go without removing the file: it is another process's.
+    pub fn leave(mut self) {
+        self.path = PathBuf::new();
+    }
+
     /// Accepts all waiting connections, one short-lived thread each.
     pub fn accept(&self, engine: &Arc<Engine>) {
         while let Ok((stream, _)) = self.listener.accept() {
@@ -82,11 +94,11 @@ impl Server {
                 self.live.fetch_sub(1, Relaxed);
                 continue;
             }
-            let (engine, live) = (engine.clone(), self.live.clone());
+            let (engine, live, listener) = (engine.clone(), self.live.clone(), self.listener.as_raw_fd());
             let started =
                 std::thread::Builder::new().name("uapi".into()).stack_size(256 * 1024).spawn(move || {
                     // A client that goes away is no event.
-                    let _ = serve(&engine, stream);
+                    let _ = serve(&engine, stream, listener);
                     // The stack may be another thread's next.
                     burn_stack();
                     live.fetch_sub(1, Relaxed);
@@ -151,6 +163,8 @@ impl<R: Read> BufRead for WipedReader<R> {
 pub enum Request {
     Get,
     Set(Zeroizing<String>),
+    /// Another process of ours wants to go on in our place, with this format of the state.
+    TakeOver(u32),
     Bad(Errno),
     End,
 }
@@ -167,8 +181,8 @@ pub fn read_request(r: &mut impl BufRead) -> io::Result<Request> {
         }
     }
     let op = op.trim_end_matches('\n');
-    let set = op == "set=1";
-    if !set && op != "get=1" {
+    let (set, take_over) = (op == "set=1", op == REQUEST);
+    if !set && !take_over && op != "get=1" {
         return Ok(Request::Bad(Errno(libc::EINVAL)));
     }
     loop {
@@ -182,9 +196,13 @@ pub fn read_request(r: &mut impl BufRead) -> io::Result<Request> {
         if &text[before..] == "\n" {
             break;
         }
-        if !set {
+        if !set && !take_over {
             return Ok(Request::Bad(Errno(libc::EINVAL)));
         }
+    }
+    if take_over {
+        let format = text.trim_end().strip_prefix("format=").and_then(|f| f.parse().ok());
+        return Ok(format.map_or(Request::Bad(Errno(libc::EINVAL)), Request::TakeOver));
     }
     Ok(if set { Request::Set(text) } else { Request::Get })
 }
@@ -199,11 +217,11 @@ fn reserve(text: &mut Zeroizing<String>) {
     }
 }
 
-fn serve(engine: &Engine, stream: UnixStream) -> io::Result<()> {
+fn serve(engine: &Arc<Engine>, stream: UnixStream, listener: RawFd) -> io::Result<()> {
     stream.set_nonblocking(false)?;
     stream.set_read_timeout(Some(IDLE))?;
     stream.set_write_timeout(Some(IDLE))?;
-    let mut out = stream.try_clone()?;
+    let (mut out, own) = (stream.try_clone()?, stream.try_clone()?);
     let mut input = WipedReader::new(stream);
     loop {
         let errno = match read_request(&mut input) {
@@ -218,6 +236,12 @@ fn serve(engine: &Engine, stream: UnixStream) -> io::Result<()> {
                     Ok(()) => 0,
                     Err(Errno(e)) => -e,
                 }
+            }
+            Ok(Request::TakeOver(format)) => {
+                let Errno(e) = give(engine, listener, format, &own);
+                log(Level::Error, &format!("not handed over: {}", io::Error::from_raw_os_error(e)));
+                write!(out, "errno={}\n\n", -e)?;
+                return Ok(());
             }
             Ok(Request::Bad(Errno(e))) => {
                 write!(out, "errno={}\n\n", -e)?;

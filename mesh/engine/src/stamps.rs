@@ -13,9 +13,9 @@ const AHEAD_SECS: u64 = 30;
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Stamps {
     /// Greatest accepted stamp not ahead of our clock.
-    present: Timestamp,
+    pub(crate) present: Timestamp,
     /// Greatest accepted stamp ahead of it; zero when there is none.
-    ahead: Timestamp,
+    pub(crate) ahead: Timestamp,
 }
 
 fn horizon(wall_secs: u64) -> Timestamp {

@@ -71,6 +71,13 @@ pub enum Read {
     Retry,
 }
 
+impl From<OwnedFd> for Queue {
+    /// A queue that another process opened.
+    fn from(fd: OwnedFd) -> Self {
+        Self { fd }
+    }
+}
+
 impl Queue {
     fn open(name: &str, multi: bool) -> Result<Self> {
         let device = |e: io::Error| {

@@ -83,6 +83,15 @@ impl Socket {
         Ok(s)
     }
 
+    /// A socket that another process bound; `gso`: may the kernel cut what it sends?
+    pub fn inherited(fd: OwnedFd, v6: bool, gso: bool) -> Self {
+        Self { fd, v6, gso: AtomicBool::new(gso) }
+    }
+
+    pub fn segments(&self) -> bool {
+        self.gso.load(Relaxed)
+    }
+
     pub fn set_mark(&self, mark: u32) -> io::Result<()> {
         set_option(self.as_raw_fd(), libc::SOL_SOCKET, libc::SO_MARK, mark as i32)
     }

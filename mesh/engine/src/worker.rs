@@ -99,6 +99,10 @@ pub fn run(engine: &Engine, thread: usize, queue: usize, role: Role, spin_us: u6
     let mut load = Load::default();
     adopt(engine, &epoll, &mut sockets, queue, role.inbound)?;
     while !engine.stopping() {
+        if engine.gate.closed() {
+            engine.gate.wait(|| engine.control_wake.signal());
+            continue;
+        }
         let spin = spin_us > 0 && micros() < busy_until;
         let n = epoll.wait(if spin { 0 } else { -1 }, &mut ready);
         if n == 0 {
