@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from identity.entries import (
@@ -173,6 +173,7 @@ def test_a_record_refuses_what_it_does_not_know():
 SEGMENT = st.text(st.sampled_from("abz09.-_@"), min_size=1, max_size=8).filter(lambda s: s not in {".", ".."})
 
 
+@settings(deadline=None)
 @given(st.integers(0, 70000), st.lists(SEGMENT, min_size=1, max_size=4), st.lists(SEGMENT, max_size=3), st.integers(0, 70000))
 def test_holding_means_same_user_and_at_or_below(uid, wanted, below, other):
     s = Selectors(uid=uid, cgroup="/" + "/".join(wanted))

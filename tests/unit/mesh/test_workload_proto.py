@@ -96,3 +96,23 @@ def test_keys_do_not_show():
     assert "SECRET" not in repr(X509SvidResponse((svid,)))
     assert Codec().decode(bytearray(b"x"), None) == b"x"
     assert Codec().__content_subtype__ == "proto"
+
+
+def test_claims_are_read_by_the_outside_runtime_as_they_were():
+    from google.protobuf.json_format import MessageToDict
+
+    from mesh.workload_proto import ValidateJwtSvidResponse
+
+    claims = {"sub": "x", "n": 1.5, "none": None, "yes": True, "no": False, "list": ["a", 2.0, None, {"k": []}], "map": {"é": "ü"}, "empty": {}}
+    message = outside().ValidateJWTSVIDResponse.FromString(ValidateJwtSvidResponse("spiffe://t/wl/a", claims).encode())
+    assert message.spiffe_id == "spiffe://t/wl/a"
+    assert MessageToDict(message.claims) == claims
+
+
+def test_jwt_requests_are_read_as_the_outside_runtime_writes_them():
+    from mesh.workload_proto import JwtSvidRequest, ValidateJwtSvidRequest
+
+    asked = outside().JWTSVIDRequest(audience=["a", "b"], spiffe_id="spiffe://t/wl/a").SerializeToString()
+    assert JwtSvidRequest.decode(asked + b"\x18\x01") == JwtSvidRequest(("a", "b"), "spiffe://t/wl/a")
+    asked = outside().ValidateJWTSVIDRequest(audience="a", svid="token").SerializeToString()
+    assert ValidateJwtSvidRequest.decode(asked) == ValidateJwtSvidRequest("a", "token")
