@@ -264,9 +264,10 @@ class SyncMachine:
             return [FrameRefused(e), *self._need("a frame could not be read")]
         if isinstance(frame, feed.Beat):
             try:
-                return self._beat(self._heartbeat(self.trust, frame.heartbeat, wall), mono)
+                events = self._beat(self._heartbeat(self.trust, frame.heartbeat, wall), mono)
             except NotVerified as e:
                 return [FrameRefused(e)]
+            return [*events, *self._bundle_again(wall)]
         try:
             next_trust = self._next_trust(
                 frame.objects if isinstance(frame, feed.Snapshot) else frame.upserts, wall
@@ -436,6 +437,13 @@ class SyncMachine:
             return []
         self.heartbeat, self.heard = beat, mono
         return [Refreshed(new.time)]
+
+    def _bundle_again(self, wall: float) -> list[Event]:
+        """A bundle that was refused by a wrong clock is asked for again as soon as it would hold: nobody sends it anew."""
+        kept = self._received.get("bundle")
+        if self._resync or kept is None or "bundle" not in self.refused or self._next_trust({"bundle": kept}, wall).error:
+            return []
+        return self._need("the bundle that was refused holds now")
 
     def _need(self, reason: str) -> list[Event]:
         self._resync = True

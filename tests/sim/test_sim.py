@@ -17,6 +17,8 @@ SEEDS = int(os.environ.get("RETINUE_SIM_SEEDS", "500"))
 FOUND = [
     (1, 14, "all"),  # an agent whose clock is behind could not restore its own state
     (5, 30, "all"),  # a crash between the two first files of an agent's life
+    (1014, 40, "all"),  # a bundle refused by a wrong clock was never looked at again
+    (1022, 40, "all"),  # the simulator's own: a restored database at the revision of the one before
     (40, 14, "all"), (58, 14, "all"),  # a frame lost on a connection that stays is not noticed: losses end connections
 ]  # fmt: skip
 # Where each planted bug showed first; others follow, since any change of the product moves the dice.

@@ -281,6 +281,7 @@ class ControlPlane:
         if self.plane is not None:
             return
         self.plane = Plane.open(self.directory, lambda: self.now)
+        self._truth = (-1, (-1, []))  # it may be another database now, at the same revision
         store = self.plane.store
         store.engine = store.engine.execution_options(compiled_cache=_statements)
         self._watch(self.plane)

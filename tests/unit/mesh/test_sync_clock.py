@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from identity.errors import BadState
-from mesh.sync import Position
+from mesh.sync import NeedSnapshot, Position
 
 NOW = 2_000_000_000.0  # of the authority in conftest.py
 YEAR = 365 * 86400
@@ -40,3 +40,21 @@ def test_a_time_that_nobody_signed_helps_nobody(ca):
         restore(ca, NOW - YEAR, f"{head}.{signature[::-1]}")
     with pytest.raises(BadState):
         restore(ca, NOW - YEAR, "no heartbeat at all")
+
+
+def test_a_bundle_refused_by_a_wrong_clock_is_asked_for_again(ca):
+    machine = ca.machine()
+    machine.receive(ca.snapshot(), wall=NOW, mono=0.0)
+    behind = NOW - 500  # still near enough for heartbeats
+    fresh = ca.authority.bundle(7, NOW)
+    machine.receive(ca.delta({"bundle": fresh}), wall=NOW - YEAR, mono=1.0)
+    machine.receive(ca.snapshot(), wall=behind, mono=1.0)
+    if "bundle" not in machine.refused:
+        pytest.skip("the certificates begin earlier than the clock is behind")
+    ca.time += 1
+    assert not any(isinstance(e, NeedSnapshot) for e in machine.receive(ca.beat(), wall=behind, mono=2.0))
+    ca.time += 1
+    assert any(isinstance(e, NeedSnapshot) for e in machine.receive(ca.beat(), wall=NOW, mono=3.0))
+    machine.receive(ca.snapshot(), wall=NOW, mono=4.0)
+    assert machine.refused == {}
+    assert machine.trust.sequence == 7
