@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import ipaddress
-import os
 import shutil
 import ssl
 import stat
