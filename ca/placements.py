@@ -22,7 +22,7 @@ from ca.contradiction import check_endpoint, check_instance
 from ca.desk import Desk
 from ca.life import end_of
 from ca.rows import EndpointRow, InstanceRow
-from identity.errors import Conflict, Refused
+from identity.errors import Bug, Conflict, Refused
 from identity.labels import check_labels
 from identity.names import SpiffeId
 from identity.records import PlacementRecord, unverified
@@ -229,8 +229,8 @@ class Placements:
             check_instance(self._desk, row)
             target = rows.living_endpoint(tx, move.target)
             epoch = row.target_epoch
-            assert epoch is not None
-            assert epoch == row.epoch_top  # nothing was signed for it since
+            if epoch is None or epoch != row.epoch_top:
+                raise Bug("placement.epoch", f"{row.key} was given another epoch than the one prepared for it")
             self._swap(
                 tx, row, now, state="active", endpoint=target.name, epoch=epoch, target=None, target_epoch=None, prepare=None,
                 mover=None, placement=self._record(row, target, epoch, "active", now),
