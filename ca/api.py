@@ -18,6 +18,7 @@ from aiohttp import web
 from ca.feed import Frame
 from ca.http import Buckets, Handler, body, errors, number, peer_chain, reply, source, text
 from ca.log_api import prove
+from ca.older import is_older
 from ca.rows import EndpointRow
 from ca.service import Service, Stream
 from identity import certs
@@ -83,6 +84,7 @@ class _Api:
     def __init__(self, service: Service, server_leaf: Callable[[], bytes], buckets: Buckets) -> None:
         self._service = service
         self._plane = service.plane
+        self._plain = service.plane.plain
         self._leaf = server_leaf
         self._buckets = buckets
 
@@ -99,7 +101,7 @@ class _Api:
         asked = await body(request, EnrollRequest)
         done = await self._service.enroll(asked)
         log.info("enrolled", endpoint=done.endpoint, kind=done.kind, remote=request.remote)
-        return reply(done)
+        return reply(self._plain.fitting(request, done, done.endpoint))
 
     # ---- with one
 
@@ -134,7 +136,7 @@ class _Api:
         asked = await body(request, RenewRequest)
         serial = certs.parse_der_chain(peer_chain(request))[0].serial_number
         done, _ = await self._service.change(lambda: self._plane.renew(caller, asked, serial))
-        return reply(done)
+        return reply(self._plain.fitting(request, done, caller.name))
 
     # ---- coming back: no certificate, it is of no use any more
 
@@ -159,7 +161,8 @@ class _Api:
 
     async def svid(self, request: web.Request, caller: EndpointRow) -> web.Response:
         asked = await body(request, SvidRequest)
-        return reply(await self._service.read(lambda: self._plane.svid(caller, asked)))
+        done = await self._service.read(lambda: self._plane.svid(caller, asked))
+        return reply(self._plain.fitting(request, done, caller.name))
 
     async def jwt(self, request: web.Request, caller: EndpointRow) -> web.Response:
         asked = await body(request, JwtRequest)
@@ -190,7 +193,7 @@ class _Api:
     async def feed(self, request: web.Request) -> web.StreamResponse:
         caller, expires = await self._caller(request)
         shown = peer_chain(request)
-        stream = Stream(caller.name, expires, serial=certs.parse_der_chain(shown)[0].serial_number, chain=tuple(shown))
+        stream = Stream(caller.name, expires, serial=certs.parse_der_chain(shown)[0].serial_number, chain=tuple(shown), older=is_older(request))
         timeline, revision = request.query.get("timeline"), number(request, "revision")
         await self._service.open_stream(stream, timeline, revision)
         try:

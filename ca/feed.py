@@ -66,7 +66,7 @@ class Feed:
         return {name for name, seat in self._seats.items() if seat.connected}
 
     def connect(
-        self, endpoint: str, timeline: str | None, revision: int | None, now: int
+        self, endpoint: str, timeline: str | None, revision: int | None, now: int, *, older: bool = False
     ) -> tuple[Frame, int]:
         """Take the seat and get the first frame: a delta from a position the journal still covers, else a snapshot.
 
@@ -74,6 +74,10 @@ class Feed:
 
         Raises Unreachable ``feed.scope`` when its scope cannot be computed now.
         """
+        if older != (endpoint in self.world.older):
+            # Another release reads another set: it starts with all of it.
+            (self.world.older.add if older else self.world.older.discard)(endpoint)
+            self._seats.pop(endpoint, None)
         seat = self._seats.get(endpoint)
         try:
             if seat is None:

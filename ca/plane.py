@@ -30,6 +30,7 @@ from ca.jwt_authority import JwtAuthority
 from ca.keystores import KeyPlace
 from ca.life import end_of
 from ca.mirror import BUNDLE, Mirror
+from ca.older import Plain
 from ca.people import People
 from ca.placements import Placements
 from ca.policies import Policies
@@ -104,6 +105,7 @@ class Plane:
         self.admins = Admins(desk)
         self.people = People(self, self.admins, lambda: self.now)
         self.mirror = Mirror(store)
+        self.plain = self.mirror.world.plain = Plain(self.sign, lambda: self.trust)
         self.challenges = Challenges()
         self.returns = Returns(self)
         self.water: HighWater

@@ -16,7 +16,7 @@ import hashlib
 import json
 from bisect import bisect_left, insort
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from itertools import accumulate
 from weakref import WeakSet, WeakValueDictionary
@@ -257,6 +257,8 @@ class World:
         self.endpoints: dict[str, EndpointFact] = {}
         self.instances: dict[str, InstanceFact] = {}
         self.bundle: str | None = None
+        self.older: set[str] = set()  # endpoints that read only what the first release did
+        self.plain: Callable[[str], str] = str  # the bundle as they read it
         self.policy: str | None = None
         self.foreign: dict[str, str] = {}  # object key -> bundle of another trust domain; every endpoint has them all
         self.program: Program | None = None
@@ -278,7 +280,7 @@ class World:
 
     def set_bundle(self, envelope: str) -> Touched:
         self.bundle = envelope
-        return Touched(keys={BUNDLE})
+        return Touched(keys={BUNDLE}, views=set(self.older))
 
     def set_foreign(self, trust_domain: str, envelope: str | None) -> Touched:
         """Another trust domain's bundle; None: it is known no more."""
@@ -425,6 +427,9 @@ class World:
         out = {
             f"endpoint/{endpoint}": self._record(endpoint), ENTRIES: fact_of_it.entries if fact_of_it is not None else None
         }  # fmt: skip
+        if endpoint in self.older:
+            out[ENTRIES] = None
+            out[BUNDLE] = None if self.bundle is None else self.plain(self.bundle)
         for key in self._holds[endpoint]:
             fact = self.instances[key]
             out[f"placement/{key}"] = fact.placement

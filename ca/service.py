@@ -50,6 +50,7 @@ class Stream:
     turn: int = 0
     serial: int | None = None  # of that certificate
     chain: tuple[bytes, ...] = ()  # it and its issuers, DER
+    older: bool = False  # reads only what the first release did
     held: list[Frame] | None = None  # frames that wait for their turn in a handover, oldest first
 
     def put(self, frame: Frame) -> None:
@@ -196,7 +197,7 @@ class Service:
             if self.plane.store.shared and revision is not None and revision > self.plane.feed.revision:
                 # Another process told it of something that this one has not read yet.
                 self._loop.call_soon_threadsafe(self._deliver, self.plane.publish(), None, self.plane.feed.revision)
-            frame, stream.turn = self.plane.feed.connect(stream.endpoint, timeline, revision, self.plane.now)
+            frame, stream.turn = self.plane.feed.connect(stream.endpoint, timeline, revision, self.plane.now, older=stream.older)
             self._loop.call_soon_threadsafe(self._seat, stream, frame)
 
         await self._loop.run_in_executor(self._worker, run)

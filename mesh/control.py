@@ -36,7 +36,7 @@ from identity.errors import (
     from_wire,
 )
 from identity.names import SpiffeId
-from identity.wire import Message, parse
+from identity.wire import LEVEL_HEADER, WIRE_LEVEL, Message, parse
 from identity.wire.feed import MAX_FRAME
 
 R = TypeVar("R", bound=Message)
@@ -328,7 +328,7 @@ class ControlClient:
                 connector=aiohttp.TCPConnector(ssl=self._context, limit=8, ttl_dns_cache=None, use_dns_cache=False),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
-                headers={"Accept-Encoding": "identity", "User-Agent": "retinue"},
+                headers={"Accept-Encoding": "identity", "User-Agent": "retinue", LEVEL_HEADER: str(WIRE_LEVEL)},
                 timeout=aiohttp.ClientTimeout(total=None, connect=CONNECT_TIMEOUT, sock_connect=CONNECT_TIMEOUT),
             )
         return self._session

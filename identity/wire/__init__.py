@@ -13,6 +13,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from identity.errors import BadInput
 
 WIRE_VERSION: Final = 1
+# What an endpoint can read, said in a header with every request to the CA; without it: 1.
+#     2  fields of records and messages that came after the first release (identity.grown)
+WIRE_LEVEL: Final = 2
+LEVEL_HEADER: Final = "Retinue-Wire"
 
 
 class Message(BaseModel):
