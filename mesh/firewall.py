@@ -56,7 +56,6 @@ COUNTERS: Final = ("accepted", "denied", "strangers", "spoofed", "outside", "inv
 LOG_GROUP: Final = 0x5254  # plus the slot of the interface; a group belongs to one namespace
 LOG_RATE: Final = 1000  # a second, of each kind
 LOG_BYTES: Final = 128  # of a packet: both headers
-GATEWAY: Final = "0xfe800000000000000000000000000001"  # fe80::1, what a guest asks for by neighbour discovery
 LIMITS: Final = "limits"  # in Sets: the limit objects, as "name rate"
 _BURST: Final = 131_072  # bytes; a superpacket has to fit
 NOTED: Final = ("denied", "audited")
@@ -334,7 +333,7 @@ chain from_mesh {{
     goto stranger
 }}
 chain from_link {{
-    iifname @taps icmpv6 type nd-neighbor-solicit ip6 hoplimit 255 @th,64,128 {GATEWAY} goto pass
+    iifname @taps icmpv6 type nd-neighbor-solicit ip6 hoplimit 255 ip6 daddr {{ fe80::1, ff02::1:ff00:1 }} goto pass
     iifname @taps icmpv6 type nd-neighbor-advert ip6 hoplimit 255 ip6 daddr fe80::1 goto pass
     ip daddr 224.0.0.0/3 drop
     ip6 daddr ff00::/8 drop

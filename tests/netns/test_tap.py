@@ -27,9 +27,9 @@ segments:
 class Guest:
     """One machine on a host: a namespace for its inside, and the process that moves its frames."""
 
-    def __init__(self, mesh: Any, host: str, device: str = "vm0") -> None:
-        self.mesh, self.host, self.device = mesh, host, device
-        self.space = mesh.lab.add_workload(f"guest-{host}-{device}")
+    def __init__(self, mesh: Any, host: str, *, space: str = "") -> None:
+        self.mesh, self.host, self.device = mesh, host, "vm0"
+        self.space = space or mesh.lab.add_workload(f"guest-{host}")
 
     def start(self) -> None:
         vm = str(Path(__file__).with_name("vm.py"))
@@ -66,7 +66,15 @@ def mesh(make_mesh: Any) -> Any:
     assert said["state"] == "active"
     made.guest.configure(made.addresses["api"], said)
     made.serve(made.guest.space, "api@guest-b")
+    made.lab.spawn([sys.executable, "-m", "http.server", "--bind", "::", "9099"], name="host-service", netns=made.lab.nodes["host-b"].netns)
     return made
+
+
+async def connects(space: str, address: str) -> bool:
+    """Does the service of the host answer a connection from this namespace?"""
+    words = ["ip", "netns", "exec", space, sys.executable, "-c", "import socket,sys\nsocket.create_connection((sys.argv[1],9099),2)", address]
+    done = await asyncio.create_subprocess_exec(*words, stderr=asyncio.subprocess.DEVNULL)
+    return await done.wait() == 0
 
 
 @pytest.fixture(params=[0, 1], ids=["v4", "v6"])
@@ -104,14 +112,9 @@ async def test_the_guest_speaks_as_itself_only(mesh: Any, family: int) -> None:
 
 async def test_the_host_itself_is_not_open_to_the_guest(mesh: Any, family: int) -> None:
     """The gateway answers ARP and neighbour discovery, and nothing else."""
-    node = mesh.lab.nodes["host-b"]
-    mesh.lab.spawn([sys.executable, "-m", "http.server", "--bind", "::", "9099"], name="host-service", netns=node.netns)
     gateway = "169.254.82.1" if family == 0 else "fe80::1%eth0"
-    done = await asyncio.create_subprocess_exec(
-        "ip", "netns", "exec", mesh.guest.space, sys.executable, "-c",
-        "import socket,sys\ns=socket.create_connection((sys.argv[1],9099),2)", gateway, stderr=asyncio.subprocess.DEVNULL,
-    )  # fmt: skip
-    assert await done.wait() != 0
+    assert not await connects(mesh.guest.space, gateway)
+    assert await connects(mesh.lab.nodes["host-b"].netns, "127.0.0.1" if family == 0 else "::1"), "positive control: the service is there"
     shown = await asyncio.create_subprocess_exec(
         "ip", "-n", mesh.guest.space, "neigh", "show", gateway.partition("%")[0], "dev", "eth0", stdout=asyncio.subprocess.PIPE
     )
@@ -155,8 +158,7 @@ async def test_a_link_that_vanishes_takes_the_attachment_along(mesh: Any) -> Non
     """The next tap of that name is another machine, and is nobody."""
     mesh.guest.process.kill()
     await mesh.lab.until("host-b", lambda s: all(a.name != "api" for a in s.attachments))
-    again = Guest(mesh, "host-b")
-    again.space = mesh.guest.space
+    again = Guest(mesh, "host-b", space=mesh.guest.space)
     again.start()
     ip_batch(["link set vm0 up"], netns=mesh.lab.nodes["host-b"].netns)
     said = {"mtu": 1420, "overlay": ["100.64.0.0/10", "fd00::/8"], "gateways": ["169.254.82.1", "fe80::1"]}
