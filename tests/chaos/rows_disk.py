@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import shutil
 import sqlite3
@@ -15,7 +16,7 @@ from typing import Any
 from ca.plane import DATABASE, Plane
 from identity.errors import RetinueError
 from identity.names import TrustDomain
-from identity.records import state_hash
+from identity.records import BundleRecord, EndpointRecord, PlacementRecord, PolicyRecord
 from identity.wire.admin import WorkloadAdd
 from tests.chaos.registry import Run, row
 from tests.sim.joining import join
@@ -38,16 +39,29 @@ def make(directory: Path) -> None:
     plane.close()
 
 
-def shown(directory: Path) -> dict[str, str]:
-    """The state hash of what each host is sent. Raises RetinueError when the database is refused."""
+def shown(directory: Path) -> dict[str, dict[str, str]]:
+    """What each host is sent. Raises RetinueError when the database is refused."""
     plane = Plane.open(directory, lambda: NOW)
     try:
-        return {h: state_hash(dict(plane.mirror.world.view(h).objects)) for h in HOSTS}
+        return {h: dict(plane.mirror.world.view(h).objects) for h in HOSTS}
     finally:
         plane.close()
 
 
-@row("F5", "Damaged or cut database", "500 cases: refused, or served right; 0 empty or partial maps", stage="none")
+def holds(directory: Path, envelope: str) -> bool:
+    """Would a host believe this record? Only then is a damaged one dangerous."""
+    plane = Plane.open(directory, lambda: NOW)
+    try:
+        for kind in (PlacementRecord, EndpointRecord, PolicyRecord, BundleRecord):
+            with contextlib.suppress(RetinueError):
+                plane.trust.verify(kind, envelope)
+                return True
+        return False
+    finally:
+        plane.close()
+
+
+@row("F5", "Damaged or cut database", "500 cases: refused, served right, or not believed by any host; 0 empty or partial maps", stage="none")
 async def damaged(_: Any, run: Run) -> None:
     cases = 500 if run.seconds is not None else 60
     await asyncio.to_thread(_damage, run, cases)
@@ -61,7 +75,7 @@ def _damage(run: Run, cases: int) -> None:
         good = Path(temporary) / "good"
         make(good)
         truth = shown(good)
-        refused = right = wrong = 0
+        refused = right = wrong = unbelieved = 0
         for n in range(cases):
             here = Path(temporary) / f"case{n}"
             shutil.copytree(good, here)
@@ -77,10 +91,13 @@ def _damage(run: Run, cases: int) -> None:
             except (RetinueError, sqlite3.DatabaseError):
                 refused += 1
             else:
+                changed = {e for h in HOSTS for k, e in served[h].items() if truth[h].get(k) != e}
+                whole = all(served[h].keys() == truth[h].keys() for h in HOSTS)
                 right += served == truth
-                wrong += served != truth
+                unbelieved += whole and served != truth and not any(holds(good, e) for e in changed)
+                wrong += not whole or any(holds(good, e) for e in changed)
             shutil.rmtree(here)
-    run.note(cases=cases, refused=refused, served_right=right, served_wrong=wrong)
+    run.note(cases=cases, refused=refused, served_right=right, sent_but_not_believed=unbelieved, served_wrong=wrong)
     run.check("0 empty or partial maps", wrong == 0)
     run.check("some damage was seen (control)", refused > 0)
 
