@@ -12,8 +12,6 @@ const RETURN: u16 = 0x06;
 const ALLOW: u32 = 0x7fff_0000;
 const REFUSE: u32 = 0x0005_0000 | libc::EPERM as u32;
 const KILL: u32 = 0x8000_0000;
-const SET_MODE_FILTER: libc::c_ulong = 1;
-const ALL_THREADS: libc::c_ulong = 1;
 
 #[cfg(target_arch = "x86_64")]
 const ARCHITECTURE: Option<u32> = Some(0xc000_003e);
@@ -129,7 +127,8 @@ pub fn enter() -> io::Result<bool> {
     // SAFETY: prctl takes constants; the kernel copies the program during the second call, and `steps` outlives it.
     let failed = unsafe {
         libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0
-            || libc::syscall(libc::SYS_seccomp, SET_MODE_FILTER, ALL_THREADS, &filter) != 0
+            // prctl, since a service manager's own filter may leave seccomp(2) out.
+            || libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &filter) != 0
     };
     if !failed {
         return Ok(true);
