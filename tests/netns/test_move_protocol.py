@@ -115,6 +115,7 @@ async def test_a_plan_changes_nothing(mesh: Any) -> None:
     assert await mesh.lab.aca("workload", "list") == before
 
 
+@pytest.mark.parametrize("family", [1])
 async def test_a_move_is_taken_back(mesh: Any, family: int) -> None:
     """While it waits for its target; traffic does not notice, and the epoch that was prepared is never used."""
     heard = Heard(mesh, "api", family)
@@ -239,6 +240,7 @@ async def test_the_message_is_lost(mesh: Any) -> None:
     await lab.until("host-c", lambda s: any(a.name == "api" and a.state == "active" for a in s.attachments))
 
 
+@pytest.mark.parametrize("family", [0])
 async def test_a_host_is_drained(mesh: Any, family: int) -> None:
     """Everything leaves host-b while web hears api all the time; what has no place stops it before anything is moved."""
     lab = mesh.lab
