@@ -25,7 +25,7 @@ from pydantic import Field
 from identity.wire import Message
 from identity.wire.admin import PolicyFileIn
 
-_PARTS = Field(default=[], max_length=200)
+_PARTS: Any = Field(default=[], max_length=200)
 
 
 class AuthorityApply(Message):
