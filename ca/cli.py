@@ -177,12 +177,13 @@ def serve(
 
     from ca.authority import Lifetimes
     from ca.federation_service import WebIdentity
+    from ca.keystores import writable
     from ca.moves import Leases
     from ca.serve import Options, Running, harden, set_up_logs
     from ca.serve import serve as run
 
     set_up_logs()
-    harden()
+    harden(*writable(directory))
     chosen = _format(output, as_json)
 
     def ready(server: Running) -> None:

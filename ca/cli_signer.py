@@ -37,7 +37,7 @@ def signer(
     from ca.signer_process import serve
     from identity.names import TrustDomain
 
-    harden()
+    harden(*(() if pkcs11 is not None else (directory, socket_file.absolute().parent)))
     place = key_place(None, pkcs11, token_label, pin_file)
     keys = None if place is None else keys_of(place, directory)
     server = serve(directory, socket_file, TrustDomain(trust_domain), frozenset(allow_uid or [os.geteuid()]), keys)

@@ -51,6 +51,15 @@ def open_keys(directory: Path) -> Keys:
     return keys_of(place, directory)
 
 
+def writable(directory: Path) -> tuple[Path, ...]:
+    """Where a server with these keys has to write; empty when that is not known: a PKCS#11 library's own files."""
+    try:
+        token = KeyPlace.model_validate_json((directory / FILE).read_bytes()).backend == "pkcs11"
+    except (OSError, ValidationError):
+        token = False
+    return () if token else (directory,)
+
+
 def keys_of(place: KeyPlace, directory: Path) -> Keys:
     """The keys at a place; Ed25519 keys beside a token stay files in `directory`."""
     if place.backend == "signer":

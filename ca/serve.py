@@ -35,6 +35,7 @@ from ca.plane import Plane
 from ca.service import MAINTAIN_S, Service
 from identity import cliout
 from identity.cliout import clean
+from identity.confine import Bounds, enter
 from identity.errors import BadInput, BadState, Conflict, NoPrivilege
 
 log = structlog.get_logger("retinue.ca")
@@ -209,8 +210,9 @@ def set_up_logs() -> None:
     logging.getLogger("aiohttp.server").setLevel(logging.CRITICAL)
 
 
-def harden() -> None:
-    """No core dumps and no look into this process by others: the keys are in it (prctl(2), PR_SET_DUMPABLE).
+def harden(*writable: Path) -> None:
+    """No core dumps and no look into this process by others: the keys are in it (prctl(2), PR_SET_DUMPABLE). No system
+    calls it does not need, and with `writable` no file outside those directories can be changed (identity/confine.py).
 
     As many open files as the machine lets us have: strangers who open connections must not use them up.
     """
@@ -219,6 +221,9 @@ def harden() -> None:
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     ctypes.CDLL(None, use_errno=True).prctl(4, 0, 0, 0, 0)
+    if writable:
+        os.environ["SQLITE_TMPDIR"] = str(writable[0])  # where statements spill to
+    enter(Bounds(read=(Path("/"),) if writable else None, write=writable))
 
 
 def _escape(_: Any, __: str, event: Any) -> Any:
