@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,18 @@ segments:
 
 
 @pytest.fixture(scope="module")
-def mesh(make_mesh: Any) -> Any:
+def mesh(make_mesh: Any) -> Iterator[Any]:
     made = make_mesh("host-a", "host-b", "host-c")
     made.add("web", "host-a")
     made.place("web", "host-a")
     made.apply(POLICY)
-    return made
+    yield made
+    for host in ("host-b", "host-c"):
+        run(["ip", "netns", "del", pod(made, host)], codes=range(256))
+
+
+def pod(mesh: Any, host: str) -> str:
+    return f"att-pod-{host}-{mesh.lab.id}"
 
 
 async def tell(mesh: Any, event: str, kind: str, host: str, seq: int, **more: Any) -> dict[str, Any]:
@@ -40,9 +47,7 @@ async def tell(mesh: Any, event: str, kind: str, host: str, seq: int, **more: An
 
 def container(mesh: Any, host: str) -> str:
     """A namespace called like the pod, made by the scheduler on this host, with the service in it."""
-    space = f"att-pod-{host}-{mesh.lab.id}"
-    if space not in mesh.lab._workloads.values():
-        mesh.lab._workloads[f"pod-{host}"] = space  # removed with the lab
+    space = pod(mesh, host)
     run(["ip", "netns", "del", space], codes=range(256))
     ip_batch([f"netns add {space}"])
     ip_batch(["link set lo up"], netns=space)
