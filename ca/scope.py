@@ -28,6 +28,7 @@ from policy.program import Program, Subject
 BUNDLE = "bundle"
 POLICY = "policy"
 ENTRIES = "entries"
+OLDER = -1  # stands among the classes of a set for endpoints that read only what the first release did
 
 Before = dict[str, str | None]  # object key -> what was shown under it before a step
 
@@ -280,7 +281,10 @@ class World:
 
     def set_bundle(self, envelope: str) -> Touched:
         self.bundle = envelope
-        return Touched(keys={BUNDLE}, views=set(self.older))
+        return Touched(keys={BUNDLE})
+
+    def _bundle_in(self, near: frozenset[int]) -> str | None:
+        return self.plain(self.bundle) if OLDER in near and self.bundle is not None else self.bundle
 
     def set_foreign(self, trust_domain: str, envelope: str | None) -> Touched:
         """Another trust domain's bundle; None: it is known no more."""
@@ -377,11 +381,13 @@ class World:
         mine = (self.instances[key] for key in self._holds.get(endpoint, ()))
         classes = frozenset(self._class_of[f.key] for f in mine if endpoint in f.here and not f.revoked)
         near = self._classes.union(classes)
+        if endpoint in self.older:
+            near |= {OLDER}
         found = self._shared.get(near)
         if found is None:
             found = Shared(near, self._lines)
             before: Before = {}
-            found.put(BUNDLE, self.bundle, before)
+            found.put(BUNDLE, self._bundle_in(near), before)
             found.put(POLICY, self.policy, before)
             for key, envelope in self.foreign.items():
                 found.put(key, envelope, before)
@@ -429,7 +435,6 @@ class World:
         }  # fmt: skip
         if endpoint in self.older:
             out[ENTRIES] = None
-            out[BUNDLE] = None if self.bundle is None else self.plain(self.bundle)
         for key in self._holds[endpoint]:
             fact = self.instances[key]
             out[f"placement/{key}"] = fact.placement
@@ -489,7 +494,7 @@ class World:
     def _refresh(self, shared: Shared, touched: Touched) -> Before:
         before: Before = {}
         for key in touched.keys:
-            shared.put(key, {BUNDLE: self.bundle, POLICY: self.policy}.get(key, self.foreign.get(key)), before)
+            shared.put(key, {BUNDLE: self._bundle_in(shared.near), POLICY: self.policy}.get(key, self.foreign.get(key)), before)
         for name in touched.endpoints:
             if shared.refs[name] > 0:
                 self._show_endpoint(shared, name, before)
