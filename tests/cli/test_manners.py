@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 BIN = Path(sys.executable).parent
-PROGRAMS = ("retinue", "retinue-ca", "retinue-agent", "retinue-sidecar", "retinue-gateway", "retinue-engine")
+PROGRAMS = ("retinue", "retinue-ca", "retinue-agent", "retinue-sidecar", "retinue-gateway", "retinue-engine", "retinue-broker")
 HEAVY = re.compile(r"\| +(pydantic|rich|aiohttp|pyroute2|sqlalchemy|cryptography|yaml|structlog|asyncio)\n")
 
 
@@ -58,7 +58,7 @@ def test_every_command_explains_itself(trees: dict[tuple[str, ...], Any]) -> Non
 
 
 def test_what_is_read_can_be_read_by_programs(trees: dict[tuple[str, ...], Any]) -> None:
-    others = {"serve", "demo", "run", "fmt", "schema"}
+    others = {"serve", "signer", "demo", "run", "fmt", "schema", "watch", "bundle"}  # the last two say JSON only
     for words, command in trees.items():
         if hasattr(command, "list_commands") or words[-1] in others:
             continue
