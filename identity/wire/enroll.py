@@ -33,8 +33,10 @@ class Challenge(Message):
     expires_in: int  # seconds
 
 
-class EnrollRequest(Message):
+class EnrollRequest(Message, Grown):
     """All proofs are over identity.enrollment.transcript(...)."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"attestor", "device_chain", "device_proof"})
 
     version: int = WIRE_VERSION
     token_id: str = Field(max_length=64)

@@ -26,13 +26,15 @@ class InstanceRef(Message):
     instance: int = Field(default=0, ge=0)
 
 
-class Attach(Message):
+class Attach(Message, Grown):
     """Give an instance a place on this host.
 
     kind netns: `netns` is a named network namespace (``ip netns``) or an absolute path such as /proc/PID/ns/net;
     kind host: the instance is this network namespace itself;
     kind tap: `device` is the host's side of a link to a guest, such as a VM's tap.
     """
+
+    later: ClassVar[frozenset[str]] = frozenset({"device"})
 
     name: str = Field(max_length=255)
     instance: int = Field(default=0, ge=0)
@@ -41,7 +43,9 @@ class Attach(Message):
     device: str | None = Field(default=None, max_length=15)
 
 
-class Attachment(Message):
+class Attachment(Message, Grown):
+    later: ClassVar[frozenset[str]] = frozenset({"device", "gateways", "overlay", "mtu"})
+
     name: str
     instance: int
     kind: Literal["netns", "host", "tap"]

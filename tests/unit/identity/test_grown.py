@@ -10,16 +10,19 @@ import pytest
 from identity.grown import Grown
 from identity.records import BundleRecord, PlacementRecord, PolicyRecord
 from identity.wire.admin import ExplainReply
-from identity.wire.enroll import EnrollReply
+from identity.wire.enroll import EnrollReply, EnrollRequest
 from identity.wire.feed import Report
-from identity.wire.local import Status
+from identity.wire.local import Attach, Attachment, Status
 
 # Fields of the first release, as its schemas list them.
 FIRST = {
     PlacementRecord: "trust_domain spiffe_id name instance endpoint tunnel_key epoch state addresses labels fence issued",
     PolicyRecord: "trust_domain revision digest files author issued",
     BundleRecord: "trust_domain sequence roots signers issued",
+    EnrollRequest: "version token_id nonce csr tunnel_key enroll_key token_proof tunnel_proof enroll_proof underlay ciphers",
     EnrollReply: "trust_domain endpoint kind workload chain bundle record",
+    Attach: "name instance kind netns",
+    Attachment: "name instance kind netns state epoch addresses",
     Report: "timeline revision hash held attached",
     Status: "version trust_domain endpoint kind spiffe_id device interface control timeline revision policy_revision "
     "policy_digest staleness_s svid_expires attachments peers firewall_elements conditions ready",
