@@ -38,6 +38,8 @@ from policy.trust import PolicyTrust
 
 LEASE: Final = 30.0  # seconds without a newer heartbeat until `fence: strict` instances are gone
 STALE_MAX: Final = 12 * 3600.0  # the same for `fence: available`
+DRIFT: Final = 1e-3  # how much faster than the CA's our clock may run
+JITTER: Final = 3.0  # seconds a heartbeat may be late without a meaning: whole seconds are signed, and machines are busy
 MAX_FUTURE: Final = 600.0  # a heartbeat further ahead of our wall clock is refused
 
 
@@ -145,7 +147,9 @@ class SyncMachine:
         self.position: Position | None = None
         self.heartbeat: Held | None = None  # the newest
         self.proof: Held | None = None  # the one that came with the position
-        self.heard: float = 0.0  # mono at which the newest heartbeat was received
+        self.heard: float = 0.0  # mono at which the newest heartbeat was as fresh as it can be: received, less its lag
+        self.lag: float = 0.0  # seconds by which the newest heartbeat was late on its connection
+        self._pace: tuple[float, float] | None = None  # (mono, signed time) of the promptest heartbeat of the connection
         self.refused: dict[str, RetinueError] = {}
         self.lease, self.stale_max = lease, stale_max
         self._held: dict[str, Held] = {}
@@ -435,8 +439,30 @@ class SyncMachine:
             return [FrameRefused(error)]
         if old is not None and new.time <= old.time:
             return []
-        self.heartbeat, self.heard = beat, mono
+        self.lag = self._late(new.time, mono)
+        self.heartbeat, self.heard = beat, max(self.heard, mono - self.lag) if old is not None else mono - self.lag
         return [Refreshed(new.time)]
+
+    def connected(self) -> None:
+        """A new connection to the CA begins: what its first heartbeat says is how late the others may be."""
+        self._pace, self.lag = None, 0.0
+
+    def _late(self, signed: float, mono: float) -> float:
+        """Seconds by which a heartbeat signed at `signed` is behind the promptest one of this connection.
+
+        Whoever holds back a connection, or a machine that slept on it, has old heartbeats arrive one after the other:
+        each is newer than the one before, and none is fresh.
+        """
+        if self._pace is None:
+            self._pace = mono, signed
+            return 0.0
+        since, first = self._pace
+        expected = first + (mono - since) * (1 - DRIFT)
+        if signed >= expected:
+            self._pace = mono, signed
+            return 0.0
+        late = expected - signed
+        return late if late > JITTER else 0.0
 
     def _bundle_again(self, wall: float) -> list[Event]:
         """A bundle that was refused by a wrong clock is asked for again as soon as it would hold: nobody sends it anew."""

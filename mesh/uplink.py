@@ -156,6 +156,7 @@ class Uplink:
 
     async def _follow(self, heard: list[bool]) -> None:
         """One connection. `heard[0]` becomes true once it carried anything that verified."""
+        self.machine.connected()
         resume = self.machine.resume
         params = {"timeline": resume.timeline, "revision": str(resume.revision)} if resume else None
         async with (
@@ -175,6 +176,9 @@ class Uplink:
                 if events:
                     await self._on_events(events)
                 if any(isinstance(e, NeedSnapshot) for e in events):
+                    return
+                if self.machine.lag >= self.machine.lease:
+                    log.warning("heartbeats come late: connecting anew", seconds=round(self.machine.lag, 1))
                     return
                 if any(isinstance(e, Accepted) and "bundle" in e.changed for e in events):
                     self._trust_news.set()
