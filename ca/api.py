@@ -94,7 +94,7 @@ class _Api:
         self._buckets.take(request.remote or "")
         asked = await body(request, ChallengeRequest)
         leaf, origin = self._leaf(), source(request.remote or "")
-        return reply(await self._service.read(lambda: self._plane.challenge(asked.token_id, leaf, origin)))
+        return reply(await self._service.serve(lambda: self._plane.challenge(asked.token_id, leaf, origin)))
 
     async def enroll(self, request: web.Request) -> web.Response:
         self._buckets.take(request.remote or "")
@@ -130,51 +130,51 @@ class _Api:
                 self._plane.refused("call", where, e, actor=f"address:{remote}")
                 raise
 
-        return await self._service.read(check)
+        return await self._service.serve(check)
 
     async def renew(self, request: web.Request, caller: EndpointRow) -> web.Response:
         asked = await body(request, RenewRequest)
         serial = certs.parse_der_chain(peer_chain(request))[0].serial_number
-        done, _ = await self._service.change(lambda: self._plane.renew(caller, asked, serial))
+        done = await self._service.accept(lambda: self._plane.renew(caller, asked, serial))
         return reply(self._plain.fitting(request, done, caller.name))
 
     # ---- coming back: no certificate, it is of no use any more
 
     async def bundle(self, request: web.Request) -> web.Response:
         self._buckets.take(request.remote or "")
-        return reply(BundleReply(bundle=await self._service.read(lambda: self._plane.bundle)))
+        return reply(BundleReply(bundle=await self._service.serve(lambda: self._plane.bundle)))
 
     async def recover_challenge(self, request: web.Request) -> web.Response:
         self._buckets.take(request.remote or "")
         asked, plane = await body(request, RecoverChallengeRequest), self._plane
         leaf, origin = self._leaf(), source(request.remote or "")
         return reply(
-            await self._service.read(lambda: plane.challenge(plane.returns.challenge(asked.endpoint), leaf, origin))
+            await self._service.serve(lambda: plane.challenge(plane.returns.challenge(asked.endpoint), leaf, origin))
         )
 
     async def recover(self, request: web.Request) -> web.Response:
         self._buckets.take(request.remote or "")
         asked = await body(request, RecoverRequest)
-        done, _ = await self._service.change(lambda: self._plane.returns.recover(asked))
+        done = await self._service.accept(lambda: self._plane.returns.recover(asked))
         log.info("a machine came back", endpoint=asked.endpoint, remote=request.remote)
         return reply(done)
 
     async def svid(self, request: web.Request, caller: EndpointRow) -> web.Response:
         asked = await body(request, SvidRequest)
-        done = await self._service.read(lambda: self._plane.svid(caller, asked))
+        done = await self._service.serve(lambda: self._plane.svid(caller, asked))
         return reply(self._plain.fitting(request, done, caller.name))
 
     async def jwt(self, request: web.Request, caller: EndpointRow) -> web.Response:
         asked = await body(request, JwtRequest)
-        return reply(await self._service.read(lambda: self._plane.jwt_svid(caller, asked)))
+        return reply(await self._service.serve(lambda: self._plane.jwt_svid(caller, asked)))
 
     async def sidecar_token(self, request: web.Request, caller: EndpointRow) -> web.Response:
         asked = await body(request, SidecarTokenRequest)
-        return reply(await self._service.read(lambda: self._plane.sidecar_token(caller, asked.workload)))
+        return reply(await self._service.serve(lambda: self._plane.sidecar_token(caller, asked.workload)))
 
     async def underlay(self, request: web.Request, caller: EndpointRow) -> web.Response:
         asked = await body(request, UnderlayUpdate)
-        await self._service.change(lambda: self._plane.underlay(caller, asked.underlay))
+        await self._service.accept(lambda: self._plane.underlay(caller, asked.underlay))
         return web.json_response({})
 
     async def report(self, request: web.Request, caller: EndpointRow) -> web.Response:
@@ -184,11 +184,11 @@ class _Api:
     async def explain(self, request: web.Request, caller: EndpointRow) -> web.Response:
         src, dst, proto = text(request, "src"), text(request, "dst"), request.query.get("proto", "tcp")
         port = number(request, "port")
-        return reply(await self._service.read(lambda: self._plane.explain_for(caller, src, dst, proto, port)))
+        return reply(await self._service.serve(lambda: self._plane.explain_for(caller, src, dst, proto, port)))
 
     async def log(self, request: web.Request, _: EndpointRow) -> web.Response:
         asked = await body(request, LogRequest)
-        return reply(await self._service.read(lambda: prove(self._plane, asked)))
+        return reply(await self._service.serve(lambda: prove(self._plane, asked)))
 
     async def feed(self, request: web.Request) -> web.StreamResponse:
         caller, expires = await self._caller(request)

@@ -3,6 +3,9 @@
 A connection that does not finish its handshake costs memory and says nothing. Of one source at most `per_source` are kept
 half-open, of all together `half_open`; beyond that the oldest makes room once it had `grace_s`, which is far more than an
 honest handshake takes, and a newcomer is turned away while none had. Established connections have a limit of their own.
+
+Handshakes are the dearest thing a herd can ask for. `at_once` of them have a turn; the others wait in the kernel's queue, so
+that between two of them everybody else is served. A turn ends after `turn_s`: who is slow goes on, but holds nobody up.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from asyncio import sslproto
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import structlog
@@ -40,6 +44,8 @@ class Caps:
     established: int = 16_384
     grace_s: float = 2.0
     handshake_s: float = 10.0
+    at_once: int = 32
+    turn_s: float = 0.1
 
 
 @dataclass(slots=True)
@@ -50,6 +56,7 @@ class _Half:
     source: str
     since: float
     task: asyncio.Task[None] | None = None
+    turn: asyncio.TimerHandle | None = None  # until its turn ends
 
 
 class Listener:
@@ -65,6 +72,7 @@ class Listener:
         self._of: defaultdict[str, OrderedDict[int, _Half]] = defaultdict(OrderedDict)
         self._number = 0
         self._refused, self._said = 0, 0.0
+        self._turns = asyncio.Semaphore(self._caps.at_once)
         self._accepting = asyncio.get_running_loop().create_task(self._accept())
 
     @property
@@ -90,15 +98,32 @@ class Listener:
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            await self._turns.acquire()
             try:
                 sock, address = await loop.sock_accept(self._sock)
             except OSError as e:
+                self._turns.release()
                 log.warning("a connection could not be taken", why=e.strerror)
                 await asyncio.sleep(PAUSE_S)
                 continue
-            self._admit(sock, source(str(address[0])))
+            half = self._admit(sock, source(str(address[0])))
+            if half is None:
+                self._turns.release()
+                continue
+            half.turn = loop.call_later(self._caps.turn_s, self._turn_over, half)
+            assert half.task is not None
+            half.task.add_done_callback(partial(self._done, half))
 
-    def _admit(self, sock: socket.socket, origin: str) -> None:
+    def _done(self, half: _Half, _: asyncio.Task[None]) -> None:
+        self._turn_over(half)
+
+    def _turn_over(self, half: _Half) -> None:
+        turn, half.turn = half.turn, None
+        if turn is not None:
+            turn.cancel()
+            self._turns.release()
+
+    def _admit(self, sock: socket.socket, origin: str) -> _Half | None:
         caps, now = self._caps, time.monotonic()
         full = (
             self._of[origin] if len(self._of[origin]) >= caps.per_source
@@ -109,15 +134,16 @@ class Listener:
             oldest = next(iter(full.values()))
             if now - oldest.since < caps.grace_s:
                 self._refuse(sock, origin)
-                return
+                return None
             self._end(oldest)
         if self._established() + len(self._half) >= caps.established:
             self._refuse(sock, origin)
-            return
+            return None
         self._number += 1
         half = _Half(sock, origin, now)
         self._half[self._number] = self._of[origin][self._number] = half
         half.task = asyncio.get_running_loop().create_task(self._shake(half, self._number))
+        return half
 
     async def _shake(self, half: _Half, number: int) -> None:
         try:

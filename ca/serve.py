@@ -105,7 +105,7 @@ def listener(host: str, port: int) -> socket.socket:
         if family == socket.AF_INET6:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         sock.bind(address)
-        sock.listen(1024)
+        sock.listen(4096)
     except OSError as e:
         sock.close()
         if isinstance(e, PermissionError):

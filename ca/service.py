@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeVar
 
@@ -23,6 +22,7 @@ from ca.moves import MAX_LEASE_WAIT_S, Contacts, Leases, Progress, Tell
 from ca.placements import Prepared
 from ca.plane import Plane, Published
 from ca.rows import EndpointRow, InstanceRow
+from ca.worker import Done, Worker, settle
 from identity.errors import Conflict, RetinueError
 from identity.wire.admin import Host, MoveReply, Workload, WorkloadMove
 from identity.wire.enroll import EnrollReply, EnrollRequest
@@ -89,7 +89,7 @@ class Service:
         self.heartbeat = heartbeat
         self.reports: dict[str, Report] = {}
         self.streams: dict[str, Stream] = {}
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="retinue-ca")
+        self._worker = Worker("retinue-ca")
         self._bell: Doorbell | None = None
         self._elsewhere: dict[str, processes.Ready] = {}  # reports of move targets to other processes
         self._current = True  # could the change log be read the last time?
@@ -121,14 +121,17 @@ class Service:
         await asyncio.gather(*tasks, return_exceptions=True)
         for stream in list(self.streams.values()):
             stream.close("the control plane stops")
-        await self._loop.run_in_executor(self._worker, self.plane.close)
-        self._worker.shutdown(wait=True)
+        await asyncio.wrap_future(self._worker.stop(self.plane.close))
 
     # ---- jobs
 
     async def read(self, job: Callable[[], T]) -> T:
         """Run a job that changes nothing."""
-        return await self._loop.run_in_executor(self._worker, job)
+        return await asyncio.wrap_future(self._worker.submit(job))
+
+    async def serve(self, job: Callable[[], T]) -> T:
+        """`read` for endpoints: however many they are, administrators, heartbeats and moves go first."""
+        return await asyncio.wrap_future(self._worker.submit(job, second=True))
 
     async def change(self, job: Callable[[], T], order: Handover | None = None) -> tuple[T, set[str]]:
         """Run a job that may change the store, then publish. Returns its result and who was sent a frame."""
@@ -137,18 +140,33 @@ class Service:
             try:
                 result = job()
             finally:
-                # Part of a job may be committed before it fails.
-                before = self.plane.mirror.revision
-                published = self.plane.publish()
-                self._current = published.current
-                if self._bell is not None and self.plane.mirror.revision != before:
-                    self._bell.ring()
-                self._loop.call_soon_threadsafe(self._deliver, published, order, self.plane.feed.revision)
+                published = self._publish(order)  # part of a job may be committed before it fails
             if published.failed is not None:
                 raise published.failed
             return result, set(published.frames)
 
-        return await self._loop.run_in_executor(self._worker, run)
+        return await asyncio.wrap_future(self._worker.submit(run))
+
+    async def accept(self, job: Callable[[], T]) -> T:
+        """`change` for endpoints; those that wait together are published together, and answered after that."""
+        return await asyncio.wrap_future(self._worker.submit(job, second=True, finish=self._accepted))
+
+    def _accepted(self, ran: list[Done]) -> None:
+        try:
+            failed: BaseException | None = self._publish(None).failed
+        except BaseException as e:
+            failed = e
+        settle([d if d.error is not None or failed is None else Done(d.future, None, failed) for d in ran])
+
+    def _publish(self, order: Handover | None) -> Published:
+        """After whatever may have changed the store, in the worker's thread."""
+        before = self.plane.mirror.revision
+        published = self.plane.publish()
+        self._current = published.current
+        if self._bell is not None and self.plane.mirror.revision != before:
+            self._bell.ring()
+        self._loop.call_soon_threadsafe(self._deliver, published, order, self.plane.feed.revision)
+        return published
 
     def _deliver(self, published: Published, order: Handover | None, revision: int) -> None:
         held: dict[str, Stream] = {}
@@ -200,7 +218,7 @@ class Service:
             frame, stream.turn = self.plane.feed.connect(stream.endpoint, timeline, revision, self.plane.now, older=stream.older)
             self._loop.call_soon_threadsafe(self._seat, stream, frame)
 
-        await self._loop.run_in_executor(self._worker, run)
+        await self.serve(run)
 
     def _seat(self, stream: Stream, frame: Frame) -> None:
         old = self.streams.get(stream.endpoint)
@@ -217,7 +235,7 @@ class Service:
             self.contacts.lost(stream.endpoint)
         self._tell()
         with contextlib.suppress(RuntimeError):  # the worker has stopped already
-            await self.read(lambda: self.plane.feed.leave(stream.endpoint, stream.turn, self.plane.now))
+            await self.serve(lambda: self.plane.feed.leave(stream.endpoint, stream.turn, self.plane.now))
 
     def report(self, endpoint: str, report: Report) -> None:
         """Note what an endpoint has applied. Raises Conflict for another timeline."""
@@ -236,7 +254,7 @@ class Service:
         """Keep what it carried and refused; a rollout is judged at once."""
         plane = self.plane
         try:
-            noted = await self.read(lambda: plane.rollouts.observe(endpoint, flows, plane.now))
+            noted = await self.serve(lambda: plane.rollouts.observe(endpoint, flows, plane.now))
             if noted.foreign:
                 log.warning("flows of others' workloads were reported", endpoint=endpoint, count=noted.foreign)
             if any(one.verdict == "deny" for one in flows):
@@ -313,7 +331,7 @@ class Service:
     # ---- enrolment
 
     async def enroll(self, request: EnrollRequest) -> EnrollReply:
-        reply, _ = await self.change(lambda: self.plane.enroll(request))
+        reply = await self.accept(lambda: self.plane.enroll(request))
         # Whoever holds the keys before this enrolment is out.
         self._close([reply.endpoint], "enrolled anew")
         self.reports.pop(reply.endpoint, None)

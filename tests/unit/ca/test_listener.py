@@ -137,6 +137,18 @@ async def test_established_connections_are_bounded(tmp_path: Path) -> None:
         await asyncio.gather(*(w.wait_closed() for w in writers), return_exceptions=True)
 
 
+async def test_slow_handshakes_hold_nobody_up(tmp_path: Path) -> None:
+    """More silent ones than have a turn: each has its turn for a while, and then the next comes, and an honest machine."""
+    async with served(tmp_path, Caps(at_once=2, turn_s=0.02, grace_s=60)) as server:
+        socks = [await half_open(server) for _ in range(9)]
+        await until(lambda: server.front.half_open == 9)
+        assert await join(server, tmp_path, "a") == "a"
+        for sock in socks:
+            sock.close()
+        await until(lambda: server.front.half_open == 0)
+        await until(lambda: not server.front._turns.locked())
+
+
 async def test_a_handshake_has_an_end(tmp_path: Path) -> None:
     async with served(tmp_path, Caps(handshake_s=0.2)) as server:
         sock = await half_open(server)
