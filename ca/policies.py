@@ -17,7 +17,7 @@ from ca.store import any_of
 from identity.errors import BadInput, BadPolicy, Conflict, NotFound, NotVerified, Refused
 from identity.records import PolicyFile, PolicyRecord, PolicyTrial, unverified
 from identity.wire.admin import ExplainReply, PolicyFileIn, PolicyReply
-from policy import language
+from policy import foreign, language
 from policy.classes import Classes
 from policy.compile import compile_policy, inactive
 from policy.explain import explain
@@ -170,6 +170,13 @@ class Policies:
                 file=first.where.file, line=first.where.line, column=first.where.column,
                 hint="remove review:, or set up an authority: retinue policy authority new",
             )  # fmt: skip
+        own = str(self._desk.trust_domain)
+        for rule in policy.rules():
+            if own in foreign.trust_domains(rule.src):
+                raise BadPolicy(
+                    "policy.foreign", f"{own} is this trust domain itself, so {rule.id} would select nobody",
+                    file=rule.where.file, line=rule.where.line, column=rule.where.column, hint="write workload: NAME, or under: PATH",
+                )  # fmt: skip
         program = compile_policy(policy, now, known)
         self._tests(policy, program, known, flow_store.recording(tx, now))
         return policy, program
@@ -356,7 +363,8 @@ class Policies:
         with self._desk.store.read() as tx:
             known = subjects(rows.instances(tx))
             current = newest(tx)
-        one, other = _known(known, src), _known(known, dst)
+        own = str(self._desk.trust_domain)
+        one, other = _known(known, src, own), _known(known, dst, own)
         staged = current.staged() if current else Staged(Policy(digest=""))
         asleep = tuple(rule for policy in staged.policies for rule in inactive(policy, now, known))
         found = explain(staged.program(now, known), one, other, number, port, asleep=asleep)
@@ -421,7 +429,9 @@ def _reply(row: PolicyRow) -> PolicyReply:
     )  # fmt: skip
 
 
-def _known(known: dict[str, Subject], name: str) -> Subject:
+def _known(known: dict[str, Subject], name: str, own: str) -> Subject:
+    if foreign.is_foreign(name) and (one := foreign.subject_beside(name, own)) is not None:
+        return one
     if name not in known:
         raise NotFound(
             "workload.unknown",

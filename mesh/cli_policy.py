@@ -134,11 +134,14 @@ def _subjects(path: Path | None) -> tuple[Subject, ...]:
 
 
 def _find(subjects: tuple[Subject, ...], name: str) -> Subject:
+    from policy import foreign
     from policy.document import nearest
 
     for one in subjects:
         if one.name == name or (one.spiffe_id and one.spiffe_id == name):
             return one
+    if foreign.is_foreign(name):
+        return foreign.subject(name)
     raise NotFound(
         "policy.subject",
         f"the inventory has no workload {ascii(name)[:80]}",
@@ -214,7 +217,7 @@ def run_file_tests(
 
 @app.command(epilog="Example: retinue policy explain shop/web shop/api tcp/8080 -p shop.yaml -i inventory.yaml")
 def explain(
-    src: Annotated[str, typer.Argument(metavar="SRC", help="The workload that asks.")],
+    src: Annotated[str, typer.Argument(metavar="SRC", help="The workload that asks, or a SPIFFE ID of another trust domain.")],
     dst: Annotated[str, typer.Argument(metavar="DST", help="The workload that is asked.")],
     flow: Annotated[str, typer.Argument(metavar="PORT", help="tcp/443, 443 or icmp.")],
     policy: Policies,

@@ -42,6 +42,7 @@ from mesh.inside import GATEWAY4, GATEWAY6
 from mesh.plan import AttachmentPlan, Overlay
 from mesh.snapshot import InstanceKey, instance_key
 from mesh.uplink import boottime
+from policy import foreign
 from policy.ports import proto_name, proto_number
 from policy.program import Subject
 from policy.trust import describe
@@ -390,6 +391,8 @@ async def explain(agent: Agent, src: str, dst: str, proto: str, port: int | None
 
 
 def _subject(agent: Agent, name: str) -> Subject | None:
+    if foreign.is_foreign(name):
+        return foreign.subject_beside(name, agent.uplink.trust.trust_domain.name)
     placements = agent.in_force.view.snapshot.placements if agent.in_force else {}
     for key, record in sorted(placements.items()):
         if record.state == "active" and name in {record.name, key}:

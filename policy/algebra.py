@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 
 from policy.evaluate import matches
+from policy.foreign import trust_domains
 from policy.nets import covers, ranges_of
 from policy.program import (
     AllOf,
@@ -26,8 +27,10 @@ _TRIES = 64  # combinations of `any` tried for a witness
 
 
 def implies(one: Selector, other: Selector) -> bool:
-    """True only when every inside subject that `one` selects is selected by `other` too."""
-    if one == other or isinstance(one, Nothing) or isinstance(other, Everything):
+    """True only when every inside or foreign subject that `one` selects is selected by `other` too."""
+    if one == other or isinstance(one, Nothing):
+        return True
+    if isinstance(other, Everything) and not trust_domains(one):
         return True
     if isinstance(one, AnyOf):
         return all(implies(term, other) for term in one.terms)

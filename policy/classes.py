@@ -77,7 +77,7 @@ class _Reads:
             value = subject.labels.get(key)
             if value is not None and (value in self.labels.get(key, ()) or key in self.present):
                 labels.append((key, value if value in self.labels.get(key, ()) else None))
-        name = subject.name if subject.name in self.names else ""
+        name = subject.name if subject.foreign or subject.name in self.names else ""
         under: tuple[str, ...] = ()
         if self.prefixes:
             parts = subject.name.split("/")
@@ -221,7 +221,7 @@ class Classes:
         return number
 
     def _audits_of(self, subject: Subject) -> tuple[int, int, int]:
-        if subject.nets or not self.program.audits or matches(self.program.held, subject):
+        if subject.nets or subject.foreign or not self.program.audits or matches(self.program.held, subject):
             return 0, 0, 0
         members = within = about = 0
         for bit, audit in enumerate(self.program.audits):

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 
+from policy import foreign
 from policy.model import Consent, Policy, PolicyRule, Segment
 from policy.program import (
     Action,
@@ -148,7 +149,7 @@ def _segment_tier(
             and (running is None or grant.ends_with not in running)
         ):
             reason = f"workload {grant.ends_with} has ended"
-        yield _rule(rule, both(rule.src, under), both(rule.dst, under), None), reason
+        yield _rule(rule, both(rule.src, _source(rule.src, under)), both(rule.dst, under), None), reason
     offers = [c for c in policy.consents if c.kind == "offer"]
     accepts = [c for c in policy.consents if c.kind == "accept"]
     for offer in offers:
@@ -162,8 +163,13 @@ def _segment_rule(segment: Segment, rule: PolicyRule, audit: bool) -> Rule:
     concerns = both(segment.members, under) if segment.members is not None or under is not None else None
     if rule.action is Action.ALLOW and under is not None:
         # Nobody opens a door of somebody else's scope: both ends are inside, whatever the selectors say.
-        return _rule(rule, both(rule.src, under), both(rule.dst, under), concerns)
+        return _rule(rule, both(rule.src, _source(rule.src, under)), both(rule.dst, under), concerns)
     return _rule(rule, rule.src, rule.dst, concerns, audit=audit)
+
+
+def _source(src: Selector, under: Selector | None) -> Selector | None:
+    """Where the source of an allow may lie. A foreign identity lies in nobody's scope: who is asked alone decides."""
+    return AnyOf((under, foreign.EVERY)) if under is not None and foreign.trust_domains(src) else under
 
 
 def _rule(rule: PolicyRule, src: Selector, dst: Selector, concerns: Selector | None, *, audit: bool = False) -> Rule:

@@ -5,6 +5,7 @@ the same matching rules. Tests, simulation, audit, explain, the gateway and the 
 
 Who a selector matches:
     an inside subject (no `nets`)  Everything, Named, Under, In, Exists by its name and labels; never Nets
+    a foreign subject              Named and Under by its SPIFFE ID; never Everything or a label
     an outside subject (`nets`)    Named, Under, In, Exists by its own name and labels; Nets when all of its addresses
                                    are in; never Everything
     Not, AllOf, AnyOf              plain Boolean algebra over the above (an empty AllOf is true, an empty AnyOf false)
@@ -99,7 +100,7 @@ def matches(selector: Selector, subject: Subject) -> bool:
     if isinstance(selector, Not):
         return not matches(selector.term, subject)
     if isinstance(selector, Everything):
-        return not subject.nets
+        return not subject.nets and not subject.foreign
     if isinstance(selector, Exists):
         return selector.key in subject.labels
     if isinstance(selector, Under):
@@ -202,7 +203,7 @@ def _permitted(program: Program, src: Subject, dst: Subject, default: Action) ->
 
 def covered(program: Program, src: Subject, dst: Subject) -> Audit | None:
     """The audit that holds the pair open where the rules deny by default alone."""
-    if src.nets or dst.nets or matches(program.held, src) or matches(program.held, dst):
+    if src.nets or dst.nets or src.foreign or dst.foreign or matches(program.held, src) or matches(program.held, dst):
         return None
     known: bool | None = None
     for audit in program.audits:

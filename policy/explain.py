@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from policy import foreign
 from policy.compile import GUARDRAILS, SEGMENTS, Inactive
 from policy.document import quote
 from policy.evaluate import Decision, evaluate, matches, possible, show_flow, strict
@@ -265,7 +266,7 @@ def _unmet(selector: Selector, subject: Subject, end: End) -> list[_Failure]:
     if isinstance(selector, AnyOf) and selector.terms:
         return min((_unmet(term, subject, end) for term in selector.terms), key=len)
     edit = None
-    if isinstance(selector, In) and not subject.nets and selector.values:
+    if isinstance(selector, In) and not subject.nets and not subject.foreign and selector.values:
         edit = SetLabel(subject.name, selector.key, min(selector.values))
     elif isinstance(selector, Not) and isinstance(selector.term, In | Exists):
         edit = SetLabel(subject.name, selector.term.key, None)
@@ -299,7 +300,8 @@ def show(selector: Selector) -> str:
     if isinstance(selector, AnyOf):
         return " or ".join(show(t) for t in selector.terms) or "nobody"
     if isinstance(selector, Named):
-        return f"workload {', '.join(sorted(selector.names))}"
+        names = ", ".join(sorted(selector.names))
+        return names if all(map(foreign.is_foreign, selector.names)) else f"workload {names}"
     if isinstance(selector, Under):
         return f"below {selector.prefix}"
     if isinstance(selector, Nets):
@@ -383,7 +385,8 @@ def _slug(name: str) -> str:
 
 def _snippet(rule: Rule, src: Subject, dst: Subject, proto: int, port: int | None) -> str:
     """A file's `segments:` section with the rule; it can be merged into a file or added as one."""
-    ends = f"from: {{workload: {quote(src.name)}}}, to: {{workload: {quote(dst.name)}}}"
+    source = quote(src.name) if src.foreign else f"{{workload: {quote(src.name)}}}"
+    ends = f"from: {source}, to: {{workload: {quote(dst.name)}}}"
     flow = show_flow(proto, port)
     on = flow if not flow.isdigit() else quote(flow)
     return f"segments:\n  - name: {_segment_name(rule.id)}\n    {rule.action}:\n      - {{id: {rule.id}, {ends}, on: {on}}}\n"

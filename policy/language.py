@@ -17,6 +17,7 @@ from identity.errors import BadInput, BadPolicy
 from identity.labels import KEY, VALUE
 from identity.names import workload_path
 from policy.document import Node, parse
+from policy.foreign import trust_domains
 from policy.model import (
     AlertOn,
     Budget,
@@ -404,10 +405,15 @@ class _Loader:
             )
         self.ids[rule_id] = name
         from_node, processes = self._processes(fields["from"], action)
-        src = self.names.selector(from_node, scope, "from")
+        src = self.names.selector(from_node, scope, "from", foreign_too=True)
         dst = self.names.selector(fields["to"], scope, "to")
+        foreign = bool(trust_domains(src))
+        if foreign and (processes or "max_rate" in fields):
+            raise node.bad("policy.not_enforced", "no host sees a foreign identity, so its processes and its rate are not held to anything",
+                           hint="write the ceiling into the rule of the workload that stands in for it at the gateway")  # fmt: skip
         if action is Action.ALLOW:
-            self._inside(scope, fields["from"], src)
+            if not foreign:
+                self._inside(scope, fields["from"], src)
             self._inside(scope, fields["to"], dst)
         elif scope and provably_outside(src, scope) and provably_outside(dst, scope):
             raise fields["to"].bad(
@@ -516,7 +522,7 @@ class _Loader:
             on = Node("scalar", to.file, to.line, to.column + len(target) + 1, word)
         self.tests.append(
             FlowTest(
-                self.names.selector(fields["from"], scope, "from"),
+                self.names.selector(fields["from"], scope, "from", foreign_too=True),
                 self.names.selector(to, scope, "to"),
                 self.names.ports(on, scope, "on"),
                 expect, where(node), fields["by"].scalar("by") if "by" in fields else "",

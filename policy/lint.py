@@ -21,6 +21,7 @@ from policy.algebra import implies, witness
 from policy.classes import Classes, reach
 from policy.compile import GUARDRAILS, agree, compile_policy
 from policy.evaluate import applies, matches
+from policy.foreign import trust_domains
 from policy.model import Policy, Segment
 from policy.ports import PortMap, whole
 from policy.program import Action, Everything, Program, Rule, Selector, Subject, Where
@@ -139,7 +140,7 @@ def _empty(policy: Policy, program: Program, subjects: Sequence[Subject]) -> Ite
                 where,
                 "it asks for things that exclude each other",
             )
-        elif subjects and not any(matches(selector, s) for s in subjects):
+        elif subjects and not trust_domains(selector) and not any(matches(selector, s) for s in subjects):
             yield Finding(
                 "L03",
                 "info",

@@ -26,6 +26,7 @@ from policy.ports import ANYTHING, PortMap
 
 Direction = Literal["egress", "ingress"]
 BOTH: tuple[Direction, Direction] = ("egress", "ingress")
+FOREIGN = "spiffe://"  # how the name of a subject of another trust domain begins; names of our own have no colon
 
 
 class Action(StrEnum):
@@ -48,12 +49,19 @@ class Where:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """Who asks or is asked: a workload, host, operator, or an address range outside (then `nets` says which)."""
+    """Who asks or is asked: a workload, host, operator, an address range outside (then `nets` says which), or an
+    identity of another trust domain (then `name` is its SPIFFE ID).
+    """
 
     name: str
     labels: Mapping[str, str] = field(default_factory=dict)
     spiffe_id: str = ""
     nets: tuple[str, ...] = ()  # addresses behind or outside; empty for an inside identity
+
+    @property
+    def foreign(self) -> bool:
+        """Is it of another trust domain?"""
+        return self.name.startswith(FOREIGN)
 
     def __hash__(self) -> int:
         return hash((self.name, self.spiffe_id))

@@ -5,6 +5,7 @@ web                          the group web (own scope first, then its ancestors)
 {app: shop, role: [a, b]}    labels, all of them; a list means one of; "*" means the label exists
 {not: S} {any: [S, S]} {all: [S, S]}
 {workload: shop/api} {under: shop} {group: web}
+spiffe://other.example/shop/web      an identity of another trust domain, as a source; spiffe://other.example/shop/* below it
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Final
 from identity.errors import BadInput, BadPolicy
 from identity.labels import KEY, VALUE
 from identity.names import workload_path
+from policy import foreign
 from policy.document import Node, nearest
 from policy.model import Group, Service
 from policy.ports import NAMES, PortMap, parse_ports, union
@@ -122,8 +124,8 @@ class Names:
 
     # ---- who
 
-    def selector(self, node: Node, scope: str, what: str) -> Selector:
-        """Read a selector. Raises BadPolicy."""
+    def selector(self, node: Node, scope: str, what: str, *, foreign_too: bool = False) -> Selector:
+        """Read a selector; `foreign_too`: it may name identities of other trust domains. Raises BadPolicy."""
         outer, self.spent = self.spent, 0
         found = self._selector(node, scope, what)
         self.spent = outer
@@ -131,6 +133,9 @@ class Names:
         if terms > MAX_TERMS or nesting > MAX_NESTING:
             raise node.bad("policy.too_complex", f"{what} has {terms} terms, nested {nesting} deep, once its groups are written out",
                            hint=f"at most {MAX_TERMS} terms and {MAX_NESTING} levels")  # fmt: skip
+        if not foreign_too and (domains := foreign.trust_domains(found)):
+            raise node.bad("policy.foreign", f"{what} cannot name identities of another trust domain ({min(domains)})",
+                           hint="they are sources only: name them in from of a rule, a grant or a test")  # fmt: skip
         return found
 
     def _selector(self, node: Node, scope: str, what: str) -> Selector:
@@ -141,6 +146,8 @@ class Names:
                 hint='an empty selector never means everybody; write "*" for that',
             )
         if node.kind == "scalar":
+            if foreign.is_foreign(node.text):
+                return self._foreign(node)
             return Everything() if node.text == "*" else self.group(node, node.text, scope)
         if node.kind == "list":
             return _any(tuple(self._selector(item, scope, what) for item in node.items))
@@ -149,7 +156,11 @@ class Names:
     def _term(self, key: str, key_node: Node, value: Node, scope: str, what: str) -> Selector:
         if key == "not":
             # Inside only: a negation must not reach addresses outside the mesh.
-            return AllOf((Everything(), Not(self._selector(value, scope, "not"))))
+            inner = self._selector(value, scope, "not")
+            if foreign.trust_domains(inner):
+                raise value.bad("policy.foreign", "not: selects among our own workloads, so it cannot leave out foreign identities",
+                                hint="name the foreign identities that are meant")  # fmt: skip
+            return AllOf((Everything(), Not(inner)))
         if key in {"any", "all"}:
             nodes = value.sequence(key)
             if not nodes:
@@ -173,6 +184,13 @@ class Names:
                 hint="only directly in `from` of an allow rule or a grant: where the process runs is where it is checked",
             )
         return self._label(key, key_node, value, scope)
+
+    def _foreign(self, node: Node) -> Selector:
+        try:
+            return foreign.selector(node.text)
+        except BadInput as error:
+            raise node.bad("policy.foreign", f"not a foreign identity: {ascii(node.text)[:80]}",
+                           hint=error.hint or "write spiffe://other.example/shop/web, or spiffe://other.example/shop/*") from None  # fmt: skip
 
     def _label(self, key: str, key_node: Node, value: Node, scope: str) -> Selector:
         known = self.known_labels(scope)
@@ -235,7 +253,7 @@ class Names:
         name_node, body = self.group_nodes[key]
         self.open_groups.append(key)
         outer, self.used = self.used, set()
-        selector = self.selector(body, key[0], f"group {key[1]}")
+        selector = self.selector(body, key[0], f"group {key[1]}", foreign_too=True)
         group = Group(key[1], key[0], selector, where(name_node), tuple(sorted(self.used)))
         self.used = outer
         self.open_groups.pop()
