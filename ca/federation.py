@@ -235,7 +235,7 @@ def verify_foreign(
     *, expect: str | None = None,
 ) -> SpiffeId:  # fmt: skip
     """The identity of another domain's SVID, under that domain's roots alone. Raises NotVerified."""
-    found = certs.verify_chain(chain, roots, trust_domain, now).spiffe_id
+    found = certs.verify_chain(chain, roots, trust_domain, now, profile=certs.FOREIGN).spiffe_id
     if expect is not None and str(found) != expect:
         raise NotVerified("federation.server", f"the server is {found}, not {expect}")
     return found

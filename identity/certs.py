@@ -78,6 +78,8 @@ WORKLOAD: Final = Profile("workload", WORKLOAD_LIFETIME, kinds=("wl",))
 SERVER: Final = Profile("server", SERVER_LIFETIME, kinds=("cp",))
 SIGNER: Final = Profile("signer", SIGNER_LIFETIME, tls=False, kinds=("cp",))
 ADMIN: Final = Profile("admin", ADMIN_LIFETIME, kinds=("admin",))
+# A leaf of another trust domain: of any layout, with the two more key usages that X509-SVID section 4.3 leaves to it.
+FOREIGN: Final = Profile("foreign", WORKLOAD_LIFETIME)
 # One root's word on another (RFC 4210 section 4.4, new with old and old with new). It says that both are roots of one
 # trust domain and is no step of any path: its path length lets it issue no authority.
 LINK: Final = Profile("link", ROOT_LIFETIME, path_length=0, tls=False)
@@ -90,6 +92,7 @@ _UNREADABLE: Final = (
 
 _TLS_USAGES: Final = frozenset({ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH})
 _LEAF_USAGE: Final = frozenset({"digital_signature"})
+_FOREIGN_USAGE: Final = frozenset({"key_encipherment", "key_agreement"})
 _CA_USAGE: Final = frozenset({"key_cert_sign"})
 _USAGE_BITS: Final = (
     "digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
@@ -376,7 +379,8 @@ def verify_chain(
 ) -> Svid:  # fmt: skip
     """Verify a chain (leaf first, root optional) against the roots of one trust domain.
 
-    `profile` only tells TLS leaves (ENDPOINT, WORKLOAD, SERVER are the same here) from record signers (SIGNER).
+    `profile` only tells TLS leaves (ENDPOINT, WORKLOAD, SERVER are the same here) from those of another trust domain
+    (FOREIGN) and from record signers (SIGNER).
     Raises NotVerified with one code a reason: ``chain.*`` for the shape of the input, ``cert.*`` for a rule broken,
     ``cert.untrusted`` when no path of valid signatures leads to a root.
     """
@@ -482,7 +486,8 @@ def _check_readable(cert: x509.Certificate) -> None:
     for extension in extensions:
         if isinstance(extension.value, x509.NameConstraints):
             raise NotVerified("cert.name_constraints", "name constraints are not supported")
-        if extension.critical and isinstance(extension.value, x509.UnrecognizedExtension):
+        # RFC 5280 section 4.2: to be refused when it is not processed, and what the library can read is not processed for that.
+        if extension.critical and extension.oid not in _PROFILE_EXTENSIONS:
             raise NotVerified("cert.critical", "a certificate has a critical extension that is not known here")
 
 
@@ -527,7 +532,8 @@ def _check_leaf(cert: x509.Certificate, trust_domain: TrustDomain, profile: Prof
     """X509-SVID section 5.2 and 4.3-4.4 for a leaf."""
     if _is_ca(cert):
         raise NotVerified("cert.leaf_is_ca", "a leaf certificate must not be an authority")
-    if _usage(cert) != _LEAF_USAGE:
+    more = _usage(cert) - _LEAF_USAGE
+    if not _usage(cert) >= _LEAF_USAGE or (more and not (profile is FOREIGN and more <= _FOREIGN_USAGE)):
         raise NotVerified("cert.key_usage", "the key usage of a leaf is digitalSignature and nothing else")
     try:
         usages = frozenset(cert.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value)

@@ -18,7 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding
-from cryptography.x509.oid import ExtendedKeyUsageOID, ObjectIdentifier
+from cryptography.x509.oid import AuthorityInformationAccessOID, ExtendedKeyUsageOID, ObjectIdentifier
 
 from identity import certs
 from tests.unit.identity.conftest import NOW, Forge, Pair, lifetime, replace
@@ -193,6 +193,12 @@ def leaves(forge: Forge) -> Iterator[Case]:
     own = x509.UnrecognizedExtension(ObjectIdentifier("1.3.6.1.4.1.99999.1"), b"\x05\x00")
     made = forge.leaf(change=lambda b: b.add_extension(own, critical=True))
     yield Case("an unknown critical extension", [made.cert, inter], "cert.critical", "agrees")
+    # Known to the library, so never "unknown" to it, and processed by nobody.
+    access = x509.AuthorityInformationAccess([x509.AccessDescription(AuthorityInformationAccessOID.OCSP, x509.DNSName("a"))])
+    for name, ignored, verdict in (("authority information access", access, "agrees"), ("precertificate poison", x509.PrecertPoison(), "agrees"),
+                                   ("policies", x509.CertificatePolicies([x509.PolicyInformation(ObjectIdentifier("1.2.3"), None)]), "laxer")):  # fmt: skip
+        made = forge.leaf(change=lambda b, ignored=ignored: b.add_extension(ignored, critical=True))
+        yield Case(f"critical {name}", [made.cert, inter], "cert.critical", verdict)
     made = forge.leaf(change=lambda b: b.add_extension(x509.NameConstraints([x509.DNSName("a")], None), critical=True))
     yield Case("name constraints on a leaf", [made.cert, inter], "cert.name_constraints", "laxer")
     for name, key in (
