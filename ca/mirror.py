@@ -7,9 +7,10 @@ force, is reported and tried again; everything else goes on.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 import structlog
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, bindparam, select
 
 from ca import recovery, schema
 from ca.policies import InForce, PolicyRow, newest_raw, parse_row
@@ -23,6 +24,13 @@ from policy.rollout import Staged
 log = structlog.get_logger("retinue.ca.mirror")
 
 BUNDLE = "bundle"  # the name in `meta` as well
+_ENDPOINT: Final = select(schema.endpoints).where(schema.endpoints.c.name == bindparam("name"))
+_INSTANCE: Final = select(schema.instances).where(
+    schema.instances.c.name == bindparam("name"), schema.instances.c.instance == bindparam("instance")
+)
+_HOLDERS: Final = select(schema.holdings.c.endpoint).where(
+    schema.holdings.c.name == bindparam("name"), schema.holdings.c.instance == bindparam("instance")
+)
 Thing = tuple[str, str]  # (kind, key) of the change log
 
 
@@ -124,25 +132,14 @@ class Mirror:
                 ).scalar_one_or_none()
                 return lambda: world.set_foreign(key, found)
             case "endpoint":
-                raw = (
-                    tx.execute(select(schema.endpoints).where(schema.endpoints.c.name == key)).mappings().one()
-                )
+                raw = tx.execute(_ENDPOINT, {"name": key}).mappings().one()
                 out = recovery.quarantined(tx, key)
                 return lambda: world.set_endpoint(endpoint_fact(EndpointRow.of(raw), out=out))
             case "instance":
                 name, _, number = key.rpartition("/")
-                c = schema.instances.c
-                found = (
-                    tx.execute(select(schema.instances).where(c.name == name, c.instance == int(number)))
-                    .mappings()
-                    .one()
-                )
-                h = schema.holdings.c
-                former = (
-                    tx.execute(select(h.endpoint).where(h.name == name, h.instance == int(number)))
-                    .scalars()
-                    .all()
-                )
+                which = {"name": name, "instance": int(number)}
+                found = tx.execute(_INSTANCE, which).mappings().one()
+                former = tx.execute(_HOLDERS, which).scalars().all()
                 return lambda: world.set_instance(instance_fact(InstanceRow.of(found), frozenset(former)))
         raise Bug("change.kind", f"a change of unknown kind {kind!a}")
 

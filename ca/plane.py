@@ -257,8 +257,8 @@ class Plane:
         self.registry.record_serial(
             serial=about.serial, issuer=about.issuer, profile=about.profile, spiffe_id=about.spiffe_id, spki=about.spki,
             endpoint=self._issuing_for, issued=self.now, not_after=about.not_after,
+            also=self.returns.note(about, self._issuing_for),
         )  # fmt: skip
-        self.returns.note(about, self._issuing_for)
 
     @contextmanager
     def issuing(self, endpoint: str) -> Iterator[None]:

@@ -13,7 +13,7 @@ import json
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
 from ca import audit, rows, schema
 from ca.store import Store
@@ -23,6 +23,8 @@ from identity.wire.recovery import HostStanding
 WINDOW_S: Final = 30 * 86400
 BUDGET: Final = 1  # automatic recoveries in a window
 _C: Final = schema.credentials.c
+_CREDENTIAL: Final = select(schema.credentials).where(_C.endpoint == bindparam("endpoint"))
+_OUT: Final = select(_C.endpoint).where(_C.endpoint == bindparam("endpoint"), _C.quarantined_at.is_not(None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,15 +42,13 @@ class Credential:
 
 
 def get(tx: Connection, endpoint: str) -> Credential | None:
-    row = tx.execute(select(schema.credentials).where(_C.endpoint == endpoint)).mappings().first()
+    row = tx.execute(_CREDENTIAL, {"endpoint": endpoint}).mappings().first()
     return None if row is None else Credential(**{**row, "recoveries": tuple(json.loads(row["recoveries"]))})
 
 
 def quarantined(tx: Connection, endpoint: str) -> bool:
     """Is an endpoint out until an administrator has looked at it?"""
-    return tx.execute(
-        select(_C.endpoint).where(_C.endpoint == endpoint, _C.quarantined_at.is_not(None))
-    ).first() is not None  # fmt: skip
+    return tx.execute(_OUT, {"endpoint": endpoint}).first() is not None
 
 
 def begin(tx: Connection, endpoint: str, serial: str, spki: str) -> None:

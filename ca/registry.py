@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import ipaddress
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, bindparam, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from ca import audit, rows, schema, transparency
@@ -30,6 +30,8 @@ from identity.names import SpiffeId, host_name, workload_path
 from identity.records import EndpointRecord
 
 MAX_UNDERLAY: Final = 16
+_INSERT_SERIAL: Final = insert(schema.serials)
+_SERIAL: Final = select(schema.serials).where(schema.serials.c.serial == bindparam("serial"))
 KEEP_TOKENS_S: Final = 30 * 86400  # spent and expired tokens stay readable this long
 
 
@@ -307,7 +309,7 @@ class Registry:
                     "caller.revoked", f"{row.name} was revoked", hint="enrol it anew with a new token"
                 )
             kept = (
-                tx.execute(select(schema.serials).where(schema.serials.c.serial == f"{serial:x}"))
+                tx.execute(_SERIAL, {"serial": f"{serial:x}"})
                 .mappings()
                 .first()
             )
@@ -402,20 +404,27 @@ class Registry:
     # ---- certificates
 
     def record_serial(self, *, serial: int, issuer: str, profile: str, spiffe_id: str, spki: str, endpoint: str | None,
-                      issued: int, not_after: int) -> None:  # fmt: skip
-        """Commit a serial before anything is signed under it. Raises Conflict for one that exists."""
+                      issued: int, not_after: int, also: Callable[[Connection], None] | None = None) -> None:  # fmt: skip
+        """Commit a serial before anything is signed under it. Raises Conflict for one that exists, and what `also` raises.
+
+        also: written with it, alone among writers.
+        """
+        store = self._desk.store
         try:
-            with self._desk.store.record() as tx:
+            with store.record() if also is None else store.write() as tx:
                 tx.execute(
-                    insert(schema.serials).values(
-                        serial=f"{serial:x}", issuer=issuer, profile=profile, spiffe_id=spiffe_id, spki=spki,
-                        endpoint=endpoint, issued=issued, not_after=not_after,
-                    )
+                    _INSERT_SERIAL,
+                    {
+                        "serial": f"{serial:x}", "issuer": issuer, "profile": profile, "spiffe_id": spiffe_id, "spki": spki,
+                        "endpoint": endpoint, "issued": issued, "not_after": not_after,
+                    },
                 )  # fmt: skip
                 transparency.record_certificate(tx, issued, endpoint, {
                     "issuer": issuer, "serial": f"{serial:x}", "profile": profile, "spiffe_id": spiffe_id, "spki": spki,
                     "not_after": not_after,
                 })  # fmt: skip
+                if also is not None:
+                    also(tx)
         except IntegrityError:
             raise Conflict("serial.twice", "a certificate serial was drawn twice", hint="try again") from None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
@@ -18,6 +18,8 @@ from identity.wire.enroll import RenewReply, RenewRequest
 from identity.wire.recovery import RecoverRequest
 
 if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
     from ca.authority import Issuing
     from ca.plane import Plane
     from ca.rows import EndpointRow
@@ -34,15 +36,21 @@ class Returns:
 
     # ---- between the serial and the signature
 
-    def note(self, about: Issuing, endpoint: str | None) -> None:
-        """An endpoint's certificate is about to be signed. Raises Conflict when another renewal was first."""
+    def note(self, about: Issuing, endpoint: str | None) -> Callable[[Connection], None] | None:
+        """What is to be written with the serial of an endpoint's certificate; None for any other certificate.
+
+        It raises Conflict when another renewal was first.
+        """
         if endpoint is None or about.profile != certs.ENDPOINT.name:
-            return
-        with self._plane.store.write() as tx:
+            return None
+
+        def write(tx: Connection) -> None:
             if self._shown is None:
                 recovery.begin(tx, endpoint, f"{about.serial:x}", about.spki)
             elif not recovery.advance(tx, endpoint, f"{about.serial:x}", about.spki, self._shown):
                 raise Conflict("renew.twice", f"{endpoint} is being renewed by another request", hint="try again")
+
+        return write
 
     @contextmanager
     def _renewing(self, shown: str) -> Iterator[None]:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
-from sqlalchemy import Connection, RowMapping, select
+from sqlalchemy import Connection, RowMapping, bindparam, select
 
 from ca import schema
 from ca.store import any_of
 from identity.errors import NotFound, Refused
 from identity.names import TrustDomain
+
+_ENDPOINT: Final = select(schema.endpoints).where(schema.endpoints.c.name == bindparam("name"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ class TokenRow:
 
 
 def endpoint_or_none(tx: Connection, name: str) -> EndpointRow | None:
-    row = tx.execute(select(schema.endpoints).where(schema.endpoints.c.name == name)).mappings().first()
+    row = tx.execute(_ENDPOINT, {"name": name}).mappings().first()
     return None if row is None else EndpointRow.of(row)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 from uuid import uuid4
 
-from sqlalchemy import Connection, Engine, create_engine, event, func, insert, select, update
+from sqlalchemy import Connection, Engine, bindparam, create_engine, event, func, insert, select, update
 from sqlalchemy.exc import DatabaseError, DBAPIError, IntegrityError, OperationalError
 
 from ca import postgres
@@ -30,6 +30,17 @@ from ca.schema import SCHEMA_VERSION, WRITER_LOCK, changes, meta, metadata, trig
 from identity.errors import BadInput, BadState, Conflict, RetinueError, Unreachable
 
 BUSY_MS: Final = 5000  # how long one writer waits for another process
+
+# What every request runs is built once.
+_INSERT_CHANGE: Final = insert(changes)
+_REVISION: Final = select(func.coalesce(func.max(changes.c.revision), 0))
+_CHANGES_AFTER: Final = (
+    select(changes.c.revision, changes.c.kind, changes.c.key)
+    .where(changes.c.revision > bindparam("after"))
+    .order_by(changes.c.revision)
+)
+_VALUE: Final = select(meta.c.value).where(meta.c.key == bindparam("name"))
+
 
 @dataclass(frozen=True, slots=True)
 class Change:
@@ -209,23 +220,19 @@ class Store:
     @staticmethod
     def log(tx: Connection, now: int, kind: str, key: str) -> int:
         """Append one change inside the caller's transaction and return its revision."""
-        result = tx.execute(insert(changes).values(at=now, kind=kind, key=key))
+        result = tx.execute(_INSERT_CHANGE, {"at": now, "kind": kind, "key": key})
         assert result.inserted_primary_key is not None
         return int(result.inserted_primary_key[0])
 
     @staticmethod
     def revision(tx: Connection) -> int:
         """Newest committed (or own) revision; 0 before the first change."""
-        return int(tx.execute(select(func.coalesce(func.max(changes.c.revision), 0))).scalar_one())
+        return int(tx.execute(_REVISION).scalar_one())
 
     @staticmethod
     def changes_after(tx: Connection, revision: int) -> Sequence[Change]:
         """Changes after a revision, in commit order."""
-        rows = tx.execute(
-            select(changes.c.revision, changes.c.kind, changes.c.key)
-            .where(changes.c.revision > revision)
-            .order_by(changes.c.revision)
-        )
+        rows = tx.execute(_CHANGES_AFTER, {"after": revision})
         return [Change(*row) for row in rows]
 
     # ---- small values
@@ -233,7 +240,7 @@ class Store:
     @staticmethod
     def get(tx: Connection, key: str) -> str | None:
         """A value of `meta`, or None."""
-        value: str | None = tx.execute(select(meta.c.value).where(meta.c.key == key)).scalar_one_or_none()
+        value: str | None = tx.execute(_VALUE, {"name": key}).scalar_one_or_none()
         return value
 
     @staticmethod

@@ -25,6 +25,7 @@ from identity.transparency import act_leaf, canonical, certificate_leaf, record_
 ACT: Final = "act"
 CERTIFICATE: Final = "certificate"
 BATCH: Final = 20_000  # leaves placed in one transaction at most
+_INSERT: Final = insert(ledger)
 CACHE: Final = 200_000  # subtrees kept in memory, about 100 bytes each
 
 
@@ -89,7 +90,7 @@ def record_certificate(tx: Connection, at: int, endpoint: str | None, about: Map
 
 
 def _append(tx: Connection, found: bytes, **values: Any) -> None:
-    tx.execute(insert(ledger).values(hash=found.hex(), **values))
+    tx.execute(_INSERT, {"hash": found.hex(), **values})
 
 
 # ---- reading
