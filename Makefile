@@ -71,6 +71,9 @@ chaos: setup  ## break everything on purpose: the failure table with figures; wr
 sim: setup  ## simulated meshes on virtual time, by seed; ARGS="--seeds 10000"
 	@$(BIN)/python -m tests.sim $(ARGS)
 
+machine: setup  ## moves, crashes and restores over the real code, 500 random stories
+	@RETINUE_MACHINE=500 $(BIN)/python -m pytest -q -k promises tests/model/test_move_machine.py
+
 docs: setup  ## generate docs/reference from the code
 	@$(BIN)/python tools/reference_docs.py
 
