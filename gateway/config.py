@@ -9,12 +9,14 @@
     certificate = "server.pem"             # relative to this file
     key = "server.key"
     client_ca = ["partners.pem"]           # besides the trust domain's own roots
+    # or: federation = "other.example"     # client certificates of that trust domain, and of no other
 
     [[caller]]                             # an outside caller = a registered workload placed on this host
     workload = "partner/acme"
     token_sha256 = ["<hex>"]               # of the bearer token
     spki_sha256 = ["<hex>"]                # of the client certificate's public key
     spiffe_id = ["spiffe://..."]           # of a client certificate of this trust domain
+    federated = ["spiffe://other.example/shop/*"]  # of one of a trust domain that ours federates with
 
     [[route]]
     host = "shop.example"                  # optional; exact
@@ -44,7 +46,8 @@ from pydantic import (
 )
 
 from identity.errors import BadInput, BadState, RetinueError
-from identity.names import SpiffeId, workload_path
+from identity.names import SpiffeId, TrustDomain, workload_path
+from policy import foreign
 
 MAX_CONFIG = 1 << 20  # bytes
 HEX64 = re.compile(r"[0-9a-f]{64}")
@@ -64,6 +67,15 @@ def _hex64(text: str) -> str:
 
 def _spiffe(text: str) -> str:
     return str(SpiffeId.parse(text))
+
+
+def _federated(text: str) -> str:
+    foreign.selector(text)
+    return text
+
+
+def _trust_domain(text: str) -> str:
+    return TrustDomain(text).name
 
 
 def _path(text: str) -> str:
@@ -115,18 +127,25 @@ class _Section(BaseModel):
 
 
 class Listen(_Section):
-    """A public listener: TLS, or with `plaintext` for use behind something that ends TLS (then bearer tokens only)."""
+    """A public listener: TLS, or with `plaintext` for use behind something that ends TLS (then bearer tokens only).
+
+    federation: it takes client certificates of this other trust domain. Each has a listener of its own, so that no two
+    trust domains ever meet in one store, in the TLS library's neither.
+    """
 
     address: Address
     certificate: File | None = None
     key: File | None = None
     client_ca: list[File] = []
     plaintext: bool = False
+    federation: Annotated[str, AfterValidator(_trust_domain)] | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> Self:
-        if self.plaintext and (self.certificate or self.key or self.client_ca):
-            raise ValueError("a plaintext listener has no certificate, key or client_ca")
+        if self.plaintext and (self.certificate or self.key or self.client_ca or self.federation):
+            raise ValueError("a plaintext listener has no certificate, key, client_ca or federation")
+        if self.federation and self.client_ca:
+            raise ValueError("a listener of a federation has no client_ca: its roots are that trust domain's alone")
         if not self.plaintext and not (self.certificate and self.key):
             raise ValueError("a listener needs certificate and key, or plaintext = true")
         return self
@@ -140,11 +159,12 @@ class Caller(_Section):
     token_sha256: list[Digest] = []
     spki_sha256: list[Digest] = []
     spiffe_id: list[Annotated[str, AfterValidator(_spiffe)]] = []
+    federated: list[Annotated[str, AfterValidator(_federated)]] = []
 
     @model_validator(mode="after")
     def _provable(self) -> Self:
-        if not (self.token_sha256 or self.spki_sha256 or self.spiffe_id):
-            raise ValueError("a caller needs token_sha256, spki_sha256 or spiffe_id")
+        if not (self.token_sha256 or self.spki_sha256 or self.spiffe_id or self.federated):
+            raise ValueError("a caller needs token_sha256, spki_sha256, spiffe_id or federated")
         return self
 
 
@@ -200,7 +220,7 @@ class Config(_Section):
             raise ValueError("trust_domain and root_fingerprint belong together")
         _unique("listen.address", [x.address for x in self.listen if not x.address.endswith(":0")])
         _unique("caller", [f"{c.workload}/{c.instance}" for c in self.caller])
-        for kind in ("token_sha256", "spki_sha256", "spiffe_id"):
+        for kind in ("token_sha256", "spki_sha256", "spiffe_id", "federated"):
             _unique(kind, [proof for c in self.caller for proof in getattr(c, kind)])
         _unique("route", [f"{r.host or '*'}{r.path}" for r in self.route])
         return self

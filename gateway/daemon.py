@@ -68,9 +68,16 @@ def tls_context(listen: Listen, view: View | None) -> ssl.SSLContext | None:
     except (OSError, ssl.SSLError) as e:
         why = e.strerror if isinstance(e, OSError) and not isinstance(e, ssl.SSLError) else "not usable PEM"
         raise BadInput("gateway.certificate", f"cannot use {file}: {why}") from None
-    if view is not None:
-        context.load_verify_locations(cadata=view.trust.roots_pem())
+    if view is not None and (roots := client_roots(listen, view)):
+        context.load_verify_locations(cadata=roots)
     return context
+
+
+def client_roots(listen: Listen, view: View) -> str:
+    """PEM roots of the one trust domain whose client certificates this listener takes; empty: none is known now."""
+    from gateway.federation import roots_pem
+
+    return view.trust.roots_pem() if listen.federation is None else roots_pem(view.foreign, listen.federation)
 
 
 class Listener:
@@ -193,8 +200,9 @@ class Gateway:
 
     def _on_view(self, ingress: Ingress, view: View) -> None:
         ingress.update(view)
-        if view.trust.roots_pem() != self._roots:  # the TLS layer must learn the new roots
-            self._roots = view.trust.roots_pem()
+        roots = "\n".join(client_roots(x, view) for x in ingress.config.listen)
+        if roots != self._roots:  # the TLS layer must learn the new roots
+            self._roots = roots
             self._refresh.set()
 
     async def _refresher(self, ingress: Ingress, server: web.Server) -> None:

@@ -23,12 +23,12 @@ from aiohttp import web
 from multidict import CIMultiDict
 from yarl import URL
 
-from gateway import headers
+from gateway import federation, headers
 from gateway.callers import Proven, identify
 from gateway.config import Config, Route
 from gateway.upstream import Upstreams
 from gateway.view import Ruling, View, refusal, refusal_text, rule_on
-from identity.errors import BadInput
+from identity.errors import BadInput, NotVerified
 from identity.records import PlacementRecord
 
 CHUNK: Final = 64 * 1024
@@ -72,7 +72,8 @@ class Exchange:
         caller = self.proven.caller.workload if self.proven else None
         return {
             "event": "request", "time": round(time.time(), 3), "id": self.id, "client": client_address(self.request),
-            "caller": caller, "proof": self.proven.by if self.proven else None, "method": self.request.method,
+            "caller": caller, "foreign": self.proven.spiffe_id if self.proven else None,
+            "proof": self.proven.by if self.proven else None, "method": self.request.method,
             "host": self.request.host[:255], "path": self.request.raw_path.partition("?")[0][:1024], "status": self.status,
             "verdict": self.ruling.code if self.ruling else None, "rule": self.ruling.rule if self.ruling else None,
             "destination": self.route.workload if self.route and self.proven else None, "upstream": self.upstream or None,
@@ -125,10 +126,12 @@ class Ingress:
             if exchange.proven is None or exchange.route is None or exchange.ruling is None or self.view is None:
                 continue
             still = exchange.proven.caller in self.config.caller and exchange.route in self.config.route
-            ruling = rule_on(self.view, exchange.proven.caller, exchange.route, self._clock())
+            now = self._clock()
+            ruling = rule_on(self.view, exchange.proven.caller, exchange.route, now, exchange.proven.spiffe_id)
             held = exchange.target is None or any(t.addresses == exchange.target.addresses for t in ruling.targets)
-            if not still or not ruling.allowed or not held:
-                exchange.outcome = "cut: policy" if still else "cut: configuration"
+            known = still_federated(self.view, exchange.proven, now)
+            if not still or not ruling.allowed or not held or not known:
+                exchange.outcome = "cut: configuration" if not still else "cut: policy" if known else "cut: federation"
                 if exchange.task is not None:
                     exchange.task.cancel()
 
@@ -197,8 +200,9 @@ class Ingress:
         request, config, view = exchange.request, self.config, self.view
         now = self._clock()
         exchange.proven = identify(
-            config.caller, client_chain(request), request.headers.get("Authorization"), view.trust if view else None, now
-        )
+            config.caller, client_chain(request), request.headers.get("Authorization"), view.trust if view else None, now,
+            view.foreign if view else None, exchange.notes,
+        )  # fmt: skip
         if exchange.proven is None:
             return self._unknown(exchange)
         if self.draining or view is None:
@@ -214,7 +218,7 @@ class Ingress:
         route = exchange.route = config.find_route(host, path)
         if route is None:
             return self._error(exchange, 404, "gateway.no_route", "no route for this host and path", {})
-        ruling = exchange.ruling = rule_on(view, exchange.proven.caller, route, now)
+        ruling = exchange.ruling = rule_on(view, exchange.proven.caller, route, now, exchange.proven.spiffe_id)
         if not ruling.allowed:
             return await self._denied(exchange, ruling, route, view)
         if (request.content_length or 0) > route.max_body:
@@ -246,8 +250,9 @@ class Ingress:
         explained: Mapping[str, Any] | None = None
         full = self.config.explain == "full"
         if full and ruling.code != "unplaced" and self.explain is not None and exchange.proven is not None:
-            explained = await self.explain(exchange.proven.caller.workload, route.workload, "tcp", route.port)
-        body = refusal(ruling, route, view, full=full, explained=explained)
+            explained = await self.explain(ruling.asked or exchange.proven.caller.workload, route.workload, "tcp", route.port)
+        foreign = exchange.proven.spiffe_id if exchange.proven is not None else None
+        body = refusal(ruling, route, view, full=full, explained=explained, spiffe_id=foreign)
         said = {"X-Request-Id": exchange.id}
         if self._wants_text(exchange.request):
             return web.Response(status=403, text=refusal_text(body), headers=said)
@@ -261,7 +266,7 @@ class Ingress:
         assert ruling.source is not None
         ours = headers.statements(
             client=client_address(request), proto="https" if request.secure else "http", host=request.host,
-            caller=ruling.source.spiffe_id, by=proven.by, request_id=exchange.id,
+            caller=proven.spiffe_id or ruling.source.spiffe_id, by=proven.by, request_id=exchange.id,
         )  # fmt: skip
         given = ((k.decode("utf-8", "surrogateescape"), v.decode("utf-8", "surrogateescape")) for k, v in request.raw_headers)
         return CIMultiDict(headers.upstream_headers(given, ours, drop_authorization=proven.consumed, websocket=websocket))
@@ -303,7 +308,7 @@ class Ingress:
                     break
             # A connection that broke may have belonged to an instance that has just moved: ask again where it is.
             if self.view is not None and exchange.proven is not None:
-                ruling = rule_on(self.view, exchange.proven.caller, route, self._clock())
+                ruling = rule_on(self.view, exchange.proven.caller, route, self._clock(), exchange.proven.spiffe_id)
             if not ruling.allowed or isinstance(last, TimeoutError | aiohttp.ClientConnectorError):
                 break
             exchange.notes["repeated"] = True
@@ -421,6 +426,17 @@ async def _pump(
 def sendable(code: object) -> int:
     """A close code that may be sent: 1005, 1006 and 1015 exist only inside an endpoint (RFC 6455 section 7.4.1)."""
     return code if isinstance(code, int) and code in CLOSE_CODES else 1000 if code in {None, 1005} else 1011
+
+
+def still_federated(view: View, proven: Proven, now: float) -> bool:
+    """Does the SVID of a foreign caller still hold under what is known of its trust domain? True for all others."""
+    if proven.foreign is None:
+        return True
+    try:
+        federation.verify(proven.foreign.chain, view.trust, view.foreign, now)
+    except NotVerified:
+        return False
+    return True
 
 
 def is_websocket(request: web.BaseRequest) -> bool:

@@ -13,10 +13,11 @@ from gateway.config import Caller, Route
 from identity.bundle import TrustBundle, open_bundle
 from identity.errors import NotVerified
 from identity.names import TrustDomain
-from identity.records import EndpointRecord, PlacementRecord, PolicyRecord
+from identity.records import EndpointRecord, ForeignBundle, PlacementRecord, PolicyRecord
 from identity.wire.local import SnapshotReply
 from mesh.compile import Compiler, running
 from mesh.snapshot import InstanceKey, instance_key
+from policy import foreign
 from policy.evaluate import Decision, evaluate
 from policy.ports import TCP
 from policy.program import Subject
@@ -33,7 +34,9 @@ class Pin:
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """Verified state at one position. `placements` are the active ones only."""
+    """Verified state at one position. `placements` are the active ones only; `foreign` are the bundles of the trust
+    domains that ours federates with, by name, and `sequences` the highest of each that was ever seen.
+    """
 
     endpoint: str
     trust: TrustBundle
@@ -45,6 +48,8 @@ class View:
     placements: Mapping[InstanceKey, PlacementRecord] = field(default_factory=dict)
     epochs: Mapping[InstanceKey, int] = field(default_factory=dict)
     policy_trust: PolicyTrust | None = field(default=None, repr=False, compare=False)
+    foreign: Mapping[str, ForeignBundle] = field(default_factory=dict)
+    sequences: Mapping[str, int] = field(default_factory=dict)
 
     def changes_at(self, now: float) -> int | None:
         """When a time window next changes what the policy says, seconds since the epoch; None for never."""
@@ -77,7 +82,13 @@ def verify_reply(reply: SnapshotReply, endpoint: str, pin: Pin, before: View | N
         raise NotVerified("policy.missing", "the agent shows no policy any more, and an authority is known")
     epochs = dict(before.epochs) if before is not None else {}
     placements: dict[InstanceKey, PlacementRecord] = {}
+    bundles: dict[str, ForeignBundle] = {}
+    sequences = dict(before.sequences) if before is not None else {}
     for key, text in reply.objects.items():
+        if key.startswith("federation/"):
+            one = _foreign_bundle(trust, key, text, sequences)
+            bundles[one.foreign], sequences[one.foreign] = one, one.sequence
+            continue
         if not key.startswith("placement/"):
             continue
         record = trust.verify(PlacementRecord, text)
@@ -96,8 +107,20 @@ def verify_reply(reply: SnapshotReply, endpoint: str, pin: Pin, before: View | N
         compiler.classes(policy, int(now), running(placements))
         known.note(policy)
     return View(
-        endpoint, trust, reply.timeline or "", reply.revision or 0, tunnel_key, policy, compiler, placements, epochs, known
+        endpoint, trust, reply.timeline or "", reply.revision or 0, tunnel_key, policy, compiler, placements, epochs, known,
+        bundles, sequences,
     )  # fmt: skip
+
+
+def _foreign_bundle(trust: TrustBundle, key: str, text: str, sequences: Mapping[str, int]) -> ForeignBundle:
+    one = trust.verify(ForeignBundle, text)
+    if key != f"federation/{one.foreign}":
+        raise NotVerified("record.key", "a foreign bundle stands under another object's key")
+    if TrustDomain(one.foreign) == trust.trust_domain:
+        raise NotVerified("federation.own", "a foreign bundle of our own trust domain")
+    if one.sequence < sequences.get(one.foreign, 0):
+        raise NotVerified("federation.sequence", f"sequence {one.sequence} of {one.foreign} is behind {sequences[one.foreign]}")
+    return one
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +131,7 @@ class Ruling:
              ``unknown`` (the destination is not in this endpoint's scope, so no rule permits it)
     source:  the caller's placement; its addresses are what we speak from
     targets: placements of the destination that may be used, in order
+    asked:   of whom the decision speaks: the caller, or the foreign identity that it stands in for
     """
 
     code: Literal["ok", "policy", "unplaced", "unknown"]
@@ -115,6 +139,7 @@ class Ruling:
     decision: Decision | None = None
     source: PlacementRecord | None = None
     targets: tuple[PlacementRecord, ...] = ()
+    asked: str = ""
 
     @property
     def allowed(self) -> bool:
@@ -137,24 +162,41 @@ def subject(record: PlacementRecord) -> Subject:
     return Subject(record.name, dict(record.labels), record.spiffe_id)
 
 
-def rule_on(view: View, caller: Caller, route: Route, now: float) -> Ruling:
-    """Decide at `now` (seconds since the epoch). An outside caller is the registered workload placed on this endpoint, and nothing else."""
+def rule_on(view: View, caller: Caller, route: Route, now: float, spiffe_id: str | None = None) -> Ruling:
+    """Decide at `now` (seconds since the epoch). An outside caller is the registered workload placed on this endpoint, and nothing else.
+
+    spiffe_id: of a foreign identity, for which that workload only stands in: policy must permit both of them.
+    """
     source = view.placements.get(instance_key(caller.workload, caller.instance))
     if source is None or source.endpoint != view.endpoint or (view.tunnel_key and source.tunnel_key != view.tunnel_key):
         where = "not placed anywhere that this gateway knows of" if source is None else f"placed on {source.endpoint}"
         return Ruling("unplaced", f"{caller.workload} is {where}, so this gateway cannot speak for it")
     targets = view.instances(route.workload)
     if not targets or view.policy is None:
-        return Ruling("unknown", f"no rule permits {caller.workload} -> {route.workload} tcp/{route.port}", source=source)
+        who = spiffe_id or caller.workload
+        return Ruling("unknown", f"no rule permits {who} -> {route.workload} tcp/{route.port}", source=source, asked=who)
     program = view.compiler.classes(view.policy, int(now), running(view.placements)).program
-    decisions = [(t, evaluate(program, subject(source), subject(t), TCP, route.port)) for t in targets]
-    allowed = tuple(t for t, d in decisions if d.verdict == "allow")
-    decision = next((d for _, d in decisions if d.verdict == "allow"), decisions[0][1])
-    return Ruling("ok" if allowed else "policy", decision.reason, decision, source, allowed)
+    asking = [subject(source)] if spiffe_id is None else [foreign.subject(spiffe_id), subject(source)]
+    first: tuple[Decision, Subject] | None = None
+    allowed: list[PlacementRecord] = []
+    for target in targets:
+        decisions = [(evaluate(program, one, subject(target), TCP, route.port), one) for one in asking]
+        denied = next((d for d in decisions if not d[0].allowed), None)
+        if denied is None:
+            allowed.append(target)
+            first = decisions[0] if len(allowed) == 1 else first
+        elif first is None:
+            first = denied
+    assert first is not None
+    return Ruling("ok" if allowed else "policy", first[0].reason, first[0], source, tuple(allowed), first[1].name)
 
 
-def refusal(ruling: Ruling, route: Route, view: View, *, full: bool, explained: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The body of a 403, for people and programs. `explained`: the agent's answer to ``explain``, when it gave one."""
+def refusal(
+    ruling: Ruling, route: Route, view: View, *, full: bool, explained: Mapping[str, Any] | None = None, spiffe_id: str | None = None
+) -> dict[str, Any]:
+    """The body of a 403, for people and programs. `explained`: the agent's answer to ``explain``, when it gave one;
+    `spiffe_id`: of a foreign caller.
+    """
     code = "gateway.unplaced" if ruling.code == "unplaced" else "gateway.denied"
     if not full:
         return {"error": {"code": code, "message": "policy does not permit this request"}, "verdict": "deny"}
@@ -163,7 +205,7 @@ def refusal(ruling: Ruling, route: Route, view: View, *, full: bool, explained: 
     body: dict[str, Any] = {
         "error": {"code": code, "message": reason},
         "verdict": "deny",
-        "caller": ruling.source.spiffe_id if ruling.source is not None else None,
+        "caller": spiffe_id or (ruling.source.spiffe_id if ruling.source is not None else None),
         "destination": route.workload,
         "port": f"tcp/{route.port}",
         "rule": ruling.rule if ruling.rule is not None else said.get("rule"),

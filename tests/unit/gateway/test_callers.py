@@ -67,7 +67,7 @@ def test_random_tokens_never_match(text: str) -> None:
 def test_a_pinned_key_decides() -> None:
     certificate = foreign()
     pinned = Caller(workload="partner/pin", spki_sha256=[spki_sha256(certificate)])
-    assert by_certificate([ACME, pinned], [der(certificate)], None, time.time()) == (pinned, "spki")
+    assert by_certificate([ACME, pinned], [der(certificate)], None, time.time()) == (pinned, "spki", None)
     assert by_certificate([pinned], [der(foreign())], None, time.time()) is None
     assert by_certificate([pinned], [], None, time.time()) is None
     assert by_certificate([pinned], [b"junk"], None, time.time()) is None
@@ -77,8 +77,8 @@ def test_only_our_own_authority_can_name_a_spiffe_id(world: Any) -> None:
     trust = world.view().trust
     named = Caller(workload="partner/acme", spiffe_id=["spiffe://edge.example/wl/partner/acme"])
     chain = svid(world, "partner/acme")
-    assert by_certificate([named], chain, trust, time.time()) == (named, "spiffe-id")
-    assert by_certificate([named], [*chain, der(trust.roots[0])], trust, time.time()) == (named, "spiffe-id")
+    assert by_certificate([named], chain, trust, time.time()) == (named, "spiffe-id", None)
+    assert by_certificate([named], [*chain, der(trust.roots[0])], trust, time.time()) == (named, "spiffe-id", None)
     assert by_certificate([named], svid(world, "other"), trust, time.time()) is None
     assert by_certificate([named], [der(foreign())], trust, time.time()) is None, "a foreign CA wrote our name"
     assert by_certificate([named], [der(foreign()), *chain[1:]], trust, time.time()) is None
