@@ -204,6 +204,8 @@ def csr_key(text: str) -> PublicKey:
     """The public key of a PEM request whose signature holds; everything else in it is ignored. Raises BadInput."""
     if not isinstance(text, str) or len(text) > MAX_CSR:
         raise BadInput("csr.large", f"a certificate request is at most {MAX_CSR} bytes of PEM")
+    if text.count("-----BEGIN") > 1:
+        raise BadInput("csr.syntax", "one certificate request at a time")
     try:
         request = x509.load_pem_x509_csr(text.encode())
         valid = request.is_signature_valid
