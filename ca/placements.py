@@ -182,7 +182,8 @@ class Placements:
 
     def resign(self, tx: Connection, row: InstanceRow, now: int) -> InstanceRow:
         """Publish the same placement anew, after its holder enrolled again with another tunnel key."""
-        assert row.endpoint is not None
+        if row.endpoint is None:
+            raise Bug("placement.holder", f"nobody holds {row.key}, so there is nothing to sign again")
         check_instance(self._desk, row)
         return self.place(tx, row, rows.endpoint(tx, row.endpoint), now)
 

@@ -25,7 +25,7 @@ from ca.placements import Placements
 from ca.rows import EndpointRow, InstanceRow, TokenRow
 from ca.store import Store, any_of
 from identity.enrollment import refused
-from identity.errors import BadInput, Conflict, NotFound, Refused
+from identity.errors import BadInput, Bug, Conflict, NotFound, Refused
 from identity.names import SpiffeId, host_name, workload_path
 from identity.records import EndpointRecord
 
@@ -171,7 +171,8 @@ class Registry:
                 replace=token.replace,
             )
             row = rows.endpoint_or_none(tx, token.endpoint)
-            assert row is not None
+            if row is None:
+                raise Bug("endpoint.lost", f"{token.endpoint} was not written")
             return row
 
     def _again(self, tx: Connection, token: TokenRow, applicant: Applicant, now: int) -> EndpointRow:
@@ -209,7 +210,8 @@ class Registry:
                 hint="use a token made with --replace",
             )
         if token.kind == "sidecar":
-            assert token.workload is not None
+            if token.workload is None:
+                raise Bug("endpoint.workload", f"the token of {token.endpoint} is for the sidecar of nothing")
             self._sidecar_instance(tx, token.workload, token.asked_by)
         values: dict[str, Any] = {
             "kind": token.kind, "workload": token.workload, "parent": token.asked_by,
@@ -253,7 +255,8 @@ class Registry:
             for held in rows.instances(tx, endpoint=name):
                 self._placements.resign(tx, held, now)
             if row.kind == "sidecar" and not rows.instances(tx, endpoint=name):
-                assert row.workload is not None
+                if row.workload is None:
+                    raise Bug("endpoint.workload", f"{name} is the sidecar of nothing")
                 self._placements.place(tx, self._sidecar_instance(tx, row.workload, row.parent), row, now)
             sign_for(self._desk, tx, name, now)
             audit.append(tx, now, actor, "enroll.finish", name, generation=row.generation)
@@ -444,7 +447,8 @@ class Registry:
         mine = schema.endpoints.c.name == row.name
         tx.execute(update(schema.endpoints).where(mine).values(generation=row.generation + 1, **stored))
         new = rows.endpoint_or_none(tx, row.name)
-        assert new is not None
+        if new is None:
+            raise Bug("endpoint.lost", f"{row.name} is not there to be signed for")
         record = self._desk.sign(
             EndpointRecord(
                 trust_domain=str(self._desk.trust_domain), endpoint=new.name, kind=new.kind, tunnel_key=new.tunnel_key,

@@ -23,7 +23,7 @@ from ca.placements import Prepared
 from ca.plane import Plane, Published
 from ca.rows import EndpointRow, InstanceRow
 from ca.worker import Done, Worker, settle
-from identity.errors import Conflict, RetinueError
+from identity.errors import Bug, Conflict, RetinueError
 from identity.wire.admin import Host, MoveReply, Workload, WorkloadMove
 from identity.wire.enroll import EnrollReply, EnrollRequest
 from identity.wire.feed import Report
@@ -456,7 +456,8 @@ class Service:
 
     def _follows(self, prepared: Prepared) -> bool:
         """Has the old holder acknowledged the prepare, to this process or another?"""
-        assert prepared.holder is not None
+        if prepared.holder is None:
+            raise Bug("placement.holder", f"nobody held {prepared.instance.key}, so nobody follows")
         report: Report | processes.Ready | None = self.reports.get(prepared.holder)
         if prepared.holder not in self.streams:
             report = self._elsewhere.get(prepared.holder)

@@ -18,9 +18,9 @@ from typing import Any, Final
 from sqlalchemy import Connection, RowMapping, func, insert, select, update
 
 from ca.schema import ledger, ledger_heads, ledger_nodes
-from identity.errors import BadInput, BadState, NotFound
+from identity.errors import BadInput, BadState, NotFound, NotVerified
 from identity.merkle import Tree, grow
-from identity.transparency import act_leaf, canonical, certificate_leaf, record_leaf
+from identity.transparency import CERTIFICATE_FIELDS, act_leaf, canonical, certificate_leaf, record_leaf
 
 ACT: Final = "act"
 CERTIFICATE: Final = "certificate"
@@ -115,9 +115,10 @@ def placed(tx: Connection, first: int, limit: int) -> list[Entry]:
 
 
 def computed(entry: Entry) -> bytes:
-    """The leaf hash of what an entry says."""
+    """The leaf hash of what an entry says. Raises NotVerified ``log.entry`` for a certificate's that names none."""
     if entry.kind == CERTIFICATE:
-        assert isinstance(entry.detail, dict)
+        if not isinstance(entry.detail, dict) or not set(CERTIFICATE_FIELDS) <= entry.detail.keys():
+            raise NotVerified("log.entry", f"entry {entry.leaf} does not say which certificate it is of")
         return certificate_leaf(entry.detail)
     if entry.kind == ACT:
         return act_leaf(entry.at, entry.actor, entry.action, entry.subject, entry.outcome, canonical(entry.detail))
@@ -194,7 +195,11 @@ class Log:
 
         size = 0
         for entry in _walk(tx):
-            if entry.leaf != size or computed(entry).hex() != entry.hash:
+            try:
+                same = entry.leaf == size and computed(entry).hex() == entry.hash
+            except NotVerified:
+                same = False
+            if not same:
                 raise _broken(size)
             for level, position, found in grow(size, [bytes.fromhex(entry.hash)], read):
                 edge[level, position] = found

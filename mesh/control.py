@@ -150,7 +150,8 @@ class _CheckedConnection(ssl.SSLObject):
         super().do_handshake()
         # Here our Finished and the client certificate are still in the outgoing buffer: raising drops them.
         context = self.context
-        assert isinstance(context, _Context)
+        if not isinstance(context, _Context):
+            raise ServerRefused(Bug("ca.unverified", "a connection whose server nobody checks"))
         try:
             context.check(_peer_chain(self))
         except RetinueError as e:

@@ -570,7 +570,8 @@ class SyncMachine:
 
 
 def _beat_of(held: Held) -> Heartbeat:
-    assert isinstance(held.payload, Heartbeat)
+    if not isinstance(held.payload, Heartbeat):
+        raise NotVerified("record.type", f"a {held.payload.typ} record is no heartbeat")
     return held.payload
 
 

@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from identity.errors import BadInput
+from identity.errors import BadInput, Bug
 from identity.labels import check_labels
 from policy.compile import compile_policy, next_change
 from policy.model import Policy
@@ -81,7 +81,8 @@ def compose(base: Program, trial: Program, who: Selector) -> Program:
 
     Both must deny by default and isolate nobody, as compiled policies do.
     """
-    assert base.default is trial.default is Action.DENY
+    if not base.default is trial.default is Action.DENY:
+        raise Bug("rollout.default", "only policies that deny by default can be in force together")
     if isinstance(who, Everything):
         return replace(trial, digest=trial.digest)
     order = list(dict.fromkeys([*(t.name for t in base.tiers), *(t.name for t in trial.tiers)]))

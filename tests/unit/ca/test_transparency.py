@@ -112,6 +112,8 @@ def test_what_waits_has_no_proof_yet(bench) -> None:
         ("update ledger set actor = 'nobody' where seq = 3", "log.broken"),
         ("update ledger set detail = '{}' where seq = 5", "log.broken"),
         ("update ledger set at = 1 where seq = 1", "log.broken"),
+        ("update ledger set kind = 'certificate' where seq = 3", "log.broken"),
+        ("update ledger set kind = 'certificate', detail = '[]' where seq = 3", "log.broken"),
         ("update ledger_nodes set hash = '0000000000000000000000000000000000000000000000000000000000000000' where level = 1 and position = 1", "log.broken"),
         ("update ledger_heads set root = '0000000000000000000000000000000000000000000000000000000000000000'", "log.broken"),
         ("delete from ledger where seq = 2", "log.broken"),

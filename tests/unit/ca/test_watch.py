@@ -54,6 +54,10 @@ def test_what_is_left_out_changed_or_replaced_is_told(bench, entries) -> None:
     with pytest.raises(NotVerified) as e:
         Monitor().take([*entries[:3], dataclasses.replace(entries[3], actor="x", detail={}, kind="act")])
     assert e.value.code == "log.entry"
+    for detail in ({}, "", []):
+        with pytest.raises(NotVerified) as e:
+            Monitor().take([*entries[:3], dataclasses.replace(entries[3], kind="certificate", detail=detail)])
+        assert e.value.code == "log.entry"
     lie = dataclasses.replace(entries[-1], subject="other")
     lie = dataclasses.replace(lie, hash=transparency.computed(lie).hex())
     monitor = Monitor()
