@@ -7,7 +7,6 @@ and that endpoint, certificate and placement are in force.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
@@ -218,21 +217,14 @@ def _pieces(frame: Frame) -> Frame:
 
 async def _pump(response: web.StreamResponse, stream: Stream) -> None:
     """Write frames until the stream is closed. A client that takes nothing ends it."""
-    closed = asyncio.ensure_future(stream.closed.wait())
-    try:
-        while not stream.closed.is_set():
-            frame = asyncio.ensure_future(stream.queue.get())
-            await asyncio.wait({frame, closed}, return_when=asyncio.FIRST_COMPLETED)
-            if not frame.done():
-                frame.cancel()
-                return
-            if stream.closed.is_set():
-                return
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(WRITE_S):
-                    for data in _pieces(frame.result()):
-                        await response.write(data)
-                    continue
+    while True:
+        frame = await stream.queue.get()
+        if stream.closed.is_set():
+            return
+        try:
+            async with asyncio.timeout(WRITE_S):
+                for data in _pieces(frame):
+                    await response.write(data)
+        except TimeoutError:
             stream.close("takes no frames")
-    finally:
-        closed.cancel()
+            return

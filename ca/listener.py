@@ -31,7 +31,7 @@ log = structlog.get_logger("retinue.ca.listener")
 
 SPARE_FILES: Final = 256  # for the database, logs and administrators
 PAUSE_S: Final = 0.2  # after the system had no file or memory for a connection
-READ_SIZE: Final = 16 * 1024
+READ_SIZE: Final = 4 * 1024
 SAY_S: Final = 10.0  # between two log lines about refusals
 
 
@@ -182,7 +182,7 @@ class Listener:
 
 
 def small_buffers() -> None:
-    """Let asyncio keep 16 KiB for what a TLS peer sends, in place of 256 KiB: it is held, touched, by every connection.
+    """Let asyncio keep 4 KiB for what a TLS peer sends, in place of 256 KiB: it is held, touched, by every connection.
 
     Endpoints send requests of a few KiB; the size of the buffer bounds nothing but one read.
     """

@@ -42,6 +42,7 @@ log = structlog.get_logger("retinue.ca")
 
 IDLE_S: Final = 30.0  # a connection without a request, also before its first
 STOP_S: Final = 5.0  # for running requests at the end
+SWITCH_S: Final = 0.0005  # the loop gives the lock up at every system call, and the worker would keep it for 5 ms each time
 RECHECK_S: Final = 600.0  # how often the TLS certificate is looked at
 
 
@@ -390,6 +391,7 @@ async def serve(options: Options, ready: Any) -> None:
     """Run until SIGTERM or SIGINT. `ready` is called with Running once requests are accepted."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    sys.setswitchinterval(SWITCH_S)
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     async with running(options) as server:

@@ -72,6 +72,8 @@ class Stream:
         if not self.closed.is_set():
             self.why = why
             self.closed.set()
+            if self.queue.empty():
+                self.queue.put_nowait(())  # wakes whoever waits for a frame
 
 
 class Service:

@@ -19,7 +19,9 @@ import contextlib
 import os
 import random
 import resource
+import select
 import ssl
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -29,6 +31,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
+from ca.client import AdminClient
 from ca.plane import Plane
 from ca.registry import Applicant
 from identity import certs
@@ -36,6 +39,7 @@ from identity.enrollment import JoinToken
 from identity.errors import RetinueError
 from identity.keys import b64, ed25519_public, private_pem, x25519_public
 from identity.names import SpiffeId
+from identity.wire import LEVEL_HEADER, WIRE_LEVEL
 from identity.wire.admin import (
     Info,
     PolicyApply,
@@ -84,7 +88,7 @@ class Agent:
     async def _follow(self) -> None:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port, ssl=self.context, limit=1 << 22)
         try:
-            writer.write(b"GET /v1/feed HTTP/1.1\r\nHost: ca\r\n\r\n")
+            writer.write(f"GET /v1/feed HTTP/1.1\r\nHost: ca\r\n{LEVEL_HEADER}: {WIRE_LEVEL}\r\n\r\n".encode())
             if b" 200 " not in await reader.readline():
                 raise OSError
             await reader.readuntil(b"\r\n\r\n")
@@ -163,29 +167,39 @@ async def bench(process: Process, contexts: list[ssl.SSLContext], changes: int) 
         spread += await change(WorkloadRef(name=f"w/h{n}", instance=0), "/v1/workloads/revoke", Workload, agents[n : n + APP])
     show("revocation to all who see it", spread)
 
-    waits: list[float] = []
-
-    async def admin() -> None:
-        while True:
-            at = time.perf_counter()
-            with contextlib.suppress(RetinueError):
-                await asyncio.to_thread(process.admin.get, "/v1/info", Info)
-                waits.append((time.perf_counter() - at) * 1000)
-            await asyncio.sleep(0.1)
-
+    # An administrator in a process of its own: this one is busy with its agents.
+    asking = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "tests.bench.ca_herd", "--ask", str(process.directory),
+        stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert asking.stdin is not None and asking.stdout is not None
+    await asking.stdout.readline()
     process.kill()
     await asyncio.sleep(1.0)
     for a in agents:
         a.open.clear()
     await asyncio.to_thread(process.start)
-    asking, began = asyncio.create_task(admin()), time.perf_counter()
+    asking.stdin.write(b"go\n")
+    began = time.perf_counter()
     await asyncio.gather(*(a.open.wait() for a in agents))
     print(f"{len(agents)} agents back {time.perf_counter() - began:.1f} s after the server was ready again", flush=True)
-    asking.cancel()
-    show("admin requests meanwhile", waits or [0.0])
+    said, _ = await asking.communicate(b"")
+    show("admin requests meanwhile", [float(line) for line in said.split()] or [0.0])
     for task in tasks:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def ask(directory: Path) -> None:
+    """After a first line of input: milliseconds of one administrator's request after the other, until the input ends."""
+    client = AdminClient(directory, timeout=120.0)
+    print(flush=True)
+    sys.stdin.readline()
+    while not select.select([0], [], [], 0.1)[0]:
+        at = time.perf_counter()
+        with contextlib.suppress(RetinueError):
+            client.get("/v1/info", Info)
+            print((time.perf_counter() - at) * 1000, flush=True)
 
 
 def main() -> None:
@@ -193,7 +207,10 @@ def main() -> None:
     parser.add_argument("--agents", type=int, default=2000)
     parser.add_argument("--changes", type=int, default=20)
     parser.add_argument("--postgres", action="store_true")
+    parser.add_argument("--ask", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
+    if asked.ask is not None:
+        return ask(asked.ask)
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with contextlib.ExitStack() as stack:
