@@ -399,6 +399,8 @@ def verify_chain(
     for cert in (*others, *roots):
         _check_ca(cert, trust_domain)
     for cert in chain:
+        _check_key_ids(cert, leaf=cert is leaf)
+    for cert in chain:
         _check_time(cert, now)
     path = _find_path(leaf, others, roots, now)
     for cert, issuer in zip(path, path[1:], strict=False):
@@ -555,6 +557,16 @@ def _check_leaf(cert: x509.Certificate, trust_domain: TrustDomain, profile: Prof
     if spiffe_id.trust_domain != trust_domain:
         raise NotVerified("cert.trust_domain", f"{spiffe_id} is not of the trust domain {trust_domain}")
     return spiffe_id
+
+
+def _check_key_ids(cert: x509.Certificate, *, leaf: bool) -> None:
+    """RFC 5280 sections 4.2.1.1 and 4.2.1.2: an issuer is named by its key (self-signed: need not), an authority names its own."""
+    present = {e.oid: e.value for e in cert.extensions}
+    issuer = present.get(ExtensionOID.AUTHORITY_KEY_IDENTIFIER)
+    if cert.subject != cert.issuer and not (isinstance(issuer, x509.AuthorityKeyIdentifier) and issuer.key_identifier):
+        raise NotVerified("cert.key_identifier", "a certificate does not say which key has issued it")
+    if not leaf and ExtensionOID.SUBJECT_KEY_IDENTIFIER not in present:
+        raise NotVerified("cert.key_identifier", "an authority has no key identifier")
 
 
 def _check_ca(cert: x509.Certificate, trust_domain: TrustDomain) -> None:
