@@ -113,6 +113,10 @@ def test_explain(cli):
     assert lines[2].startswith("smallest change: give shop/batch the label role=web")
     out = cli("explain", "spiffe://td/wl/shop/web", "shop/db", "tcp/23", *P, *INV)[1]
     assert "smallest change: allow it: add rule shop-web-to-shop-db" in out or "add tcp/23" in out
+    out = cli("explain", "spiffe://other.example/shop/web", "shop/api", "80", *P, *INV)[1]
+    assert out.startswith("deny: default deny: no rule allows spiffe://other.example/shop/web -> shop/api tcp/80")
+    assert 'from: "spiffe://other.example/shop/web"' in out
+    assert cli("explain", "spiffe://other.example/..", "shop/api", "80", *P, *INV)[0] == 2
     data = json.loads(cli("explain", "shop/web", "shop/api", "tcp/80", *P, *INV, "-o", "json")[1])
     assert (data["verdict"], data["rule"], data["where"]) == ("allow", "web-api", "policy.yaml:6")
     out = cli("explain", "shop/web", "shop/batch", "icmp", *P, *INV)[1]

@@ -170,3 +170,26 @@ def test_a_large_diff_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     everything = Program((Tier("t", (Rule("r", Action.ALLOW, Everything(), Everything()),)),))
     gained, lost = module.difference_of(Program(()), everything, known)
     assert ([p["dst"] for p in gained], lost) == ([f"w{n}" for n in range(1, 8)], [])
+
+
+FOREIGN = """meshpolicy: 1
+labels: {keys: [role]}
+segments:
+  - name: edge
+    allow:
+      - {id: theirs, from: spiffe://%s/shop/*, to: {role: api}, on: tcp/8080}
+"""
+
+
+def test_a_policy_names_foreign_identities_and_never_our_own_as_such(shop) -> None:
+    assert apply(shop, FOREIGN % "other.example").gained == [], "they are in nobody's inventory"
+    them = "spiffe://other.example/shop/web"
+    assert shop.policies.explain(them, "shop/api", "tcp", 8080, shop.now).rule == "theirs"
+    assert shop.policies.explain(them, "shop/web", "tcp", 8080, shop.now).verdict == "deny"
+    assert shop.policies.explain("shop/api", them, "tcp", 8080, shop.now).verdict == "deny"
+    for wrong, kind in (("spiffe://reg.test/wl/shop/web", NotFound), ("spiffe://other.example/../x", BadInput)):
+        with pytest.raises(kind):
+            shop.policies.explain(wrong, "shop/api", "tcp", 8080, shop.now)
+    with pytest.raises(BadPolicy) as e:
+        apply(shop, FOREIGN % "reg.test")
+    assert (e.value.code, e.value.line) == ("policy.foreign", 6)

@@ -149,6 +149,11 @@ async def test_explain_from_the_policy_in_force(client, agent, live):
     assert denied.verdict == "deny"
     assert any("web-to-api" in miss for miss in denied.near_misses)
     assert denied.smallest_change
+    them = await client.explain("spiffe://other.example/shop/web", "shop/api", "tcp", 8080)
+    assert (them.verdict, them.src) == ("deny", "spiffe://other.example/shop/web")
+    assert "from: \"spiffe://other.example/shop/web\"" in str(them.smallest_change) or "spiffe-other" in str(them.smallest_change)
+    with pytest.raises(BadInput):
+        await client.explain("spiffe://other.example/a/../b", "shop/api", "tcp", 8080)
     for proto, port in (("tcp", 70000), ("nonsense", 1)):
         with pytest.raises(BadInput):
             await client.explain("web", "shop/api", proto, port)
