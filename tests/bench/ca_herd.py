@@ -172,7 +172,8 @@ async def bench(process: Process, contexts: list[ssl.SSLContext], changes: int) 
         sys.executable, "-m", "tests.bench.ca_herd", "--ask", str(process.directory),
         stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
     )  # fmt: skip
-    assert asking.stdin is not None and asking.stdout is not None
+    assert asking.stdin is not None
+    assert asking.stdout is not None
     await asking.stdout.readline()
     process.kill()
     await asyncio.sleep(1.0)
