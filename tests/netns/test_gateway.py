@@ -7,16 +7,25 @@ import hashlib
 import json
 import signal
 import socket
+import ssl
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
+from ca.authority import Authority
+from identity import certs
+from identity.federation import make_bundle
+from identity.keys import private_pem
+from identity.names import SpiffeId, TrustDomain
 from mesh.lab_process import command, in_netns, ip_batch
 from mesh.probe import Answer
+from tests.unit.gateway.test_daemon import self_signed
 
 TOKENS = {"partner/acme": "acme-token", "partner/zeta": "zeta-token"}
 POLICY = """\
@@ -227,6 +236,89 @@ async def test_root_on_the_gateway_speaks_only_for_its_callers(outside: Outside,
         assert not (await speak_as(mesh, web, api, 8080)).ok, "web is permitted, and is not ours"
     finally:
         ip_batch([f"addr del {web}/{'128' if family else '32'} dev lo"], netns=netns)
+
+
+FEDERATED = """\
+agent = "{run}/agent.sock"
+state_dir = "{state}"
+health = "127.0.0.1:8090"
+[[listen]]
+address = "[::]:8444"
+certificate = "{dir}/server.pem"
+key = "{dir}/server.key"
+federation = "other.example"
+[[caller]]
+workload = "partner/acme"
+federated = ["spiffe://other.example/wl/shop/*"]
+[[route]]
+workload = "shop/api"
+port = 8080
+"""
+THEIRS = "      - {id: theirs, from: spiffe://other.example/wl/shop/web, to: {role: api}, on: tcp/8080}\n"
+
+
+async def test_callers_of_another_trust_domain(outside: Outside, tmp_path: Path) -> None:
+    """Two authorities, one federation: an SVID of theirs reaches the workload when it and its stand-in are permitted."""
+    mesh, gw = outside.mesh, outside.mesh.lab.nodes["gw"]
+    other, now = TrustDomain("other.example"), time.time()
+    theirs = Authority.create(tmp_path / "theirs", other, now)
+    self_signed(tmp_path, "server")
+    (tmp_path / "other.json").write_text(make_bundle(theirs.roots, 1))
+    (tmp_path / "gateway.toml").write_text(FEDERATED.format(run=gw.run_dir, state=gw.state_dir, dir=tmp_path))
+    (tmp_path / "server.key").chmod(0o600)
+    url = f"https://{gw.v4}:8444/orders"
+
+    async def call(name: str) -> tuple[int, Any]:
+        """(status, answer); status 0 when TLS refuses."""
+        key = ec.generate_private_key(ec.SECP256R1())
+        chain = theirs.issue_workload(certs.make_csr(key), SpiffeId.workload(other, name), [], time.time())
+        (tmp_path / "chain.pem").write_text("".join(chain))
+        (tmp_path / "key.pem").write_bytes(private_pem(key))
+        tls = ssl.create_default_context(cafile=str(tmp_path / "server.pem"))
+        tls.check_hostname = False
+        tls.load_cert_chain(tmp_path / "chain.pem", tmp_path / "key.pem")
+        connector = aiohttp.TCPConnector(socket_factory=sockets_in(mesh.lab.nodes["outside"].netns), ssl=tls)
+        async with aiohttp.ClientSession(connector=connector) as http:
+            try:
+                async with http.get(url) as answer:
+                    return answer.status, await answer.json()
+            except aiohttp.ClientError:
+                return 0, None
+
+    async def until(name: str, status: int) -> Any:
+        async with asyncio.timeout(20):
+            while True:
+                found, said = await call(name)
+                if found == status:
+                    return said
+                await asyncio.sleep(0.1)
+
+    await mesh.aapply(POLICY + THEIRS)
+    process = mesh.lab.spawn([*command("retinue-gateway"), "--config", str(tmp_path / "gateway.toml")], name="federated", netns=gw.netns)
+    try:
+        await asyncio.to_thread(process.wait_ready)
+        assert (await call("shop/web"))[0] == 0, "nobody has told of them yet"
+        await mesh.lab.aca("federation", "add", "other.example", "--url", "https://192.0.2.1/", "--profile", "https_web",
+                           "--bundle-file", str(tmp_path / "other.json"))  # fmt: skip
+        said = await until("shop/web", 200)
+        assert said["caller"] == mesh.addresses["partner/acme"][0], "the packets are the stand-in's"
+        assert said["headers"]["X-Retinue-Caller"] == "spiffe://other.example/wl/shop/web"
+        status, body = await call("shop/batch")
+        assert (status, body["verdict"], body["caller"]) == (403, "deny", "spiffe://other.example/wl/shop/batch")
+        assert "spiffe://other.example/wl/shop/batch" in body["smallest_change"] or "default deny" in body["reason"]
+        assert (await call("pay/web"))[0] == 401, "no caller of this gateway"
+        # Each of the two rules is needed.
+        await mesh.aapply(POLICY)
+        assert "default deny" in (await until("shop/web", 403))["reason"]
+        await mesh.aapply(POLICY.replace("role: acme}, to: {role: api}", "role: nobody}, to: {role: api}") + THEIRS)
+        await until("shop/web", 403)
+        await mesh.aapply(POLICY + THEIRS)
+        await until("shop/web", 200)
+        await mesh.lab.aca("federation", "remove", "other.example")
+        await until("shop/web", 0)
+    finally:
+        process.send(signal.SIGTERM)
+        await asyncio.to_thread(process.wait)
 
 
 async def test_a_caller_that_moved_away_is_no_longer_ours(outside: Outside) -> None:
