@@ -37,7 +37,11 @@ SAY_S: Final = 10.0  # between two log lines about refusals
 
 @dataclass(frozen=True, slots=True)
 class Caps:
-    """Connections at once: half-open of one source, half-open of all, established. Times in seconds."""
+    """Connections at once: half-open of one source, half-open of all, established. Times in seconds.
+
+    Of silent peers half_open / grace_s are let in a second, each for a turn of turn_s: fewer than at_once at a time, so
+    they alone never take every turn.
+    """
 
     per_source: int = 256
     half_open: int = 384
