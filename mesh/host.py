@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from identity.errors import Bug, NotFound, RetinueError
-from identity.keys import write_file
+from identity.keys import write_secret
 from identity.wire.broker import Side
 from mesh import netns
 from mesh.inside import GATEWAY4, GATEWAY6, GSO_MAX, INSIDE, Direct, Places, quiet_link
@@ -199,7 +199,7 @@ class HostNet:
             if index is not None:
                 nl.address("del", index, GATEWAY4)
                 nl.address("del", index, GATEWAY6, length=64)
-        write_file(self._undo_file, json.dumps(undo).encode())
+        write_secret(self._undo_file, json.dumps(undo).encode())
 
     def _inside_there(self, pair: Pair) -> bool:
         """Is the other end of the pair still where it belongs?"""
@@ -313,7 +313,7 @@ class HostNet:
             netns.sysctl("ipv4/ip_early_demux", "0")
         elif not off and "ipv4/ip_early_demux" in (undo := self._undo()):
             netns.sysctl("ipv4/ip_early_demux", undo.pop("ipv4/ip_early_demux"))
-            write_file(self._undo_file, json.dumps(undo).encode())
+            write_secret(self._undo_file, json.dumps(undo).encode())
 
     def _undo(self) -> dict[str, str]:
         try:
@@ -330,7 +330,7 @@ class HostNet:
         found = {name: value for name in names if name not in undo and (value := netns.sysctl(name)) is not None}
         if found:
             undo |= found
-            write_file(self._undo_file, json.dumps(undo).encode())
+            write_secret(self._undo_file, json.dumps(undo).encode())
 
     # ---- verify, clean
 
