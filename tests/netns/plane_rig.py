@@ -328,12 +328,12 @@ class Server:
     def __exit__(self, *exc: object) -> None:
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
+        self._thread.join(2)  # first: it may have accepted one just now
         self._sock.close()
         for connection in self._open:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
             connection.close()
-        self._thread.join(2)
 
 
 def echo(sock: socket.socket, data: bytes = b"ping") -> bytes:
