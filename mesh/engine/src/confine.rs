@@ -1,4 +1,4 @@
-//! The packet process gives up every system call it does not make (seccomp(2)).
+//! The engine's control thread gives up every system call it does not make (seccomp(2)).
 //!
 //! An allow list: what is not on it fails with EPERM, so an attacker who runs code in here can still use the
 //! descriptors it has, but neither open files, start programs, nor look into other processes.
