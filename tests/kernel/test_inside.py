@@ -32,7 +32,3 @@ def test_the_kernel_device_by_itself(outcomes: dict[str, str]) -> None:
 
 def test_data_planes_on_the_kernel_device(outcomes: dict[str, str]) -> None:
     assert bad(outcomes, "test_plane") == {}
-
-
-def test_agents_on_the_kernel_device(outcomes: dict[str, str]) -> None:
-    assert bad(outcomes, "test_agents") == {}
