@@ -63,7 +63,7 @@ WISHES: list[x509.ExtensionType] = [
 def requests(draw: st.DrawFn, keys: list[str]) -> tuple[Any, bytes]:
     """(private key, DER): signed by its key, with any wishes in it."""
     key = KEYS[draw(st.sampled_from(keys))]
-    common = draw(st.text(st.characters(min_codepoint=32, max_codepoint=0x2FFF), max_size=40))
+    common = draw(st.text(st.characters(min_codepoint=32, max_codepoint=0x2FFF), max_size=21))  # 64 bytes at most (RFC 5280, A.1)
     subject = [x509.NameAttribute(NameOID.COMMON_NAME, common)] if common else []
     builder = x509.CertificateSigningRequestBuilder().subject_name(x509.Name(subject))
     for wish in draw(st.lists(st.sampled_from(WISHES), max_size=5, unique_by=lambda w: w.oid)):
