@@ -110,6 +110,7 @@ class Authority:
         self.record_serial = record_serial
         self.lifetimes = lifetimes or Lifetimes()
         self.jwt_authorities: Callable[[], list[JwtAuthority]] = list  # what the bundle says of the JWT profile
+        self.earliest: Callable[[SpiffeId], int] = lambda _: 0  # what a name was given before this time is revoked
         self._chains: dict[str, tuple[x509.Certificate, ...]] = {}
         self._signers: dict[str, Signer] = {}
         self._read_at: tuple[int, int] | None = None
@@ -385,7 +386,7 @@ class Authority:
         profile = self.lifetimes.of(profile)
         builder = certs.build(
             profile, key=key, trust_domain=self.trust_domain, spiffe_id=spiffe_id, issuer=self.intermediate,
-            serial=_serial(), now=now, addresses=addresses,
+            serial=_serial(), now=now, addresses=addresses, earliest=self.earliest(spiffe_id),
         )  # fmt: skip
         leaf = sign_certificate(
             builder, self.signer(self.ring.active("intermediate").name), profile, issuer=self.intermediate, trust_domain=self.trust_domain,

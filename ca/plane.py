@@ -211,6 +211,7 @@ class Plane:
             )
         self.jwt = JwtAuthority.load(directory, clock())
         self.authority.jwt_authorities = self.jwt.published
+        self.authority.earliest = lambda name: self.trust.blocked.identities.get(str(name), 0)
         return self
 
     def close(self) -> None:
@@ -440,7 +441,8 @@ class Plane:
     def delete_entry(self, entry_id: str, actor: str) -> EntryInfo:
         """Raises NotFound."""
         with self.store.write() as tx:
-            found = self.entries.info(tx, self.entries.get(tx, entry_id))
+            row = self.entries.get(tx, entry_id)
+            found = self.entries.info(tx, row).model_copy(update={"opens": self.entries.opens(tx, row)})
             self.entries.delete(tx, entry_id, self.now, actor)
             return found
 

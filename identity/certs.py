@@ -45,7 +45,7 @@ WORKLOAD_LIFETIME: Final = 4 * 3600
 ADMIN_LIFETIME: Final = 8 * 3600
 SERVER_LIFETIME: Final = DAY
 SIGNER_LIFETIME: Final = 30 * DAY
-BACKDATE: Final = 60  # tolerated skew of the receiver's clock
+BACKDATE: Final = 330  # a receiver whose clock is five minutes behind takes what is new, too
 
 # Our limits on what a peer may send.
 MAX_CHAIN: Final = 4
@@ -224,18 +224,18 @@ def csr_key(text: str) -> PublicKey:
 
 def build(
     profile: Profile, *, key: PublicKey, trust_domain: TrustDomain, spiffe_id: SpiffeId | None,
-    issuer: x509.Certificate | None, serial: int, now: float, addresses: Iterable[IPAddress] = (),
+    issuer: x509.Certificate | None, serial: int, now: float, addresses: Iterable[IPAddress] = (), earliest: int = 0,
 ) -> x509.CertificateBuilder:  # fmt: skip
     """What is to be signed. `issuer` is None for a root (its own issuer); `spiffe_id` is None for authorities.
 
-    The lifetime starts BACKDATE seconds ago and never leaves that of the issuer. Raises Bug when the name does not
-    belong to the profile.
+    The lifetime starts BACKDATE seconds ago, but not before `earliest` (what the name was given before then is revoked),
+    and never leaves that of the issuer. Raises Bug when the name does not belong to the profile.
     """
     if profile.ca != (spiffe_id is None):
         raise Bug("cert.profile", f"a {profile.name} certificate {'has no' if profile.ca else 'needs a'} SPIFFE ID")
     if spiffe_id is not None and (spiffe_id.kind not in profile.kinds or spiffe_id.trust_domain != trust_domain):
         raise Bug("cert.profile", f"{spiffe_id} is not a name for a {profile.name} certificate of {trust_domain}")
-    start, end = int(now) - backdate(profile), int(now) + profile.lifetime
+    start, end = max(int(now) - backdate(profile), min(earliest, int(now))), int(now) + profile.lifetime
     if issuer is not None:
         start, end = max(start, not_before(issuer)), min(end, not_after(issuer))
     identifier = key_id(key)

@@ -8,9 +8,10 @@ import shutil
 from pathlib import Path
 
 import pytest
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from ca import rotation
+from ca import rotation, succession
 from ca.authority import Authority, Lifetimes
 from ca.keyring import FileKeys, Ring
 from identity import certs
@@ -18,7 +19,7 @@ from identity.bundle import open_bundle
 from identity.errors import BadInput, BadState, Conflict, NotVerified
 from identity.names import SpiffeId, TrustDomain
 from identity.records import Heartbeat
-from identity.revocation import spki_hash
+from identity.revocation import id_entry, spki_hash
 
 NOW = 1_800_000_000
 DAY = 86400
@@ -107,6 +108,24 @@ def test_what_a_leaked_intermediate_signs_is_refused_after_its_revocation(copy):
     bundle.verify(Heartbeat, beat(authority))
     with pytest.raises(NotVerified):
         bundle.verify(Heartbeat, beat(thief))
+
+
+def test_what_a_name_was_given_before_is_blocked_and_what_it_is_given_now_is_not(plane, clock):
+    """Certificates begin minutes before they are made, for receivers whose clock is behind: not past a revocation."""
+    host, stranger = (SpiffeId.endpoint(plane.trust_domain, name) for name in ("web-1", "other"))
+
+    def given(name: SpiffeId) -> list[x509.Certificate]:
+        return certs.parse_chain("".join(plane.authority.issue_endpoint(csr(), name, plane.clock())))
+
+    old, other = given(host), given(stranger)
+    clock.now += 2
+    succession.block(plane, id_entry(host, plane.now), 0, "root")
+    new = given(host)
+    for chain in (new, other):
+        plane.trust.verify_svid(chain, plane.now)
+    with pytest.raises(NotVerified) as e:
+        plane.trust.verify_svid(old, plane.now)
+    assert e.value.code == "cert.revoked"
 
 
 @pytest.mark.parametrize("kind", ["records", "policy"])

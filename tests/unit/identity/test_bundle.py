@@ -225,7 +225,8 @@ def test_what_is_blocked_is_refused_whoever_asks(publisher, forge):
         serial_entry("ab", named.serial): False,
         key_entry(leaf.cert): True,
         id_entry(name, NOW): True,
-        id_entry(name, NOW - 60): False,
+        id_entry(name, certs.not_before(leaf.cert)): False,
+        id_entry(name, certs.not_before(leaf.cert) + 1): True,
         id_entry(SpiffeId.endpoint(TD, "web-2"), NOW): False,
     }
     for entry, out in cases.items():

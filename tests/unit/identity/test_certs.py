@@ -105,6 +105,16 @@ def test_a_leaf_never_leaves_the_lifetime_of_its_issuer(forge):
     assert certs.not_before(early.cert) == certs.not_before(forge.intermediate.cert)
 
 
+def test_a_life_begins_before_its_making_but_not_before_a_revocation(forge):
+    for earliest, start in ((0, forge.now - certs.BACKDATE), (forge.now - 5, forge.now - 5), (forge.now + 5, forge.now)):
+        name = SpiffeId.endpoint(forge.trust_domain, "web-1")
+        made = certs.build(
+            certs.ENDPOINT, key=ec.generate_private_key(ec.SECP256R1()).public_key(), trust_domain=forge.trust_domain, spiffe_id=name,
+            issuer=None, serial=1 << 158, now=forge.now, earliest=earliest,
+        ).sign(forge.root.key, hashes.SHA256())  # fmt: skip
+        assert certs.not_before(made) == start
+
+
 @pytest.mark.parametrize(
     ("profile", "name"),
     [
