@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import fcntl
 import json
 import os
 import platform
@@ -28,7 +29,7 @@ __all__ = ["rows_control", "rows_crowd", "rows_disk", "rows_held", "rows_move", 
 
 
 async def go(rows: Sequence[Row], seed: int, seconds: float | None) -> list[Result]:
-    """Play the rows, stage by stage, in the order of the table."""
+    """Play the rows, stage by stage, in the order of the table. Each is on disk when it is over."""
     results: list[Result] = []
 
     async def each(stage: object, kind: str) -> None:
@@ -36,6 +37,7 @@ async def go(rows: Sequence[Row], seed: int, seconds: float | None) -> list[Resu
             if one.stage == kind:
                 results.append(await play(one, stage, Run(seed, seconds)))
                 print(table(results[-1:]).splitlines()[0], flush=True)
+                save(results[-1:], seed)
 
     await each(None, "none")
     if any(r.stage == "small" for r in rows):
@@ -80,20 +82,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     Lab.sweep()
     results = asyncio.run(go(chosen, seed, args.seconds))
     print("\n" + table(results))
-    save(results, seed, partial=bool(args.rows or args.fast or args.soak))
     return int(any(r.verdict in {"fail", "error"} for r in results))
 
 
-def save(results: Sequence[Result], seed: int, *, partial: bool) -> None:
-    """Write out/chaos.json; a run of some rows replaces those and leaves the others."""
-    known = {}
-    if partial and OUT.exists():
-        known = {r["row"]: r for r in json.loads(OUT.read_text())["rows"]}
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    known |= {r.row: r.json() | {"seed": seed, "at": stamp} for r in results}
-    machine = {"kernel": platform.release(), "cpus": os.cpu_count(), "python": platform.python_version()}
+def save(results: Sequence[Result], seed: int) -> None:
+    """Write out/chaos.json: these rows are replaced, the others stay as they were measured (each row says when)."""
     OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(json.dumps({"machine": machine, "rows": sorted(known.values(), key=lambda r: order(r["row"]))}, indent=1) + "\n")
+    with OUT.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs of different rows may go on at once
+        known = {r["row"]: r for r in json.loads(OUT.read_text())["rows"]} if OUT.exists() else {}
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        known |= {r.row: r.json() | {"seed": seed, "at": stamp} for r in results}
+        machine = {"kernel": platform.release(), "cpus": os.cpu_count(), "python": platform.python_version()}
+        rows = sorted((r for n, r in known.items() if n in ROWS), key=lambda r: order(r["row"]))
+        OUT.write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

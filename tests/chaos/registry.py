@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
@@ -134,5 +135,7 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(lines)
 
 
-def order(name: str) -> tuple[str, int]:
-    return name.rstrip("0123456789"), int("0" + "".join(c for c in name if c.isdigit()))
+def order(name: str) -> tuple[str, int, str]:
+    """F2 before F19, F19 before F19a."""
+    letters, digits, rest = re.fullmatch(r"([A-Z]+)(\d+)(\w*)", name).groups()  # type: ignore[union-attr]  # rows are named so
+    return letters, int(digits), rest
