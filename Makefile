@@ -20,7 +20,6 @@ demo: setup  ## the product's main job on real packets, in under half a minute (
 test: setup  ## all checks and all tests; with CI set the kernel lane, too
 	@$(MAKE) --no-print-directory check test-native
 	@$(BIN)/python tools/run_tests.py
-	@[ -z "$$CI" ] || $(MAKE) --no-print-directory test-kernel
 
 check: setup  ## formatting, lints, types, architecture, generated docs
 	@$(BIN)/ruff check
