@@ -16,13 +16,23 @@ def routes(service: Service) -> list[web.RouteDef]:
     """The routes of this part."""
     plane = service.plane
 
+    def newest() -> int:
+        with plane.store.read() as tx:
+            return plane.store.revision(tx)
+
+    async def followed(done: EntryInfo, seconds: float) -> web.Response:
+        """Once the endpoints concerned have applied it, or the time is over."""
+        revision = await service.read(newest)
+        late = await service.followed(done.hosts, revision, seconds)
+        return reply(done.model_copy(update={"waiting_for": late}))
+
     async def entries(_: web.Request) -> web.Response:
         return reply(EntryList(entries=await service.read(plane.list_entries)))
 
     async def create(request: web.Request) -> web.Response:
         asked, actor = await body(request, EntryCreate), request[ACTOR]
         done, _ = await service.change(lambda: plane.create_entry(asked, actor))
-        return reply(done)
+        return await followed(done, asked.wait)
 
     async def remove(request: web.Request) -> web.Response:
         asked, who = await body(request, EntryRef), request[PRINCIPAL]
@@ -35,7 +45,7 @@ def routes(service: Service) -> list[web.RouteDef]:
             return plane.delete_entry(asked.id, who.actor)
 
         done, _ = await service.change(run)
-        return reply(done)
+        return await followed(done, asked.wait)
 
     async def life(request: web.Request) -> web.Response:
         asked, actor = await body(request, WorkloadLife), request[ACTOR]

@@ -311,6 +311,8 @@ def _sign_anew(plane: Plane, tx: Connection, floor: int, now: int) -> None:
     database.put(tx, "bundle_sequence", str(floor + 1))
     database.log(tx, now, "bundle", "bundle")
     current = newest(tx)
+    if current is not None:
+        plane.policies.verify(current)
     files = current.files if current is not None else NO_POLICY
     author = current.author if current is not None else NOBODY
     parts = current.said(str(plane.trust_domain)).parts if current is not None else []

@@ -35,6 +35,8 @@ EndsAt = Annotated[str | None, typer.Option("--ends-at", metavar="TIME|+DURATION
 EndsWith = Annotated[str | None, typer.Option("--ends-with", metavar="WORKLOAD", help="It is over when this workload has no instance left.")]
 EntryId = Annotated[str, typer.Argument(metavar="ID", help="Id of the entry.")]
 
+Wait = Annotated[float, typer.Option("--wait", metavar="SECONDS", min=0, max=60, help="Seconds to wait until the hosts concerned have applied it.")]
+
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _DURATION: Final = re.compile(r"\+([0-9]{1,8})([smhd])")
 
@@ -59,6 +61,7 @@ def create(
     parent: Annotated[str, typer.Option("--parent", metavar="HOST", help="The host, or a pattern of names such as 'web-*'.")],
     select: Annotated[list[str] | None, typer.Option("--select", "-s", metavar="KIND:VALUE", help="uid, gid, group, unit, cgroup, container, netns, path or sha256; repeat it.")] = None,
     label: Annotated[list[str] | None, typer.Option("--label", "-l", metavar="KEY=VALUE", help="Only where the identity has this certified label; repeat it.")] = None,
+    wait: Wait = 5.0,
     hint: Annotated[str, typer.Option(metavar="TEXT", help="What programs tell their identities apart by.")] = "",
     ttl: Annotated[int | None, typer.Option(metavar="SECONDS", min=60, max=86400, help="Life of its certificates.")] = None,
     ends_at: EndsAt = None, ends_with: EndsWith = None,
@@ -67,16 +70,19 @@ def create(
     """Give the processes that all selectors hold for an identity that is placed on their host.
 
     uid and one of unit, cgroup, container or netns are needed: the rest narrows an entry and proves nothing alone.
-    Once a workload has an entry on a host, only processes that match one are given it there.
+    Once a workload has an entry on a host, only processes that match one are given it there, also after the entry's end.
+    The command waits until the hosts concerned have applied it and names those that have not: they answer as before.
     """
     from identity.labels import parse_labels
     from identity.wire.entries import EntryCreate, EntryInfo
 
     request = EntryCreate(
         name=name, parent=parent, selectors=select or [], labels=parse_labels(label or ()), hint=hint, ttl=ttl,
-        ends_with=ends_with, **parse_end(ends_at),
+        ends_with=ends_with, wait=wait, **parse_end(ends_at),
     )  # fmt: skip
-    _show([client(directory).post("/v1/entries", request, EntryInfo)], output_of(output, as_json))
+    done = client(directory).post("/v1/entries", request, EntryInfo, timeout=wait + 30)
+    _show([done], output_of(output, as_json))
+    _note_late(done)
 
 
 @app.command("list", epilog="Example: retinue-ca entry list -o jsonl")
@@ -101,12 +107,20 @@ def show(entry: EntryId, directory: Dir = DEFAULT_DIR, output: Format = Output.T
 
 
 @app.command("delete", epilog="Example: retinue-ca entry delete e-0123456789")
-def delete(entry: EntryId, directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False) -> None:
-    """Take an entry away: its programs lose the identity at once."""
+def delete(
+    entry: EntryId, wait: Wait = 5.0, directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False
+) -> None:
+    """Take an entry away: its programs lose the identity at once.
+
+    Where it was the workload's last one, the programs of the workload's network namespace are given it again.
+    """
     from identity.wire.entries import EntryInfo, EntryRef
 
-    done = client(directory).post("/v1/entries/delete", EntryRef(id=entry), EntryInfo)
+    done = client(directory).post("/v1/entries/delete", EntryRef(id=entry, wait=wait), EntryInfo, timeout=wait + 30)
     cliout.emit(done, output_of(output, as_json), human=lambda: print(f"{done.id} of {cliout.clean(done.name)} is deleted"))
+    _note_late(done)
+    if done.opens:
+        cliout.note(f"it was the last one on {', '.join(done.opens)}: whoever is in the namespace of {cliout.clean(done.name)} is given it there")
 
 
 @workload_app.command("life", epilog="Example: retinue-ca workload life shop/batch --ends-at +8h")
@@ -128,7 +142,12 @@ _COLUMNS: Final = ("id", "name", "parent", "selectors", "ends", "hosts")
 
 
 def _row(e: EntryInfo) -> tuple[Any, ...]:
-    return (e.id, e.name, e.parent, " ".join(e.selectors), end_text(e.ends_at, e.ends_with), " ".join(e.hosts))
+    return (e.id, e.name, e.parent, " ".join(e.selectors), "ended" if e.ended else end_text(e.ends_at, e.ends_with), " ".join(e.hosts))
+
+
+def _note_late(done: EntryInfo) -> None:
+    if done.waiting_for:
+        cliout.note(f"not known to have applied it yet, so as before there: {', '.join(done.waiting_for)}")
 
 
 def end_text(ends_at: int | None, ends_with: str | None) -> str:

@@ -6,14 +6,21 @@ by the CA itself, the next time it signs that row for another reason.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
 from ca.desk import Desk
 from ca.rows import EndpointRow, InstanceRow
+from identity.entries import EntriesRecord
 from identity.errors import BadState, NotVerified
-from identity.records import EndpointRecord, Payload, PlacementRecord
+from identity.records import EndpointRecord, Payload, PlacementRecord, PolicyRecord
+
+if TYPE_CHECKING:
+    from ca.policies import PolicyRow
+
+CONTRADICTION: Final = "store.contradiction"
 
 log = structlog.get_logger("retinue.ca")
 
@@ -58,26 +65,47 @@ def check_endpoint(desk: Desk, row: EndpointRow) -> None:
 def check_row(desk: Desk, what: str, envelope: str, wanted: Payload) -> None:
     """Was exactly this signed for a row? Raises BadState ``store.contradiction``."""
     if _open(desk, type(wanted), envelope, what) != wanted:
-        raise _contradiction(what, "not as signed")
+        raise contradiction(what, "not as signed")
+
+
+def check_set(desk: Desk, endpoint: str, before: str | None, now: Collection[str], added: str | None, removed: Collection[str]) -> None:
+    """Do the ids of an endpoint's entries follow from the set signed last? Raises BadState ``store.contradiction``."""
+    said = set() if before is None else {e.id for e in _open(desk, EntriesRecord, before, f"the entries of {endpoint}").entries}
+    expected = (said | ({added} if added is not None else set())) - set(removed)
+    if expected != set(now):
+        wrong = ", ".join(sorted(expected ^ set(now))[:5])
+        raise contradiction(f"the entries of {endpoint}", f"{wrong} came or went without a signature")
+
+
+def check_policy(desk: Desk, row: PolicyRow) -> None:
+    """Compare a policy revision with its record. Raises BadState ``store.contradiction``."""
+    what = f"policy revision {row.revision}"
+    said = _open(desk, PolicyRecord, row.record, what)
+    _compare(what, {
+        "revision": (row.revision, said.revision), "digest": (row.digest, said.digest), "author": (row.author, said.author),
+        "files": ([tuple(f) for f in row.files], [(f.name, f.text) for f in said.files]),
+        "trial": (row.trial, None if said.trial is None else said.trial.model_dump_json()),
+    })  # fmt: skip
 
 
 def _open(desk: Desk, kind: Any, envelope: str, what: str) -> Any:
     try:
         return desk.open(kind, envelope)
     except NotVerified as e:
-        raise _contradiction(what, f"its record does not hold: {e.message}") from None
+        raise contradiction(what, f"its record does not hold: {e.message}") from None
 
 
 def _compare(what: str, pairs: dict[str, tuple[Any, Any]]) -> None:
     wrong = sorted(name for name, (row, said) in pairs.items() if row != said)
     if wrong:
-        raise _contradiction(what, f"{', '.join(wrong)} not as signed")
+        raise contradiction(what, f"{', '.join(wrong)} not as signed")
 
 
-def _contradiction(what: str, why: str) -> BadState:
+def contradiction(what: str, why: str) -> BadState:
+    """The error and the alarm for a row that does not say what was signed for it."""
     log.critical("the database contradicts what was signed; nothing is signed from it", subject=what, why=why)
     return BadState(
-        "store.contradiction", f"the database contradicts what was signed for {what}: {why}",
+        CONTRADICTION, f"the database contradicts what was signed for {what}: {why}",
         hint="somebody changed the database: compare with retinue-ca audit list and a backup; a host that was stopped in "
         "the middle of enrolling anew has to enrol again",
     )  # fmt: skip

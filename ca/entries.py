@@ -2,20 +2,23 @@
 
 A set is signed anew, at its next generation, in the transaction of the change that made it different; the change log then
 carries it to its endpoint. An endpoint that never had an entry has no set.
+
+An entry whose end has come stays in the set, at ENDED: it gives nobody anything, and goes on keeping the rest of the
+namespace out. Only an administrator's `delete` takes it away, so no end by time ever lets more processes in.
 """
 
 from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 from sqlalchemy import Connection, RowMapping, delete, insert, or_, select, update
 
-from ca import audit, rows, schema
-from ca.contradiction import check_row
+from ca import audit, rows, schema, transparency
+from ca.contradiction import check_row, check_set
 from ca.desk import Desk
 from identity.entries import (
     MAX_ENTRIES,
@@ -31,6 +34,8 @@ from identity.entries import (
 )
 from identity.errors import BadInput, Conflict, NotFound
 from identity.wire.entries import EntryCreate, EntryInfo
+
+ENDED: Final = 0  # `ends_at` of an entry that is over
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,10 @@ class EntryRow:
     def of(cls, row: RowMapping) -> EntryRow:
         selectors = Selectors.model_validate_json(row["selectors"])
         return cls(**{**row, "selectors": selectors, "labels": json.loads(row["labels"])})
+
+    @property
+    def ended(self) -> bool:
+        return self.ends_at == ENDED
 
     def signed(self) -> Entry:
         """As it goes into a record."""
@@ -79,7 +88,13 @@ class Entries:
             raise NotFound(
                 "workload.unknown", f"no workload named {ascii(row.name)[:80]}", hint=f"add it first: retinue-ca workload add {row.name} --host HOST"
             )
+        replaced: list[str] = []
         for other in self.all(tx):
+            if other.ended:
+                if (other.name, other.parent, other.selectors) == (row.name, row.parent, row.selectors):
+                    tx.execute(delete(schema.entries).where(schema.entries.c.id == other.id))  # this one takes its place
+                    replaced.append(other.id)
+                continue
             if (other.name, other.parent, other.selectors) == (row.name, row.parent, row.selectors):
                 raise Conflict("entry.exists", f"entry {other.id} says the same", hint=f"see: retinue-ca entry show {other.id}")
             if row.hint and other.hint == row.hint and other.name != row.name:
@@ -90,7 +105,7 @@ class Entries:
             "created": now, "created_by": row.created_by, "record": self._desk.sign(record_of(self._desk, row)),
         }  # fmt: skip
         tx.execute(insert(schema.entries).values(**values))
-        self._follow(tx, row.parent, now)
+        self._follow(tx, row.parent, now, added=row.id, removed=replaced)
         audit.append(tx, now, actor, "entry.create", row.id, name=row.name, parent=row.parent, selectors=describe(row.selectors))
         return row
 
@@ -116,18 +131,31 @@ class Entries:
     def remove(self, tx: Connection, row: EntryRow, now: int) -> None:
         """Take one away without a word to the audit."""
         tx.execute(delete(schema.entries).where(schema.entries.c.id == row.id))
+        self._follow(tx, row.parent, now, removed=[row.id])
+
+    def end(self, tx: Connection, row: EntryRow, now: int) -> None:
+        """Its end has come. Raises BadState ``store.contradiction``."""
+        check_row(self._desk, f"entry {row.id}", row.record, record_of(self._desk, row))
+        over = replace(row, ends_at=ENDED, ends_with=None)
+        values = {"ends_at": ENDED, "ends_with": None, "record": self._desk.sign(record_of(self._desk, over))}
+        tx.execute(update(schema.entries).where(schema.entries.c.id == row.id).values(values))
         self._follow(tx, row.parent, now)
+
+    def opens(self, tx: Connection, row: EntryRow) -> list[str]:
+        """Endpoints on which this is the last entry of its workload."""
+        others = [e.parent for e in self.all(tx) if e.name == row.name and e.id != row.id]
+        return [name for name in self.hosts(tx, row) if not any(is_parent(parent, name) for parent in others)]
 
     def due(self, tx: Connection, now: int, alive: Callable[[str], bool]) -> list[EntryRow]:
         """Entries whose end has come."""
         c = schema.entries.c
         query = select(schema.entries).where(or_(c.ends_at <= now, c.ends_with.is_not(None)))
-        found = [EntryRow.of(row) for row in tx.execute(query.order_by(c.id)).mappings()]
+        found = [r for row in tx.execute(query.order_by(c.id)).mappings() if not (r := EntryRow.of(row)).ended]
         return [r for r in found if (r.ends_at is not None and r.ends_at <= now) or (r.ends_with is not None and not alive(r.ends_with))]
 
     def ttl(self, tx: Connection, workload: str, endpoint: str) -> int | None:
         """The shortest certificate life that the entries of a workload on an endpoint ask for."""
-        found = [r.ttl for r in self.all(tx) if r.name == workload and r.ttl is not None and is_parent(r.parent, endpoint)]
+        found = [r.ttl for r in self.all(tx) if r.name == workload and r.ttl is not None and not r.ended and is_parent(r.parent, endpoint)]
         return min(found, default=None)
 
     def hosts(self, tx: Connection, row: EntryRow) -> list[str]:
@@ -138,19 +166,28 @@ class Entries:
         return EntryInfo(
             id=row.id, name=row.name, parent=row.parent, selectors=describe(row.selectors).split(" "), labels=dict(row.labels),
             hint=row.hint, ttl=row.ttl, ends_at=row.ends_at, ends_with=row.ends_with, created=row.created,
-            created_by=row.created_by, hosts=self.hosts(tx, row),
+            created_by=row.created_by, hosts=self.hosts(tx, row), ended=row.ended,
         )  # fmt: skip
 
-    def _follow(self, tx: Connection, parent: str, now: int) -> None:
+    def _follow(self, tx: Connection, parent: str, now: int, *, added: str | None = None, removed: Collection[str] = ()) -> None:
         for name in _enrolled(tx):
             if is_parent(parent, name):
-                sign_for(self._desk, tx, name, now)
+                sign_for(self._desk, tx, name, now, change=Change(added, frozenset(removed)))
 
 
-def sign_for(desk: Desk, tx: Connection, endpoint: str, now: int) -> bool:
+@dataclass(frozen=True, slots=True)
+class Change:
+    """By what a set is to differ from the one signed before: ids."""
+
+    added: str | None
+    removed: frozenset[str]
+
+
+def sign_for(desk: Desk, tx: Connection, endpoint: str, now: int, *, change: Change | None = None) -> bool:
     """Sign an endpoint's set anew at its next generation; False when it never had an entry and has none now.
 
-    Raises Conflict ``entry.many``.
+    change: compare with the set before; None when the endpoint was away meanwhile. Raises Conflict ``entry.many``,
+    BadState ``store.contradiction`` for entries that came, went or changed without us: somebody writes in the database.
     """
     row = rows.endpoint(tx, endpoint)
     mine = [e for e in Entries(desk).all(tx) if is_parent(e.parent, endpoint)]
@@ -158,6 +195,8 @@ def sign_for(desk: Desk, tx: Connection, endpoint: str, now: int) -> bool:
         check_row(desk, f"entry {entry.id}", entry.record, record_of(desk, entry))
     if not mine and row.entries is None:
         return False
+    if change is not None:
+        check_set(desk, endpoint, row.entries, {e.id for e in mine}, change.added, change.removed)
     if len(mine) > MAX_ENTRIES:
         raise Conflict("entry.many", f"{endpoint} would have {len(mine)} entries; at most {MAX_ENTRIES}", hint="delete some, or spread them")
     generation = max(row.entries_generation, desk.store.floor(tx)) + 1
@@ -169,6 +208,7 @@ def sign_for(desk: Desk, tx: Connection, endpoint: str, now: int) -> bool:
     )  # fmt: skip
     changed = {"entries": record, "entries_generation": generation}
     tx.execute(update(schema.endpoints).where(schema.endpoints.c.name == endpoint).values(**changed))
+    transparency.record(tx, now, "entries", endpoint, record)
     desk.store.log(tx, now, "endpoint", endpoint)
     return True
 

@@ -18,11 +18,11 @@ from typing import Any, Literal
 from sqlalchemy import Connection, CursorResult, insert, select, update
 
 from ca import audit, rows, schema, transparency
-from ca.contradiction import check_endpoint, check_instance
+from ca.contradiction import check_endpoint, check_instance, contradiction
 from ca.desk import Desk
 from ca.life import end_of
 from ca.rows import EndpointRow, InstanceRow
-from identity.errors import Bug, Conflict, Refused
+from identity.errors import Bug, Conflict, NotVerified, Refused
 from identity.labels import check_labels
 from identity.names import SpiffeId
 from identity.records import PlacementRecord, unverified
@@ -173,12 +173,22 @@ class Placements:
         if row.endpoint is not None and row.placement is not None:
             # Taking a place away has to work whatever became of the row: what was signed is said again, as revoked.
             epoch = row.epoch_top + 1
-            said = unverified(PlacementRecord, row.placement, trust_domain=str(self._desk.trust_domain))
-            gone = said.model_copy(update={"epoch": epoch, "state": "revoked", "issued": now})
-            values |= {"epoch": epoch, "epoch_top": epoch, "placement": self._desk.sign(gone)}
+            values |= {"epoch": epoch, "epoch_top": epoch, "placement": self._desk.sign(self._gone(row, row.placement, epoch, now))}
         self._swap(tx, row, now, **values)
         self._log(tx, row, now)
         return rows.instance(tx, row.name, row.instance)
+
+    def _gone(self, row: InstanceRow, envelope: str, epoch: int, now: int) -> PlacementRecord:
+        """What an envelope of a row said, as revoked and of that instance: whoever wrote the row has nothing else signed.
+
+        Raises BadState ``store.contradiction`` when it cannot be read at all.
+        """
+        try:
+            said = unverified(PlacementRecord, envelope, trust_domain=str(self._desk.trust_domain))
+        except NotVerified as e:
+            raise contradiction(row.key, f"its record cannot be read: {e.message}") from None
+        name = {"name": row.name, "instance": row.instance, "spiffe_id": str(SpiffeId.workload(self._desk.trust_domain, row.name))}
+        return said.model_copy(update={**name, "epoch": epoch, "state": "revoked", "issued": now})
 
     def resign(self, tx: Connection, row: InstanceRow, now: int) -> InstanceRow:
         """Publish the same placement anew, after its holder enrolled again with another tunnel key."""
@@ -192,9 +202,8 @@ class Placements:
         if row.endpoint is not None:
             self.resign(tx, row, now)
         elif row.placement is not None:
-            said = unverified(PlacementRecord, row.placement, trust_domain=str(self._desk.trust_domain))
             epoch = row.epoch_top + 1
-            record = said.model_copy(update={"epoch": epoch, "issued": now})
+            record = self._gone(row, row.placement, epoch, now)
             self._swap(tx, row, now, epoch=epoch, epoch_top=epoch, placement=self._desk.sign(record))
             self._log(tx, row, now)
 

@@ -11,6 +11,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, insert, select, update
 
 from ca import audit, flow_store, policy_authority, rows, schema, transparency
+from ca.contradiction import check_policy
 from ca.desk import Desk
 from ca.rows import InstanceRow
 from ca.store import any_of
@@ -212,11 +213,17 @@ class Policies:
         )  # fmt: skip
         self._desk.store.log(tx, now, "policy", "policy")
 
+    def verify(self, row: PolicyRow) -> None:
+        """Does a row say what was signed for it? Raises BadState ``store.contradiction``."""
+        check_policy(self._desk, row)
+
     def publish(
         self, tx: Connection, current: PolicyRow | None, files: Files, digest: str, author: str, now: int, *,
         parts: Sequence[str] = (), kind: str, trial: PolicyTrial | None = None,
     ) -> int:  # fmt: skip
-        """The next revision, inside the caller's transaction; its number."""
+        """The next revision, inside the caller's transaction; its number. Raises BadState ``store.contradiction``."""
+        if current is not None:
+            self.verify(current)
         revision = current.revision + 1 if current else 1
         self.insert(tx, revision, digest, files, author, now, parts=parts, kind=kind, trial=trial)
         return revision

@@ -528,6 +528,12 @@ class Service:
             return "it has not applied the prepared placement"
         return "" if prepared.instance.key in report.attached else "nothing is attached there for it"
 
+    async def followed(self, names: Iterable[str], revision: int, seconds: float) -> list[str]:
+        """Wait until these endpoints have applied a revision; who then has not, those that are not connected included."""
+        wanted = frozenset(names)
+        await self._until(lambda: not self._lagging(wanted & self.streams.keys(), revision), seconds)
+        return sorted(self._lagging(wanted, revision))
+
     def _lagging(self, names: Iterable[str], revision: int) -> set[str]:
         return {n for n in names if (r := self.reports.get(n)) is None or r.revision < revision}
 

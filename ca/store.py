@@ -30,6 +30,7 @@ from ca.schema import SCHEMA_VERSION, WRITER_LOCK, changes, meta, metadata, trig
 from identity.errors import BadInput, BadState, Conflict, RetinueError, Unreachable
 
 BUSY_MS: Final = 5000  # how long one writer waits for another process
+_BROKEN: Final = frozenset({"store.failed", "store.damaged"})  # after these nothing more is written
 
 # What every request runs is built once.
 _INSERT_CHANGE: Final = insert(changes)
@@ -192,7 +193,7 @@ class Store:
             with _translated(), self.engine.begin() as tx:
                 yield tx
         except BadState as e:
-            self._failed = self._failed or (e.code.startswith("store.") and not self.shared)
+            self._failed = self._failed or (e.code in _BROKEN and not self.shared)
             raise
 
     @contextmanager

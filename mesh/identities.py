@@ -1,7 +1,9 @@
 """Which identities a process of this machine is given: by registration entries, and by the namespace it is in.
 
-    a workload with an entry here     the processes that an entry's selectors hold for; the instance has to be placed here
-    any other workload                what its network namespace is attached for (a sidecar: its own; kind host: root only)
+    a workload with an entry here     the processes that an entry's selectors hold for; the instance has to be placed here.
+                                      An entry whose end has come gives nothing and still makes this the rule
+    any other workload                what its network namespace is attached for (a sidecar: its own; kind host: root only;
+                                      kind unit: the processes of the control group)
 
 The most specific entry comes first and is the default identity; what the namespace gives follows in the order of instances.
 """
@@ -22,6 +24,7 @@ from mesh.snapshot import InstanceKey
 
 if TYPE_CHECKING:
     from mesh.endpoint import Agent, InForce
+    from mesh.plan import AttachmentPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,22 +62,26 @@ def identities(agent: Agent, caller: Caller, own: NamespaceId) -> tuple[Given, .
         inside = attached_at(agent, now, caller, space, own)
         facts = known_facts(caller, entries, inside) if entries else None
     given = [] if facts is None else by_entries(agent, now, entries, facts)
-    ruled = {entry.name for entry in entries}
+    ruled = now.view.snapshot.ruled
     given += [Given(key, key) for key in sorted(inside, key=instance_order) if instance_order(key)[0] not in ruled]
     if not given:
         why = "no instance is active in the network namespace of the calling process"
-        raise Refused("workload.nobody", f"{why}, and no registration entry holds for it" if entries else why)
+        raise Refused("workload.nobody", f"{why}, and no registration entry holds for it" if ruled else why)
     return unique(given)
 
 
 def attached_at(agent: Agent, now: InForce, caller: Caller, space: NamespaceId, own: NamespaceId) -> frozenset[InstanceKey]:
-    """Active instances whose place is this namespace; those of the host itself are for root."""
+    """Active instances whose place is this namespace; those of the host itself are for root, a unit's for its processes."""
     at_home = space == own and (agent.enrollment.kind == "sidecar" or caller.uid == 0)
-    return frozenset(
-        at.key
-        for at in now.plan.active
-        if at.key not in now.failed and (at_home if at.kind == "host" else agent.attachments.is_at(at.key, space))
-    )
+
+    def at(place: AttachmentPlan) -> bool:
+        if place.kind == "host":
+            return at_home
+        if place.kind == "unit":
+            return space == own and agent.attachments.is_member(place.key, caller)
+        return agent.attachments.is_at(place.key, space)
+
+    return frozenset(place.key for place in now.plan.active if place.key not in now.failed and at(place))
 
 
 def known_facts(caller: Caller, entries: tuple[Entry, ...], inside: frozenset[InstanceKey]) -> Facts:

@@ -24,7 +24,7 @@ class Snapshot:
 
     `placements` holds state active or revoked, the highest epoch of each instance; `prepares` the moves that are being
     made ready (nothing is accepted from their endpoint yet). `policy` is None when no policy was ever published: then
-    nothing is permitted.
+    nothing is permitted. `ruled`: workloads with a registration entry here, ended ones included: no namespace gives them.
     """
 
     trust_domain: str
@@ -36,6 +36,7 @@ class Snapshot:
     endpoints: Mapping[str, EndpointRecord] = field(default_factory=dict)
     state_hash: str = ""
     entries: tuple[Entry, ...] = ()
+    ruled: frozenset[str] = frozenset()
     foreign: tuple[ForeignBundle, ...] = ()
 
 

@@ -250,6 +250,7 @@ class SyncMachine:
             endpoints=endpoints,
             state_hash=self.received_hash,
             entries=tuple(e for e in entries if e.ends is None or e.ends > signed_now),
+            ruled=frozenset(e.name for e in entries),  # an end by time lets nobody else in
             foreign=tuple(sorted(foreign, key=lambda f: f.foreign)),
         )
         return View(snapshot, frozenset(fenced), age, min(deadlines, default=None), frozenset(ended))

@@ -47,6 +47,7 @@ from identity.wire.admin import (
     WorkloadMove,
     WorkloadRef,
 )
+from identity.wire.entries import EntryCreate, EntryInfo, EntryRef
 from identity.wire.feed import Delta, Report, Snapshot, parse_frame
 from mesh.enroll import Enrollment, enroll
 
@@ -243,6 +244,26 @@ async def test_everything_is_audited(rig: Rig) -> None:
 
 
 # ---- moves
+
+
+async def test_an_entry_is_acknowledged_when_the_hosts_have_applied_it(rig: Rig) -> None:
+    """Until then they answer as before, which for a first entry is more than it says: who has not is named."""
+    async with asyncio.TaskGroup() as tasks:
+        here, silent = await rig.start(tasks, "web-1", "web-2")
+        await rig.join("web-3")  # never connects
+        await rig.add("api", "web-1")
+        silent.reports = False
+        wanted = EntryCreate(name="api", parent="web-*", selectors=["uid:33", "unit:api.service"], wait=0.5)
+        made = await rig.post("/v1/entries", wanted, EntryInfo)
+        assert ("entries" in here.objects, made.hosts) == (True, ["web-1", "web-2", "web-3"])
+        assert made.waiting_for == ["web-2", "web-3"]
+        only = EntryCreate(name="api", parent="web-1", selectors=["uid:33", "unit:api.service"], wait=20)
+        more = await rig.post("/v1/entries", only, EntryInfo)  # ends as soon as web-1 has said so
+        assert (more.waiting_for, more.ended) == ([], False)
+        gone = await rig.post("/v1/entries/delete", EntryRef(id=made.id, wait=0), EntryInfo)
+        assert set(gone.waiting_for) >= {"web-2", "web-3"}
+        assert gone.opens == ["web-2", "web-3"]
+        rig.stop_agents()
 
 
 async def test_a_move_waits_for_everybody_and_says_how_long(rig: Rig) -> None:

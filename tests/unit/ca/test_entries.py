@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from sqlalchemy import insert, select, update
+from sqlalchemy import delete, insert, select, update
 
 from ca import schema
 from ca.entries import Entries, sign_for
@@ -144,6 +144,28 @@ def test_a_row_that_a_database_writer_changed_is_not_given_out(desk, change):
         create(desk, name="other", parent="web-1")
     assert caught.value.code == "store.contradiction"
     assert signed(desk, "web-1") == before
+
+
+@pytest.mark.parametrize("blow", ["taken away", "brought back"])
+def test_an_entry_that_came_or_went_without_us_is_noticed(desk, blow):
+    """Both have records that hold: one was deleted by an administrator, one was not."""
+    desk.enrol("web-1")
+    desk.add("api")
+    desk.add("other")
+    row = create(desk)
+    with desk.store.write() as tx:
+        kept = dict(tx.execute(select(schema.entries)).mappings().one())
+        if blow == "brought back":
+            desk.entries.delete(tx, row.id, desk.now, "test")
+            tx.execute(insert(schema.entries).values(**kept))
+        else:
+            tx.execute(delete(schema.entries))
+    before = signed(desk, "web-1")
+    with pytest.raises(BadState, match=row.id) as caught:
+        create(desk, name="other")
+    assert caught.value.code == "store.contradiction"
+    assert signed(desk, "web-1") == before
+    desk.add("more", "web-1")  # everything else goes on
 
 
 def test_an_entry_that_a_database_writer_made_is_not_given_out(desk):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from sqlalchemy import update
 
-from ca import audit, leases
+from ca import audit, leases, schema
 from ca.entries import Entries
 from identity.errors import BadInput, Conflict, NotFound, Refused
 from identity.wire.admin import WorkloadLife
-from tests.unit.ca.test_entries import create
+from tests.unit.ca.test_entries import create, signed
 
 
 @pytest.fixture
@@ -66,6 +67,39 @@ def test_an_entry_ends(desk):
     desk.placements.revoke("job", 0, desk.now, "test")
     assert expire(desk, 6) == [linked.id]
     assert actions(desk, linked.id) == ["entry.create", "entry.expire"]
+    with desk.store.read() as tx:
+        assert [r.ended for r in desk.entries.all(tx)] == [True, True]
+    assert expire(desk, 7) == []  # told once
+
+
+def test_an_ended_entry_stays_in_the_signed_set_until_it_is_deleted_or_made_anew(desk):
+    """Without it the agent would give the workload to its whole namespace again: an end would let more in."""
+    desk.enrol("web-1")
+    desk.add("api")
+    row = create(desk, ends_at=desk.now + 5, hint="main")
+    assert expire(desk, 5) == [row.id]
+    assert [(e.id, e.ends) for e in signed(desk, "web-1").entries] == [(row.id, 0)]
+    with desk.store.read() as tx:
+        assert (desk.entries.info(tx, desk.entries.get(tx, row.id)).ended, desk.entries.opens(tx, row)) == (True, ["web-1"])
+    again = create(desk, hint="main")
+    assert [(e.id, e.ends) for e in signed(desk, "web-1").entries] == [(again.id, None)]
+    with desk.store.write() as tx:
+        desk.entries.delete(tx, again.id, desk.now, "test")
+    assert signed(desk, "web-1").entries == []
+
+
+def test_a_tampered_row_holds_up_nobody_elses_end(desk):
+    desk.enrol("web-1")
+    for name in ("api", "job", "other"):
+        desk.add(name, "web-1", ends_in=9)
+    bad, good = create(desk, ends_at=desk.now + 5), create(desk, name="other", parent="db-1", ends_at=desk.now + 5)
+    with desk.store.write() as tx:
+        tx.execute(update(schema.entries).where(schema.entries.c.id == bad.id).values(labels='{"role":"db"}'))
+        tx.execute(update(schema.instances).where(schema.instances.c.name == "job").values(placement="x"))
+    with desk.store.write() as tx:
+        done = leases.expire(tx, desk.placements, desk.entries, desk.now + 9)
+    assert done == ["api/0", "other/0", good.id]
+    desk.enrol("db-1")  # and the store goes on taking everybody else's changes
 
 
 def test_what_is_being_moved_ends_too(desk):

@@ -45,7 +45,12 @@ async def test_an_entry_gives_and_narrows(agent, live, me):
     with pytest.raises(Refused) as caught:
         identities(agent, me, own_namespace())
     assert "no registration entry holds" in caught.value.message
-    await tell(agent, live.delta({"entries": entries(live, generation=3)}))
+    # an end by time (0: as the CA writes it once it noticed) lets nobody else in
+    for generation, ends in ((3, live.now - 1), (4, 0)):
+        await tell(agent, live.delta({"entries": entries(live, entry(ends=ends), generation=generation)}))
+        with pytest.raises(Refused, match="no registration entry holds"):
+            identities(agent, me, own_namespace())
+    await tell(agent, live.delta({"entries": entries(live, generation=5)}))
     assert identities(agent, me, own_namespace()) == (Given("cart/0", "cart/0"),)
 
 
