@@ -326,6 +326,10 @@ class Plane:
                 why=f"{type(e).__name__}: {e}",
             )
             return Published({}, frozenset(), current=False)
+        try:
+            self._follow_grants()
+        except RetinueError as e:
+            log.warning("which grants are live could not be noted; tried again with the next heartbeat", why=e.message)
         world = self.mirror.world
         gone = frozenset(n for n in touched.endpoints if world.endpoints[n].record is None)
         for name in gone:
@@ -373,18 +377,27 @@ class Plane:
         self.expire()
         if (rollout := self.rollouts.tick(self.now)) is not None:
             log.warning("a rollout goes on by itself", rollout=rollout.id, state=rollout.state, why=rollout.why)
+        self._follow_grants()
         in_force = self.mirror.in_force
-        if in_force is not None:
-            policies = [p for p in (in_force.policy, in_force.trial) if p is not None]
-            if any(p.grants for p in policies):
-                there = {fact.subject.name for fact in self.mirror.world.instances.values() if not fact.revoked}
-                for grant in grant_ends.follow(self.store, policies, self.now, there):
-                    log.info("a grant has ended", grant=grant)
         if in_force is None or in_force.until is None or self._ticked == in_force.until:
             return
         if in_force.until <= self.now:
             self._ticked = in_force.until
             self.policies.time_passed(self.now)
+
+    def _follow_grants(self) -> None:
+        """Note which grants are live, and tell which have ended.
+
+        At every change, not by the heartbeat alone: a grant that came and went between two beats was live as well.
+        """
+        in_force = self.mirror.in_force
+        if in_force is None:
+            return
+        policies = [p for p in (in_force.policy, in_force.trial) if p is not None]
+        if any(p.grants for p in policies):
+            there = {fact.subject.name for fact in self.mirror.world.instances.values() if not fact.revoked}
+            for grant in grant_ends.follow(self.store, policies, self.now, there):
+                log.info("a grant has ended", grant=grant)
 
     def seal(self) -> None:
         """Place what waits for the transparency log."""

@@ -285,6 +285,8 @@ class Agent:
             if view.snapshot.policy is not None:
                 change = self.compiler.changes_at(view.snapshot.policy, now, running(view.snapshot.placements))
                 self._policy_change = float("inf") if change is None else float(change)
+            directory = self._directory(plan, view, now)
+            self.recorder.expect(directory)
             applied = await self.plane.apply(plan)
         except RetinueError as e:
             self.health.put("apply.failed", "error", f"the new state could not be applied: {e.message}")
@@ -300,7 +302,7 @@ class Agent:
         self.svids.keep_only(frozenset(held))
         self.jwts.keep_only(frozenset(held))
         self._conditions(plan, view, dict(applied.failed))
-        self._record_as(plan, view, now)
+        self.recorder.update(directory, plan)
         if applied.failed:
             asyncio.get_running_loop().call_later(RETRY_PLACES, self.touch)
         if applied.changes:
@@ -312,11 +314,11 @@ class Agent:
         async with self.changed:
             self.changed.notify_all()
 
-    def _record_as(self, plan: Plan, view: View, now: int) -> None:
+    def _directory(self, plan: Plan, view: View, now: int) -> Directory:
         policy = view.snapshot.policy
         there = running(view.snapshot.placements)
         program = None if policy is None else self.compiler.classes(policy, now, there).program
-        self.recorder.update(Directory(self.enrollment.endpoint, plan, view.snapshot, program), plan)
+        return Directory(self.enrollment.endpoint, plan, view.snapshot, program)
 
     def _facts(self, view: View) -> LocalFacts:
         return LocalFacts(

@@ -16,7 +16,7 @@ from mesh.netfilter import Conversation
 from mesh.plan import Plan
 from mesh.snapshot import InstanceKey, Snapshot
 from policy.evaluate import evaluate, matches
-from policy.flows import FlowRecord, FlowSummary, ProcessInfo, Verdict, summarize
+from policy.flows import UNKNOWN, FlowRecord, FlowSummary, ProcessInfo, Verdict, summarize
 from policy.ports import ICMP, ICMPV6, PORTED
 from policy.program import Alert, Program, Subject
 
@@ -101,9 +101,21 @@ class Directory:
 class _Entry:
     record: FlowRecord
     told: FlowRecord | None = None  # as last taken
+    looks: int = 0  # searches for the processes at its ends
+    look_at: int = 0  # Unix seconds: no search before
 
 
 _Key = tuple[str, int | None, str, int | None, int, int | None, Verdict, str]
+
+
+def _key(record: FlowRecord) -> _Key:
+    return (record.src, record.src_instance, record.dst, record.dst_instance, record.proto, record.port, record.verdict, record.by)
+
+
+def unnamed(record: FlowRecord) -> tuple[bool, bool]:
+    """(source, destination): is that end here, with a process that is not known yet?"""
+    one, other = record.src_process, record.dst_process
+    return one is not None and one.executable == UNKNOWN, other is not None and other.executable == UNKNOWN
 
 
 class FlowTable:
@@ -166,10 +178,21 @@ class FlowTable:
         if rest is not None and len(self._pending) < self.size:
             self._pending.append(rest)
 
+    def look(self, record: FlowRecord, now: int) -> bool:
+        """Is it time to search for a process at an end of the record? A yes counts: each next one comes twice as late.
+
+        One search is not enough: the socket may be closed, or the machine too busy, before anybody looks.
+        """
+        entry = self._tables[record.verdict].get(_key(record))
+        if entry is None or now < entry.look_at or not any(unnamed(entry.record)):
+            return False
+        entry.looks += 1
+        entry.look_at = now + (1 << min(entry.looks, 12))
+        return True
+
     def name_process(self, record: FlowRecord, *, source: bool, found: ProcessInfo) -> None:
         """Who used the socket at an end of a record."""
-        key = (record.src, record.src_instance, record.dst, record.dst_instance, record.proto, record.port, record.verdict, record.by)
-        entry = self._tables[record.verdict].get(key)
+        entry = self._tables[record.verdict].get(_key(record))
         if entry is not None:
             entry.record = replace(entry.record, src_process=found) if source else replace(entry.record, dst_process=found)
 

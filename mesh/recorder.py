@@ -25,7 +25,7 @@ from mesh import netns, sockets
 from mesh.alerts import AlertDesk
 from mesh.firewall import DeniedFlow
 from mesh.flow_store import FlowStore
-from mesh.flows import Accounts, Directory, FlowTable
+from mesh.flows import Accounts, Directory, FlowTable, unnamed
 from mesh.netfilter import Conversation, Handler, Listener, Tracked, logged, tracked
 from mesh.plan import Plan
 from mesh.snapshot import InstanceKey
@@ -66,6 +66,7 @@ class Recorder:
         self.host, self.plane, self.desk = host, plane, desk
         self.table, self.store = FlowTable(), FlowStore(state_dir)
         self.directory: Directory | None = None
+        self._coming: Directory | None = None
         self._tell, self._clock = tell, clock
         self._places: dict[InstanceKey, str | None] = {}
         self._listeners: list[Listener] = []
@@ -89,9 +90,14 @@ class Recorder:
         for one in self._listeners:
             asyncio.get_running_loop().add_reader(one.sock.fileno(), self._readable, one)
 
+    def expect(self, directory: Directory) -> None:
+        """What is being put into force: the kernel may tell of its first flows before anybody says that it is there."""
+        self._coming = directory
+        self.directory = self.directory or directory
+
     def update(self, directory: Directory, plan: Plan) -> None:
         """What is in force from now on."""
-        self.directory = directory
+        self.directory, self._coming = directory, None
         self._places = {key: at.netns for key, at in plan.attachments.items()}
 
     async def run(self) -> None:
@@ -144,21 +150,24 @@ class Recorder:
         if directory is None or not directory.knows(event.flow):
             return
         verdict, by = directory.verdict(event.flow)
+        if verdict == "deny" and self._coming is not None:
+            verdict, by = self._coming.verdict(event.flow)
         if verdict == "deny":
             # It was accepted by what was in force before, or ended because it is not permitted any more.
             verdict, by = "allow", ""
         if event.what == "new":
-            record, fresh = self.table.add(now, directory, event.flow, verdict, by, count=1)
+            record, _ = self.table.add(now, directory, event.flow, verdict, by, count=1)
             self._told(record)
-            if fresh:
-                self._find_processes(event.flow, record)
-            return
-        packets, size = self._live.pop(event.id, (0, 0))
-        if event.what == "listed":
-            self._live[event.id] = event.packets, event.size
-        more = max(0, event.packets - packets), max(0, event.size - size)
-        if any(more):
-            self.table.add(now, directory, event.flow, verdict, by, packets=more[0], size=more[1])
+        else:
+            packets, size = self._live.pop(event.id, (0, 0))
+            if event.what == "listed":
+                self._live[event.id] = event.packets, event.size
+            more = max(0, event.packets - packets), max(0, event.size - size)
+            if not any(more):
+                return
+            record, _ = self.table.add(now, directory, event.flow, verdict, by, packets=more[0], size=more[1])
+        if event.what != "end" and self._lookups >= 1 and self.table.look(record, now):
+            self._find_processes(event.flow, record)
 
     def _note(
         self, now: int, flow: Conversation, verdict: Verdict, *, packets: int, size: int = 0, count: int, uid: int | None = None
@@ -166,6 +175,8 @@ class Recorder:
         directory = self.directory
         assert directory is not None
         says, by = directory.verdict(flow)
+        if says != verdict and self._coming is not None:
+            says, by = self._coming.verdict(flow)
         if says != verdict:
             # Another reason than the rules: a process that the rule does not name, or a policy that has changed since.
             by = ""
@@ -215,9 +226,9 @@ class Recorder:
     def _find_processes(self, flow: Conversation, record: FlowRecord) -> None:
         """Look for the processes at the ends that are here, a few a second; the others stay unknown."""
         assert self.directory is not None
-        for source, address in ((True, flow.src), (False, flow.dst)):
+        for source, address, wanted in zip((True, False), (flow.src, flow.dst), unnamed(record), strict=True):
             key = self.directory.end(address).local
-            if key is None or self._lookups < 1 or flow.proto not in PORTED:
+            if key is None or not wanted or self._lookups < 1 or flow.proto not in PORTED:
                 continue
             self._lookups -= 1
             task = asyncio.ensure_future(self._find_process(flow, record, key, source=source))

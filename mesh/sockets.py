@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from collections.abc import Sequence
 from ipaddress import ip_address
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
@@ -21,6 +23,7 @@ _BY_FAMILY: Final = 20
 _REQUEST, _DUMP = 0x1, 0x300
 _DONE, _ERROR = 3, 2
 MAX_PROCESSES: Final = 4096
+MAX_SOCKETS: Final = 64  # of one port
 
 
 def owner(flow: Conversation, *, source: bool) -> ProcessInfo:
@@ -28,17 +31,20 @@ def owner(flow: Conversation, *, source: bool) -> ProcessInfo:
     if flow.proto not in {TCP, UDP}:
         return ProcessInfo()
     port, address = (flow.sport, flow.src) if source else (flow.dport, flow.dst)
-    found = _socket(flow, address, port)
-    if found is None:
+    found = _sockets(flow, address, port)
+    if not found:
         return ProcessInfo()
-    inode, uid = found
-    return ProcessInfo(*_process(inode), uid)
+    inode, executable, unit = _process(list(found))
+    return ProcessInfo(executable, unit, found[inode])
 
 
-def _socket(flow: Conversation, address: str, port: int) -> tuple[int, int] | None:
-    """(inode, uid) of the socket bound to that port; one bound to the address before one bound to any."""
+def _sockets(flow: Conversation, address: str, port: int) -> dict[int, int]:
+    """The sockets bound to that port, {inode: uid}; those bound to the address before those bound to any.
+
+    More than one: a connection may be over before anybody looks for its process, while the listening socket stays.
+    """
     families = [socket.AF_INET6] if ":" in address else [socket.AF_INET, socket.AF_INET6]
-    best: tuple[int, int, int] | None = None
+    found: list[tuple[int, int, int]] = []
     packed = ip_address(address).packed
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _SOCK_DIAG) as sock:
         sock.settimeout(2)
@@ -57,26 +63,31 @@ def _socket(flow: Conversation, address: str, port: int) -> tuple[int, int] | No
                     mapped = b"\0" * 10 + b"\xff\xff" + packed if len(packed) == 4 else packed
                     weight = 2 if local in {packed, mapped} else 1 if not any(local) else 0
                     uid, inode = struct.unpack_from("=II", data, 64)
-                    if weight and inode and (best is None or weight > best[0]):
-                        best = (weight, inode, uid)
-    return None if best is None else (best[1], best[2])
+                    if weight and inode:
+                        found.append((weight, inode, uid))
+    return {inode: uid for _, inode, uid in sorted(found, key=lambda one: -one[0])[:MAX_SOCKETS]}
 
 
-def _process(inode: int) -> tuple[str, str]:
-    """(executable, unit) of a process that holds the socket open."""
-    wanted = f"socket:[{inode}]"
+def _process(inodes: Sequence[int]) -> tuple[int, str, str]:
+    """(inode, executable, unit) of a process that holds one of the sockets open, the first ones preferred."""
+    ranks = {f"socket:[{inode}]": rank for rank, inode in enumerate(inodes)}
+    best, executable, unit = len(inodes), UNKNOWN, UNKNOWN
     ours = _namespace("self")
-    for number, entry in enumerate(os.scandir("/proc")):
-        if number > MAX_PROCESSES:
-            break
-        if not entry.name.isdigit() or _namespace(entry.name) != ours:
+    with os.scandir("/proc") as entries:
+        pids = [entry.name for entry in islice(entries, MAX_PROCESSES) if entry.name.isdigit()]
+    for pid in pids:
+        if _namespace(pid) != ours:
             continue
         try:
-            if any(_link(f.path) == wanted for f in os.scandir(f"/proc/{entry.name}/fd")):
-                return _link(f"/proc/{entry.name}/exe") or UNKNOWN, _unit(entry.name)
+            with os.scandir(f"/proc/{pid}/fd") as files:
+                rank = min((ranks.get(_link(file.path), best) for file in files), default=best)
         except OSError:
             continue
-    return UNKNOWN, UNKNOWN
+        if rank < best:
+            best, executable, unit = rank, _link(f"/proc/{pid}/exe") or UNKNOWN, _unit(pid)
+            if not best:
+                break
+    return inodes[best if best < len(inodes) else 0], executable, unit
 
 
 def _namespace(pid: str) -> str:

@@ -361,3 +361,21 @@ def test_a_window_of_time_moves_the_position_once(plane: Plane, enrol, clock) ->
         plane.tick()
         plane.publish()
     assert plane.mirror.revision == start + 1
+
+
+def test_a_grant_that_came_and_went_between_two_heartbeats_is_told(plane: Plane, enrol) -> None:
+    enrol(plane, "a")
+    plane.placements.add(workload("web", "a", role="web"), plane.now, "t")
+    plane.placements.add(workload("job", "a", role="job"), plane.now, "t")
+    plane.publish()
+    plane.policies.apply(
+        [("p", "meshpolicy: 1\nlabels: {keys: [role]}\ngrants:\n  - {id: g, from: {role: web}, to: {role: web}, on: tcp/1, until: {workload_ends: job}}\n")],
+        "", plane.now, "t",
+    )  # fmt: skip
+    plane.publish()
+    plane.placements.revoke("job", 0, plane.now, "t")
+    plane.publish()
+    plane.seal()
+    with plane.store.read() as tx:
+        (told,) = [e for e in audit.entries(tx) if e.action == "grant.expired"]
+    assert told.subject == "g"

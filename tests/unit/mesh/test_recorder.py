@@ -109,6 +109,38 @@ async def test_connections_become_records_with_their_process(recorder: Recorder,
     assert [r.by for r in recorder.table.records() if r.port == 81] == [""]
 
 
+async def test_a_process_that_was_not_found_is_looked_for_again(recorder: Recorder, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [ProcessInfo(uid=7), ProcessInfo(), ProcessInfo("/bin/x", "x.service", 7)]
+    now = 1000
+    monkeypatch.setattr(recorder, "_clock", lambda: now)
+    monkeypatch.setattr(module.sockets, "owner", lambda flow, source: answers.pop(0))
+    seen = []
+    for now in (1000, 1001, 1002, 1003, 1006, 1020):
+        recorder._event(*new(80))
+        await settled(recorder)
+        (one,) = recorder.table.records()
+        assert one.src_process is not None
+        seen.append((now, one.src_process.executable, len(answers)))
+    assert seen == [(1000, "unknown", 2), (1001, "unknown", 2), (1002, "unknown", 1), (1003, "unknown", 1),
+                    (1006, "/bin/x", 0), (1020, "/bin/x", 0)]  # fmt: skip
+    assert recorder.table.records()[0].src_process == ProcessInfo("/bin/x", "x.service", 7)
+
+
+async def test_what_the_kernel_tells_of_a_state_that_is_just_coming_has_its_rule(recorder: Recorder) -> None:
+    from tests.unit.mesh.plans import allow
+
+    prog = program(allow("web", "api", "tcp/81"))
+    plan = compile_plan(WORLD, facts("web/0"), program=prog)
+    coming = Directory("h0", plan, WORLD, prog)
+    recorder.expect(coming)
+    recorder._event(*new(81))
+    recorder._event(*packet(80))
+    recorder.update(coming, plan)
+    recorder._event(*new(80))  # neither of them says so any more
+    await settled(recorder)
+    assert {(r.port, r.verdict, r.by) for r in recorder.table.records()} == {(81, "allow", "r0"), (80, "deny", "default"), (80, "allow", "")}
+
+
 async def test_refusals_become_records_and_alerts(recorder: Recorder) -> None:
     recorder._event(*packet(81))
     recorder._event(*packet(82, dst=NOBODY))
