@@ -14,12 +14,12 @@ from typing import Final
 import structlog
 from aiohttp import web
 
-from ca.feed import Frame
 from ca.http import Buckets, Handler, body, errors, number, peer_chain, reply, source, text
 from ca.log_api import prove
 from ca.older import is_older
 from ca.rows import EndpointRow
-from ca.service import Service, Stream
+from ca.service import Service
+from ca.streams import Stream
 from identity import certs
 from identity.errors import Refused, RetinueError
 from identity.wire.enroll import (
@@ -38,8 +38,6 @@ from identity.wire.recovery import BundleReply, RecoverChallengeRequest, Recover
 log = structlog.get_logger("retinue.ca.api")
 
 MAX_BODY: Final = 512 * 1024  # a report of some thousand instances; everything else is far smaller
-JOIN: Final = 64 * 1024
-WRITE_S: Final = 30.0  # a stream that takes nothing for this long is closed
 ENROLL_RATE, ENROLL_BURST = 20.0, 200.0  # requests a second and at once, one client address
 
 SERVICE = web.AppKey("service", Service)
@@ -201,30 +199,12 @@ class _Api:
             )
             await response.prepare(request)
             log.info("feed opened", endpoint=caller.name, remote=request.remote)
-            await _pump(response, stream)
+            if request.transport is not None:
+                await stream.pump(response, request.transport)
         finally:
-            log.info("feed closed", endpoint=caller.name, why=stream.why or "disconnected")
+            if not self._service.stopping:  # then it is said once for all
+                log.info("feed closed", endpoint=caller.name, why=stream.why or "disconnected")
             await asyncio.shield(asyncio.ensure_future(self._service.close_stream(stream)))
         if request.transport is not None:
             request.transport.abort()  # an ending is not a complete answer
         return response
-
-
-def _pieces(frame: Frame) -> Frame:
-    """A small frame is one write; the parts of a large one are shared with other streams and not copied."""
-    return (b"".join(frame),) if sum(map(len, frame)) <= JOIN else tuple(part for part in frame if part)
-
-
-async def _pump(response: web.StreamResponse, stream: Stream) -> None:
-    """Write frames until the stream is closed. A client that takes nothing ends it."""
-    while True:
-        frame = await stream.queue.get()
-        if stream.closed.is_set():
-            return
-        try:
-            async with asyncio.timeout(WRITE_S):
-                for data in _pieces(frame):
-                    await response.write(data)
-        except TimeoutError:
-            stream.close("takes no frames")
-            return

@@ -280,14 +280,11 @@ async def running(options: Options) -> AsyncIterator[Running]:
                 fetching = asyncio.create_task(refresh_for_ever(service, service.web_roots))
                 late.callback(fetching.cancel)
             bundle_at = await _listen_bundle(late, service, tls, options)
-            late.callback(_close_streams, service)
             assert tls.front is not None
+            # Nobody new, then everybody out at once; what else runs has STOP_S to come to its end.
+            late.callback(service.hang_up)
+            late.push_async_callback(tls.front.close)
             yield Running(service, show(sock), admin_path, tls.front, bundle_at)
-
-
-def _close_streams(service: Service) -> None:
-    for stream in list(service.streams.values()):
-        stream.close("the control plane stops")
 
 
 @dataclass(slots=True)
@@ -318,7 +315,7 @@ async def _listen_tls(
     server, caps = runner.server, options.caps or Caps()
     caps = replace(caps, established=allow_files(caps.established))
     front = Listener(sock, server, tls.context, lambda: len(server.connections), caps)
-    late.push_async_callback(front.close)
+    late.push_async_callback(front.close)  # when a later part does not start
     tls.front = front
     return tls
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass, field
 from typing import Any, Final, Literal, TypeVar
 
 import structlog
@@ -22,6 +21,7 @@ from ca.moves import MAX_LEASE_WAIT_S, Contacts, Leases, Progress, Tell
 from ca.placements import Prepared
 from ca.plane import Plane, Published
 from ca.rows import EndpointRow, InstanceRow
+from ca.streams import Stream
 from ca.worker import Done, Worker, settle
 from identity.errors import Bug, Conflict, RetinueError
 from identity.wire.admin import Host, MoveReply, Workload, WorkloadMove
@@ -33,47 +33,10 @@ log = structlog.get_logger("retinue.ca")
 
 T = TypeVar("T")
 
-MAX_QUEUE: Final = 512  # frames an endpoint may lag behind before its stream is closed
 MAINTAIN_S: Final = 3600.0
 RECHECK: Final = 64  # streams whose certificates are checked in one job
-
-
-@dataclass(slots=True)
-class Stream:
-    """One endpoint's open feed. `closed` holds the reason once it is to end."""
-
-    endpoint: str
-    expires: int  # of the certificate it was opened with
-    queue: asyncio.Queue[Frame] = field(default_factory=lambda: asyncio.Queue(MAX_QUEUE))
-    closed: asyncio.Event = field(default_factory=asyncio.Event)
-    why: str = ""
-    turn: int = 0
-    serial: int | None = None  # of that certificate
-    chain: tuple[bytes, ...] = ()  # it and its issuers, DER
-    older: bool = False  # reads only what the first release did
-    held: list[Frame] | None = None  # frames that wait for their turn in a handover, oldest first
-
-    def put(self, frame: Frame) -> None:
-        if self.held is not None:
-            self.held.append(frame)
-            return
-        try:
-            self.queue.put_nowait(frame)
-        except asyncio.QueueFull:
-            self.close("too slow")
-
-    def release(self) -> None:
-        """Let through what is held."""
-        held, self.held = self.held, None
-        for frame in held or ():
-            self.put(frame)
-
-    def close(self, why: str) -> None:
-        if not self.closed.is_set():
-            self.why = why
-            self.closed.set()
-            if self.queue.empty():
-                self.queue.put_nowait(())  # wakes whoever waits for a frame
+STOPS: Final = "the control plane stops"
+SLICE: Final = 128  # streams that are told a heartbeat before everybody else has a turn
 
 
 class Service:
@@ -100,6 +63,7 @@ class Service:
         self._handovers: set[asyncio.Task[None]] = set()
         self._news: asyncio.Event
         self.trust_changed: asyncio.Event  # set when the bundle is another one; who watches it clears it
+        self.stopping = False
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -113,16 +77,24 @@ class Service:
             self._bell.start()
             self._tasks.append(asyncio.create_task(self._follow(rung)))
 
+    def hang_up(self) -> None:
+        """End every stream at once: this process stops, so nobody's seat is kept."""
+        self.stopping = True
+        if self.streams:
+            log.info("feeds are closed", count=len(self.streams))
+        for stream in list(self.streams.values()):
+            stream.close(STOPS)
+
     async def stop(self) -> None:
-        """End the streams, finish running jobs, close the store."""
+        """End the streams, finish what administrators asked for and what runs, close the store."""
+        self.hang_up()
         if self._bell is not None:
             await self._loop.run_in_executor(None, self._bell.stop)
         tasks = [*self._tasks, *self._handovers]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        for stream in list(self.streams.values()):
-            stream.close("the control plane stops")
+        self._worker.abandon()
         await asyncio.wrap_future(self._worker.stop(self.plane.close))
 
     # ---- jobs
@@ -214,8 +186,8 @@ class Service:
         """Take the endpoint's seat; its first frame is in the queue afterwards. Raises Unreachable."""
 
         def run() -> None:
-            if self.plane.store.shared and revision is not None and revision > self.plane.feed.revision:
-                # Another process told it of something that this one has not read yet.
+            if self.plane.store.shared and (revision is None or revision > self.plane.feed.revision):
+                # Another process enrolled it, or told it of something, that this one has not read yet.
                 self._loop.call_soon_threadsafe(self._deliver, self.plane.publish(), None, self.plane.feed.revision)
             frame, stream.turn = self.plane.feed.connect(stream.endpoint, timeline, revision, self.plane.now, older=stream.older)
             self._loop.call_soon_threadsafe(self._seat, stream, frame)
@@ -235,6 +207,8 @@ class Service:
         if self.streams.get(stream.endpoint) is stream:
             del self.streams[stream.endpoint]
             self.contacts.lost(stream.endpoint)
+        if self.stopping:
+            return
         self._tell()
         with contextlib.suppress(RuntimeError):  # the worker has stopped already
             await self.serve(lambda: self.plane.feed.leave(stream.endpoint, stream.turn, self.plane.now))
@@ -348,10 +322,19 @@ class Service:
         the instance attached within `wait`, or the old one may still serve it, unless `force`; ``move.aborted``; and
         what `Placements.prepare` and `commit` raise. `tell` gets every step.
         """
-        plane = self.plane
         if request.dry_run:
             return await self._plan(request)
         progress = Progress(f"{request.name}/{request.instance}", tell)
+        self.plane.moving[progress.key] += 1  # whatever becomes of it, `tick` takes back what is left when it is over
+        try:
+            return await self._move(request, actor, progress)
+        finally:
+            self.plane.moving.subtract([progress.key])
+            if not self.plane.moving[progress.key]:
+                del self.plane.moving[progress.key]
+
+    async def _move(self, request: WorkloadMove, actor: str, progress: Progress) -> MoveReply:
+        plane = self.plane
         prepared, told = await self.change(
             lambda: plane.placements.prepare(request.name, request.instance, request.to, plane.now, actor)
         )
@@ -578,10 +561,18 @@ class Service:
             except Exception as e:
                 log.critical("no heartbeat can be signed", why=f"{type(e).__name__}: {e}")
                 continue
-            for name in names & self.streams.keys():
-                self.streams[name].put(frame)
+            await self._say(frame, names)
             over = [s.endpoint for s in self.streams.values() if s.expires <= self.plane.now]
             self._close(over, "its certificate has ended")
+
+    async def _say(self, frame: Frame, names: set[str]) -> None:
+        """A heartbeat to many, in slices: news goes first. Who was told news meanwhile has a newer one with it."""
+        waiting = [(stream, stream.told) for name in names if (stream := self.streams.get(name)) is not None]
+        for start in range(0, len(waiting), SLICE):
+            for stream, told in waiting[start : start + SLICE]:
+                if stream.told == told:
+                    stream.put(frame)
+            await asyncio.sleep(0)
 
     async def _upkeep(self) -> None:
         while True:

@@ -79,6 +79,13 @@ class Worker:
             self._changed.notify()
         return future
 
+    def abandon(self) -> None:
+        """Cancel what waits in the second line: whoever asked for it has gone."""
+        with self._changed:
+            dropped, self._second = self._second, deque()
+        for job in dropped:
+            job.future.cancel()
+
     # ---- the thread
 
     def _run(self) -> None:

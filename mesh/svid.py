@@ -17,6 +17,7 @@ from identity.bundle import TrustBundle
 from identity.errors import NotVerified
 from identity.keys import private_pem
 from identity.names import SpiffeId
+from identity.records import Taint
 from identity.wire.enroll import SvidReply, SvidRequest
 from identity.wire.local import SvidFiles
 from mesh.snapshot import InstanceKey, instance_key
@@ -31,6 +32,18 @@ def renew_at(not_before: int, not_after: int, unit: float) -> float:
     return not_before + life * (0.5 + JITTER * (2 * unit - 1))
 
 
+def taint_at(taint: Taint, heard: float, unit: float) -> float:
+    """When to renew what hangs from a tainted authority: at a moment of what is left of its span once it was heard of.
+
+    Never over less than half of the span: a crowd that hears late, all together (a CA that was away, a busy machine),
+    asks for at most twice the mean. Whoever hears of it after its end has nothing to wait for. `unit` is uniform in [0, 1).
+    """
+    if heard >= taint.until:
+        return heard
+    start = max(heard, taint.since)
+    return start + unit * max(taint.until - start, (taint.until - taint.since) / 2)
+
+
 @dataclass(frozen=True, slots=True)
 class WorkloadSvid:
     """One instance's certificate, verified under the bundle with this sequence, and its key."""
@@ -39,6 +52,7 @@ class WorkloadSvid:
     svid: certs.Svid = field(repr=False)
     renew_at: float
     trusted: int
+    tainted: str | None = None  # the taint that `renew_at` was drawn for
 
 
 Ask = Callable[[SvidRequest], Awaitable[SvidReply]]
@@ -89,8 +103,10 @@ class WorkloadSvids:
         except NotVerified:
             return None
         taint = trust.taint_of(held.svid.chain)
-        due = held.renew_at if taint is None else min(held.renew_at, taint.since + random.random() * (taint.until - taint.since))  # noqa: S311 -- jitter
-        return replace(held, trusted=trust.sequence, renew_at=due)
+        due = held.renew_at
+        if taint is not None and held.tainted != taint.key:  # drawn once: at every new bundle, the earliest would win
+            due = min(due, taint_at(taint, now, random.random()))  # noqa: S311 -- jitter
+        return replace(held, trusted=trust.sequence, renew_at=due, tainted=None if taint is None else taint.key)
 
     def shown(self, key: InstanceKey) -> WorkloadSvid | None:
         """What is held for an instance, without asking anybody."""

@@ -26,7 +26,7 @@ from mesh.heads import Heads
 from mesh.health import Health
 from mesh.recovery import OF_NO_USE, newer_trust, recover, useless
 from mesh.summaries import APART, EVERY, Summaries
-from mesh.svid import renew_at
+from mesh.svid import renew_at, taint_at
 from mesh.sync import Accepted, Event, FrameRefused, NeedSnapshot, RecordRefused, Refreshed, SyncMachine
 from policy.flows import FlowSummary
 
@@ -74,6 +74,7 @@ class Uplink:
         self._tell = asyncio.Event()
         self._trust_news = asyncio.Event()
         self._fetched: TrustBundle | None = None  # newer trust than the feed has brought
+        self._heard: tuple[int, str, float] | None = None  # (our serial, tainted key, when it was heard of)
         self.log_every = LOG_EVERY
         self.summaries = Summaries()
         self._gather = gather
@@ -314,7 +315,11 @@ class Uplink:
             return 0.0
         due = renew_at(svid.not_before, svid.not_after, unit)
         taint = trust.taint_of(svid.chain)
-        return due if taint is None else min(due, taint.since + unit * (taint.until - taint.since))
+        if taint is None:
+            return due
+        if self._heard is None or self._heard[:2] != (svid.serial, taint.key):
+            self._heard = svid.serial, taint.key, time.time()
+        return min(due, taint_at(taint, self._heard[2], unit))
 
     async def _stay(self) -> None:
         """Renew; or, when our certificate or the trust held here is of no use any more, come back by the enrolment key."""

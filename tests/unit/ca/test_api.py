@@ -361,9 +361,13 @@ async def test_an_endpoint_that_does_not_read_is_let_go(rig: Rig, monkeypatch: p
     async with rig.client(machine) as client, client.stream("/v1/feed") as lines:
         await frames(lines, Snapshot)
         stream = rig.service.streams["a"]
-        for _ in range(stream.queue.maxsize + 1):
-            stream.put(b"{}\n")
+        put = 0
+        while not stream.closed.is_set() and put < 4 * stream.queue.maxsize:  # what the connection takes is small
+            stream.put((b"x" * 60_000, b"\n"))
+            put += 1
         assert (stream.closed.is_set(), stream.why) == (True, "too slow")
+        assert stream.queue.full()
+        assert put > stream.queue.maxsize
 
 
 async def test_a_stream_ends_with_its_certificate(rig: Rig) -> None:

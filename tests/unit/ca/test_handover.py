@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from ca import service as service_module
-from ca.service import Service, Stream
+from ca.service import Service
+from ca.streams import Stream
 from identity.wire.admin import WorkloadAdd, WorkloadMove
 from identity.wire.feed import Report, parse_frame
 

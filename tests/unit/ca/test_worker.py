@@ -118,6 +118,16 @@ def test_a_job_that_is_cancelled_while_it_waits_does_not_run(rig: Rig, together:
     assert rig.ran == ["stays", "last"]
 
 
+def test_the_second_line_can_be_abandoned(rig: Rig) -> None:
+    asked = [rig.put(name, second=True) for name in ("e1", "e2")]
+    first = rig.put("a1")
+    rig.worker.abandon()
+    rig.end()
+    assert rig.ran == ["a1", "last"]
+    assert first.result(WAIT) == "a1"
+    assert all(future.cancelled() for future in asked)
+
+
 def test_nothing_is_taken_after_the_end(rig: Rig) -> None:
     rig.end()
     nothing: Callable[[], None] = lambda: None

@@ -6,6 +6,8 @@ import signal
 import stat
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -13,16 +15,38 @@ from hypothesis import strategies as st
 
 from identity.errors import BadInput, BadState, NotVerified, Unreachable
 from identity.names import SpiffeId
+from identity.records import Taint
+from identity.revocation import spki_hash
 from identity.wire.enroll import SvidReply
 from identity.wire.local import SvidFiles
 from mesh import svid_files
-from mesh.svid import WorkloadSvids, renew_at
+from mesh.svid import WorkloadSvids, renew_at, taint_at
 from tests.unit.mesh.conftest import DOMAIN, NOW
 
 
 @given(st.integers(0, 10**9), st.integers(1, 10**6), st.floats(0, 1, exclude_max=True))
 def test_renewal_is_around_half_of_life(start, life, unit):
     assert 0.4 * life - 1e-3 <= renew_at(start, start + life, unit) - start <= 0.6 * life + 1e-3
+
+
+@given(st.integers(0, 10**9), st.integers(1, 10**5), st.floats(0, 3), st.floats(0, 1, exclude_max=True))
+def test_a_tainted_certificate_is_renewed_in_what_is_left_of_the_span_or_half_of_it(since, spread, late, unit):
+    taint = Taint(key="0" * 64, since=since, until=since + spread)
+    heard = since + late * spread
+    at = taint_at(taint, heard, unit)
+    if heard >= taint.until:
+        assert at == heard
+        return
+    assert heard <= at <= max(taint.until, heard + spread / 2) + 1e-3
+    assert taint_at(taint, since - 50, unit) == pytest.approx(since + unit * spread, abs=1e-3)
+
+
+@pytest.mark.parametrize("late", [0.0, 0.5, 0.9])
+def test_a_crowd_that_hears_late_together_asks_for_at_most_twice_the_mean(late):
+    taint = Taint(key="0" * 64, since=0, until=1000)
+    moments = [taint_at(taint, 1000 * late, n / 5000) for n in range(5000)]
+    tenths = Counter(int(at // 100) for at in moments)
+    assert max(tenths.values()) <= 2 * len(moments) / 10 + 1
 
 
 class Issuer:
@@ -236,3 +260,18 @@ def test_a_signal_reaches_the_process_of_a_file(tmp_path):
     assert svid_files.check_signal("SIGUSR1") is signal.SIGUSR1
     with pytest.raises(BadInput):
         svid_files.check_signal("KILLALL")
+
+
+async def test_the_moment_of_a_taint_is_drawn_once(live, monkeypatch):
+    issuer = Issuer(live)
+    now, trust = [float(live.now)], [live.trust]
+    svids = WorkloadSvids(issuer, lambda: trust[0], lambda: now[0])
+    await svids.get("cart", 0)
+    held = svids.shown("cart/0")
+    taint = Taint(key=spki_hash(held.svid.chain[1]), since=live.now, until=live.now + 1000)
+    draws = iter([0.5, 0.1])
+    monkeypatch.setattr("mesh.svid.random.random", lambda: next(draws))
+    for sequence in (1, 2):
+        trust[0] = replace(live.trust, sequence=live.trust.sequence + sequence, tainted=(taint,))
+        await svids.get("cart", 0)
+        assert svids.shown("cart/0").renew_at == live.now + 500
