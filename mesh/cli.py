@@ -83,12 +83,13 @@ def demo(
 
 
 def _register() -> None:
-    from mesh import cli_flows, cli_node, cli_recovery, cli_run
+    from mesh import cli_flows, cli_node, cli_recovery, cli_run, cli_support
 
     cli_node.register(app)
     cli_flows.register(app)
     cli_run.register(app)
     cli_recovery.register(app)
+    cli_support.register(app)
 
 
 _register()
