@@ -85,6 +85,11 @@ def _client(directory: Path, timeout: float = 30.0) -> AdminClient:
     return AdminClient(directory, timeout=timeout)
 
 
+def administrator() -> Path | None:
+    """The administrator's directory that `--admin-identity` names; None for the local socket."""
+    return _elsewhere[0] if _elsewhere else None
+
+
 def _await_start(directory: Path) -> None:
     """Give a server that was only just put in the background (`serve &`) the moment it needs to listen."""
     import socket

@@ -63,6 +63,22 @@ def certify(
     _credential("/v1/admins/certify", AdminCertify(name=name, csr=request), key, out, server_url, directory, output_of(output, as_json))
 
 
+@app.command("renew", epilog="Example: retinue-ca --admin-identity ./alice admin renew")
+def renew(directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False) -> None:
+    """A new key and certificate for eight hours, now; any command does that by itself once half of the time is over.
+
+    After its end only `admin certify` helps: by two ca-admins, or by root on the CA's own machine.
+    """
+    from ca.remote import RemoteClient
+
+    ca = client(directory)
+    if not isinstance(ca, RemoteClient):
+        raise BadInput("admin.local", "root has no administrator's certificate", hint="give --admin-identity DIR; or: retinue-ca admin certify NAME")
+    made = ca.renew()
+    data = made.model_dump(exclude={"chain", "roots"}) | {"dir": str(ca.directory)}
+    cliout.emit(data, output_of(output, as_json), human=lambda: print(f"{made.admin.spiffe_id}: certificate until {when(made.expires)}, in {ca.directory}"))
+
+
 @app.command("request", epilog="Example: retinue-ca admin request --out ./alice > alice.csr")
 def request_(out: Out, output: Format = Output.TABLE, as_json: Json = False) -> None:
     """Make a key here and print the request for its certificate: the key never leaves this machine."""

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from ca.cli import DEFAULT_DIR, Dir, Format, Json, client, output_of
+from ca.cli import DEFAULT_DIR, Dir, Format, Json, administrator, client, output_of, when
 from identity import cliout
 from identity.cliout import Output
-from identity.errors import BadInput, NotVerified
+from identity.errors import BadInput, BadState, NotVerified
+
+if TYPE_CHECKING:
+    from ca.watch import Pins, Seen
+
+STALE_S: Final = 300  # a head is signed when it is asked for
+
+RootFp = Annotated[str | None, typer.Option("--root-fp", metavar="HASH", help="Believe the CA with this root (SHA-256) instead of the one that the files here name.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -26,27 +34,35 @@ def watch(
     state: Annotated[Path | None, typer.Option("--state", metavar="FILE", help="Remember the tree between runs; later entries only.")] = None,
     once: Annotated[bool, typer.Option("--once", help="Stop at the newest head.")] = False,
     every: Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="How often to look.")] = 5.0,
-    directory: Dir = DEFAULT_DIR,
+    root_fp: RootFp = None, directory: Dir = DEFAULT_DIR,
 ) -> None:  # fmt: skip
-    """Stream every certificate, placement and act about a name, one JSON object a line.
+    """Stream every certificate, placement, entry and act about a name, one JSON object a line.
 
-    The whole log is read and its tree made anew: an entry that was left out, changed or put in later ends it with status 1.
+    The whole log is read and its tree made anew; each head has to be signed by this trust domain's record key. What was
+    left out, changed or put in later, and a head that is not signed, end it with an error.
     """
     from ca import watch as watching
 
-    monitor = watching.Monitor(watching.load(state) if state is not None else None)
+    seen = watching.load(state) if state is not None else None
+    monitor, pins = watching.Monitor(seen), _pins(directory, root_fp, seen)
+    old = False
     while True:
         found: dict[str, Any] = client(directory).raw("GET", "/v1/log", query={"first": monitor.size, "limit": watching.BATCH})
-        if found["size"] > monitor.size and not found["entries"]:
+        head = pins.head(found["bundle"], found["head"], time.time())
+        monitor.begin(head)
+        if head.size > monitor.size and not found["entries"]:
             raise NotVerified("log.gap", f"the log leaves out entry {monitor.size}")
         for entry in monitor.take(map(watching.entry_of, found["entries"])):
             if watching.concerns(entry, name):
                 print(json.dumps(watching.told(entry)), flush=True)
-        if monitor.size < found["size"]:
+        if monitor.size < head.size:
             continue
-        monitor.check(found["size"], found["root"])
+        monitor.check(head.size, head.root)
+        if (age := time.time() - head.time) > STALE_S and not old:
+            cliout.note(f"the head is {age:.0f} s old: this machine's clock, or somebody between here and the CA")
+        old = age > STALE_S
         if state is not None:
-            watching.save(state, monitor.seen)
+            watching.save(state, pins.remember(monitor.seen))
         if once:
             cliout.note(f"{monitor.size} entries hold, head {monitor.size}:{monitor.root}")
             return
@@ -57,21 +73,53 @@ def prove(
     leaf: Annotated[str | None, typer.Option("--leaf", metavar="HASH", help="A leaf hash.")] = None,
     certificate: Annotated[Path | None, typer.Option("--certificate", metavar="FILE", help="A certificate of this CA (PEM).")] = None,
     record: Annotated[Path | None, typer.Option("--record", metavar="FILE", help="A signed record, as an endpoint keeps it.")] = None,
-    directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
+    root_fp: RootFp = None, directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Prove that something is in the log: its entry, place and path, verified here against the signed head."""
+    """Prove that something is in the log: its entry, place and path, verified here against the head that the CA signed."""
     from identity.merkle import verify_inclusion
 
     wanted = _leaf(leaf, certificate, record)
+    pins = _pins(directory, root_fp, None)
     found: dict[str, Any] = client(directory).raw("GET", "/v1/log/proof", query={"leaf": wanted})
+    head = pins.head(found["bundle"], found["head"], time.time())
     path = [bytes.fromhex(step) for step in found["path"]]
-    verify_inclusion(bytes.fromhex(wanted), found["index"], found["size"], path, bytes.fromhex(found["root"]))
+    verify_inclusion(bytes.fromhex(wanted), found["index"], head.size, path, bytes.fromhex(head.root))
+    del found["bundle"]
 
     def human() -> None:
-        print(f"entry {found['index']} of {found['size']}: {found['entry']['kind']} {cliout.clean(found['entry']['subject'])}")
-        print(f"proved under head {found['size']}:{found['root']}")
+        print(f"entry {found['index']} of {head.size}: {found['entry']['kind']} {cliout.clean(found['entry']['subject'])}")
+        print(f"proved under head {head.size}:{head.root}, signed {when(head.time)}")
 
     cliout.emit(found, output_of(output, as_json), human=human)
+
+
+def _pins(directory: Path, root_fp: str | None, seen: Seen | None) -> Pins:
+    """Whom to believe: what an earlier run did, a fingerprint, an administrator's own roots, or the CA's own directory."""
+    from ca.watch import Pins
+    from identity import certs
+    from identity.names import TrustDomain
+
+    if seen is not None and seen.roots:
+        return Pins(TrustDomain(seen.trust_domain), certs.parse_chain(seen.roots), seen.sequence)
+    if root_fp is not None:
+        from identity.wire.admin import Info
+
+        if not re.fullmatch("[0-9a-f]{64}", root_fp):
+            raise BadInput("log.root", "a root's fingerprint is 64 lower-case hex digits", hint="retinue-ca info")
+        return Pins(TrustDomain(client(directory).get("/v1/info", Info).trust_domain), root_fp)
+    if (mine := administrator()) is not None:
+        from ca.remote import Identity
+
+        identity = Identity.load(mine)
+        return Pins(identity.trust_domain, certs.parse_chain(identity.roots))
+    from ca.keyring import GOOD, Ring
+
+    ring = Ring.load(directory)
+    try:
+        pem = "".join((directory / f"{member.name}.pem").read_text("ascii") for member in ring.of("root", GOOD))
+    except (OSError, UnicodeDecodeError):
+        raise BadState("ca.certificate", f"cannot read the roots in {directory}", hint="give --root-fp") from None
+    return Pins(ring.trust_domain, certs.parse_chain(pem))
 
 
 def _leaf(leaf: str | None, certificate: Path | None, record: Path | None) -> str:

@@ -65,7 +65,7 @@ def routes(service: Service) -> list[web.RouteDef]:
                 raise NotFound("log.waiting", "that entry has no place in the tree yet", hint="ask again after the next heartbeat")
             return {
                 "entry": entry.as_dict(), "index": found[0], "path": hexes(found[1]), "size": head.size, "root": head.root,
-                "head": plane.tree_head(head),
+                "head": plane.tree_head(head), "bundle": plane.bundle,
             }  # fmt: skip
 
         return web.json_response(await service.read(run))

@@ -47,11 +47,15 @@ class People:
         return self._issue(name, csr)
 
     def renew(self, who: Principal, csr: str) -> AdminCredential:
-        """One's own certificate anew. Raises Refused ``admin.local`` over the socket, where nobody has one."""
+        """One's own certificate anew. Raises Refused ``admin.local`` over the socket, where nobody has one; BadInput."""
         if who.local:
             raise Refused("admin.local", "root has no administrator's certificate", hint="retinue-ca admin certify NAME")
-        with self._plane.store.read() as tx:
+        from ca import audit
+
+        certs.csr_key(csr)
+        with self._plane.store.write() as tx:
             self._admins.living(tx, who.name)
+            audit.append(tx, self._now(), who.actor, "admin.renew", who.name)
         return self._issue(who.name, csr)
 
     def revoke(self, name: str, actor: str) -> AdminInfo:

@@ -14,7 +14,7 @@ import ssl
 import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,7 +27,7 @@ from identity import certs
 from identity.errors import BadInput, BadState, NotVerified, RetinueError, Unreachable
 from identity.keys import private_pem, write_file, write_secret
 from identity.names import SpiffeId, TrustDomain
-from identity.wire import Message
+from identity.wire import Message, parse
 from identity.wire.people import AdminCredential, AdminRenew
 
 PREFIX: Final = "/admin"
@@ -194,15 +194,26 @@ class RemoteClient(AdminClient):
         mine, now = self._identity, time.time()
         if now < (mine.not_before + mine.not_after) / 2:
             return
-        if now >= mine.not_after:
-            raise BadState(
-                "admin.expired", f"the certificate of {mine.spiffe_id} has expired",
-                hint=f"retinue-ca admin request --out {mine.directory}; then another ca-admin: retinue-ca admin certify {mine.spiffe_id.name}",
-            )  # fmt: skip
-        key = new_key()
-        try:
-            made = AdminCredential.model_validate(self._ask("POST", "/v1/admins/renew", AdminRenew(csr=certs.make_csr(key)), None, None))
-        except (RetinueError, ValueError):
-            return
+        self._check_living()
+        with suppress(RetinueError):
+            self.renew()
+
+    def renew(self) -> AdminCredential:
+        """A new key and certificate now. Raises BadState ``admin.expired``, and what the CA answered: then the old ones stay."""
+        self._check_living()
+        mine, key = self._identity, new_key()
+        answer = self._ask("POST", "/v1/admins/renew", AdminRenew(csr=certs.make_csr(key)), None, None)
+        made = parse(AdminCredential, json.dumps(answer))
         save(mine.directory, made, key, mine.server)
         self._identity = Identity.load(mine.directory)
+        return made
+
+    def _check_living(self) -> None:
+        mine = self._identity
+        if time.time() >= mine.not_after:
+            name = mine.spiffe_id.name
+            raise BadState(
+                "admin.expired", f"the certificate of {mine.spiffe_id} has expired",
+                hint=f"retinue-ca admin request --out {mine.directory} > {name}.csr; then, with two ca-admins or as root on the CA's "
+                f"machine: retinue-ca admin certify {name} --csr {name}.csr --out DIR, and put what it writes beside key.pem",
+            )  # fmt: skip

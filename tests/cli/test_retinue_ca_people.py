@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import stat
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from tests.cli.test_retinue_ca import CA
 
@@ -53,6 +58,85 @@ def test_two_administrators_over_the_network(ca):
     assert (other[0], other[1]["code"]) == (3, "ca.unreachable")
     assert ca.fails("--server", ca.url, "info")[0] == 2
     assert ca.fails("--admin-identity", str(ca.directory.parent), "info")[1]["code"] == "admin.identity"
+
+
+def certificate(directory: Path) -> x509.Certificate:
+    return x509.load_pem_x509_certificates((directory / "chain.pem").read_bytes())[0]
+
+
+def expire(directory: Path) -> None:
+    """The administrator comes back after a holiday: their certificate is one that has ended."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    then = datetime.now(UTC) - timedelta(days=3)
+    name = x509.SubjectAlternativeName([x509.UniformResourceIdentifier(f"spiffe://cli.test/admin/{directory.name}")])
+    nobody = x509.Name([])
+    made = (
+        x509.CertificateBuilder(nobody, nobody, key.public_key(), 1, then, then + timedelta(hours=8)).add_extension(name, critical=True)
+        .sign(key, hashes.SHA256())
+    )  # fmt: skip
+    (directory / "chain.pem").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+
+
+def test_a_certificate_is_renewed_while_it_lasts_and_brought_back_by_root_after(ca):
+    alice, home = admin(ca, "alice", "registrar"), ca.directory.parent / "alice"
+    first, key = certificate(home), (home / "key.pem").read_bytes()
+    done = ca.json(*alice, "admin", "renew")
+    assert (done["dir"], done["admin"]["name"]) == (str(home), "alice")
+    second = certificate(home)
+    assert second.serial_number != first.serial_number
+    assert second.public_key() != first.public_key()
+    assert (home / "key.pem").read_bytes() != key
+    assert ca.json(*alice, "info")["trust_domain"] == "cli.test"
+    assert ca.fails("admin", "renew")[1]["code"] == "admin.local"
+
+    expire(home)
+    for words in (["admin", "renew"], ["info"]):
+        status, error = ca.fails(*alice, *words)
+        assert (status, error["code"]) == (78, "admin.expired")
+        assert "admin certify alice --csr" in error["hint"]
+    request = ca.run("admin", "request", "--out", str(home))
+    csr = ca.directory.parent / "alice.csr"
+    csr.write_text(request.stdout)
+    out = ca.directory.parent / "made"
+    assert ca.json("admin", "certify", "alice", "--csr", str(csr), "--out", str(out), "--server-url", ca.url)["admin"]["role"] == "registrar"
+    for name in ("chain.pem", "roots.pem", "admin.json"):
+        (home / name).write_bytes((out / name).read_bytes())
+    assert ca.json(*alice, "workload", "add", "shop/api")["name"] == "shop/api"
+    acts = [(e["action"], e["actor"].partition(":")[0]) for e in ca.json("audit", "list")]
+    assert [a for a in acts if a[0] in {"admin.renew", "admin.break_glass", "admin.certify"}] == [
+        ("admin.renew", "admin/alice"), ("admin.break_glass", "admin"), ("admin.certify", "admin"),
+    ]  # fmt: skip
+
+
+def test_what_the_log_says_is_checked_against_pinned_roots(ca, tmp_path, pytestconfig):
+    alice, home = admin(ca, "alice", "viewer"), ca.directory.parent / "alice"
+    ca.json("workload", "add", "shop/api")
+    token = ca.directory.parent / "memory.json"
+    proved = []
+    for words in (["--root-fp", ca.json("info")["root_fingerprint"]], [], ["--state", str(token)]):
+        for who in ([], alice):
+            done = ca.run(*who, "audit", "watch", "shop/api", "--once", *words)
+            assert (done.returncode, "entries hold" in done.stderr) == (0, True), done
+            proved.append([json.loads(line)["action"] for line in done.stdout.splitlines()])
+    assert proved[:5] == [["workload.add"]] * 5
+    assert proved[5] == []  # remembered
+    assert json.loads(token.read_text())["trust_domain"] == "cli.test"
+    for words in (["audit", "watch", "shop/api", "--once"], ["audit", "prove", "--certificate", str(home / "chain.pem")]):
+        for pin, code in (("ab" * 32, "bundle.root"), ("AB", "log.root")):
+            done = ca.run(*words, "--root-fp", pin)
+            assert (done.returncode != 0, f"[{code}]" in done.stderr) == (True, True), done
+    found = ca.json(*alice, "audit", "prove", "--certificate", str(home / "chain.pem"))
+    assert found["entry"]["detail"]["spiffe_id"] == "spiffe://cli.test/admin/alice"
+    # another CA in the place of the one that the memory is of
+    other = CA(tmp_path / "other" / "ca", pytestconfig.rootpath)
+    other.directory.parent.mkdir()
+    other.json("init", "--trust-domain", "cli.test")
+    other.start()
+    try:
+        assert "[cert.untrusted]" in other.run("audit", "watch", "shop/api", "--once", "--state", str(token)).stderr
+    finally:
+        other.server.terminate()
+        other.server.communicate(timeout=30)
 
 
 def test_an_owner_and_a_key_made_elsewhere(ca):
