@@ -169,6 +169,18 @@ class Entries:
             created_by=row.created_by, hosts=self.hosts(tx, row), ended=row.ended,
         )  # fmt: skip
 
+    def log_sets(self, now: int) -> int:
+        """Put sets into the transparency log that were signed before sets were logged. Returns how many."""
+        c, store = schema.endpoints.c, self._desk.store
+        with store.read() as tx:
+            found = tx.execute(select(c.name, c.entries).where(c.entries.is_not(None), c.state == "enrolled")).all()
+            missing = [row for row in found if not transparency.is_logged(tx, "entries", row.name, row.entries)]
+        if missing:
+            with store.write() as tx:
+                for row in missing:
+                    transparency.record(tx, now, "entries", row.name, row.entries)
+        return len(missing)
+
     def _follow(self, tx: Connection, parent: str, now: int, *, added: str | None = None, removed: Collection[str] = ()) -> None:
         for name in _enrolled(tx):
             if is_parent(parent, name):

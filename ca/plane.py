@@ -185,6 +185,7 @@ class Plane:
             self = cls.over(directory, store, clock, lifetimes=lifetimes)
             self.water = water
             succession.follow(self, NOBODY)
+            self.entries.log_sets(self.now)
             self.placements.abort_left(self.now, processes.living(store) if store.shared else ())
             self.mirror.load(self.now)
             self._acknowledge()

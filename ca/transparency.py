@@ -89,6 +89,13 @@ def record_certificate(tx: Connection, at: int, endpoint: str | None, about: Map
     )  # fmt: skip
 
 
+def is_logged(tx: Connection, kind: str, subject: str, envelope: str) -> bool:
+    """Is this very record an entry, placed or waiting?"""
+    c = ledger.c
+    query = select(c.seq).where(c.hash == record_leaf(envelope).hex(), c.kind == kind, c.subject == subject[:320])
+    return tx.execute(query.limit(1)).first() is not None
+
+
 def _append(tx: Connection, found: bytes, **values: Any) -> None:
     tx.execute(_INSERT, {"hash": found.hex(), **values})
 

@@ -108,6 +108,7 @@ class Agent:
             gather=lambda: self.recorder.summary(SUMMARIES),
         )
         self.svids = WorkloadSvids(self.uplink.svid, lambda: self.uplink.trust, time.time)
+        self.uplink.workload_certificates = self.svids.certificates
         self.jwts = JwtSvids(self.uplink.jwt, lambda: self.uplink.trust, time.time)
         self.plane = DataPlane(PlaneConfig(
             interface=config.interface, listen_port=config.listen_port, private_key=self._private_key, run_dir=config.run_dir,

@@ -1,5 +1,7 @@
 """An endpoint and the transparency log: what it was given is in the log, and the log only grows. No socket, no clock.
 
+What it was given: every record it acts upon, its own certificate and those of the workloads placed on it.
+
 Every head has to continue the one remembered (kept on disk over restarts); one that does not is a fork: it is refused,
 the remembered one stays, and the alarm ``log.fork`` stands until the process is told otherwise. An object in force whose
 leaf is not proved LAG seconds after it was first seen, while the log answered, is ``log.missing``. Neither takes anything
@@ -14,18 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from cryptography import x509
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from identity import certs
 from identity.bundle import TrustBundle
 from identity.errors import BadState, NotVerified
 from identity.keys import write_secret
 from identity.merkle import verify_inclusion
-from identity.transparency import Seen, TreeHead, follow, record_leaf
+from identity.transparency import Seen, TreeHead, about_certificate, certificate_leaf, follow, record_leaf
 from identity.wire.log import MAX_LEAVES, LogReply, LogRequest
 
 FILE: Final = "heads.json"
 LAG: Final = 120.0  # seconds an object may be in force without a proof, while the log answers
-KINDS: Final = ("policy", "bundle", "endpoint/", "placement/", "prepare/")  # what is logged when it is published
+# What is logged when it is published: all that an endpoint acts upon, but for heartbeats, which say a position and a time.
+KINDS: Final = ("policy", "bundle", "endpoint/", "placement/", "prepare/", "entries", "federation/")
 
 
 class SavedHead(BaseModel):
@@ -36,6 +41,11 @@ class SavedHead(BaseModel):
     timeline: str
     size: int = Field(ge=0)
     root: str
+
+
+def _leaf_of(cert: x509.Certificate) -> bytes:
+    profile = "workload" if certs.claimed_id(cert).kind == "wl" else "endpoint"
+    return certificate_leaf(about_certificate(cert, profile))
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,9 +77,10 @@ class Heads:
             ) from None  # fmt: skip
         self.seen = Seen(saved.timeline, saved.size, saved.root)
 
-    def ask(self, objects: Mapping[str, str], mono: float) -> LogRequest:
-        """What to ask next, for the objects in force (key -> envelope)."""
+    def ask(self, objects: Mapping[str, str], mono: float, certificates: Mapping[str, x509.Certificate] | None = None) -> LogRequest:
+        """What to ask next, for the objects in force (key -> envelope) and our own certificates (name -> leaf)."""
         self._names = {record_leaf(e).hex(): key for key, e in objects.items() if key.startswith(KINDS)}
+        self._names |= {_leaf_of(cert).hex(): f"certificate {name}" for name, cert in (certificates or {}).items()}
         self._proved &= self._names.keys()
         missing = [leaf for leaf in self._names if leaf not in self._proved]
         self._waiting = {leaf: self._waiting.get(leaf, mono) for leaf in missing}

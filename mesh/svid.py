@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from identity import certs
@@ -107,6 +108,10 @@ class WorkloadSvids:
         if taint is not None and held.tainted != taint.key:  # drawn once: at every new bundle, the earliest would win
             due = min(due, taint_at(taint, now, random.random()))  # noqa: S311 -- jitter
         return replace(held, trusted=trust.sequence, renew_at=due, tainted=None if taint is None else taint.key)
+
+    def certificates(self) -> dict[str, x509.Certificate]:
+        """The leaves held now, by SPIFFE ID and serial."""
+        return {f"{h.svid.spiffe_id} {h.svid.serial:x}": h.svid.chain[0] for h in self._held.values()}
 
     def shown(self, key: InstanceKey) -> WorkloadSvid | None:
         """What is held for an instance, without asking anybody."""

@@ -8,10 +8,11 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Final, Literal
 
 import structlog
+from cryptography import x509
 
 from identity.bundle import TrustBundle
 from identity.errors import BadState, NotVerified, RetinueError, Unreachable
@@ -76,6 +77,7 @@ class Uplink:
         self._fetched: TrustBundle | None = None  # newer trust than the feed has brought
         self._heard: tuple[int, str, float] | None = None  # (our serial, tainted key, when it was heard of)
         self.log_every = LOG_EVERY
+        self.workload_certificates: Callable[[], Mapping[str, x509.Certificate]] = dict  # of what is placed here
         self.summaries = Summaries()
         self._gather = gather
 
@@ -249,7 +251,7 @@ class Uplink:
             await asyncio.sleep(random.uniform(0.5, 1.0) if more else self.log_every * random.uniform(0.5, 1.0))  # noqa: S311 -- jitter
             if self.control == "disconnected":
                 continue
-            asked = heads.ask(self.machine.objects, boottime())
+            asked = heads.ask(self.machine.objects, boottime(), self._certificates())
             try:
                 reply = await (await self._current()).post("/v1/log", asked, LogReply, timeout=10.0)
                 findings = heads.take(asked, reply, self.trust, boottime())
@@ -267,6 +269,10 @@ class Uplink:
                     self._health.clear(found.code)
                 else:
                     self._health.put(found.code, "warning" if found.code == "log.restarted" else "error", found.text)
+
+    def _certificates(self) -> dict[str, x509.Certificate]:
+        own = self.enrollment.svid
+        return {f"{own.spiffe_id} {own.serial:x}": own.chain[0], **self.workload_certificates()}
 
     # ---- our own certificate
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from sqlalchemy import delete, insert, select, update
 
-from ca import schema
+from ca import schema, transparency
 from ca.entries import Entries, sign_for
 from identity import records
 from identity.entries import EntriesRecord
@@ -178,3 +178,17 @@ def test_an_entry_that_a_database_writer_made_is_not_given_out(desk):
     with pytest.raises(BadState), desk.store.write() as tx:
         desk.entries.delete(tx, row.id, desk.now, "test")
     assert [e.id for e in signed(desk, "web-1").entries] == [row.id]
+
+
+def test_every_set_is_in_the_log_also_those_of_before_sets_were_logged(desk):
+    desk.enrol("web-1")
+    desk.add("api")
+    create(desk)
+    with desk.store.read() as tx:
+        assert transparency.is_logged(tx, "entries", "web-1", desk.registry.get("web-1").entries)
+    beside = desk.desk.sign(signed(desk, "web-1").model_copy(update={"generation": 9}))
+    with desk.store.write() as tx:
+        tx.execute(update(schema.endpoints).values(entries=beside))
+    assert (desk.entries.log_sets(desk.now), desk.entries.log_sets(desk.now)) == (1, 0)
+    with desk.store.read() as tx:
+        assert transparency.is_logged(tx, "entries", "web-1", beside)

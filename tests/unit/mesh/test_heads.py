@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
+from ca import transparency
 from ca.log_api import prove
 from ca.plane import Plane
-from identity import records
+from identity import certs, records
+from identity.entries import EntriesRecord
 from identity.errors import BadInput, BadState, NotVerified
-from identity.names import TrustDomain
+from identity.names import SpiffeId, TrustDomain
+from identity.records import ForeignBundle
 from identity.transparency import TreeHead
 from identity.wire.admin import WorkloadAdd
 from identity.wire.log import LogReply
@@ -66,6 +70,32 @@ def test_what_is_in_force_is_proved_and_heads_are_kept(plane, trust, tmp_path) -
     again.take(asked, prove(plane, asked), trust, 1.0)
     assert again.seen.size > first.size
     assert again.ask(objects(plane), 2.0).leaves == []
+
+
+def test_entries_foreign_bundles_and_our_own_certificates_are_asked_for(plane, trust, tmp_path, monkeypatch) -> None:
+    key, name = ec.generate_private_key(ec.SECP256R1()), SpiffeId(TD, ("host", "web-1"))
+    own = certs.parse_chain(plane.authority.issue_endpoint(certs.make_csr(key), name, T0))[0]
+    wl = certs.parse_chain(plane.authority.issue_workload(certs.make_csr(key), SpiffeId.workload(TD, "api"), [], T0))[0]
+    entries = plane.sign(EntriesRecord(trust_domain=str(TD), endpoint="web-1", generation=1, entries=[], issued=T0))
+    foreign = plane.sign(ForeignBundle(trust_domain=str(TD), foreign="other.test", sequence=1, issued=T0, roots=[]))
+    with plane.store.write() as tx:
+        transparency.record(tx, T0, "entries", "web-1", entries)
+        transparency.record(tx, T0, "federation", "other.test", foreign)
+    plane.seal()
+    stranger = plane.sign(EntriesRecord(trust_domain=str(TD), endpoint="web-1", generation=2, entries=[], issued=T0))
+    monkeypatch.setattr(plane.authority, "record_serial", lambda _: None)
+    beside = certs.parse_chain(plane.authority.issue_endpoint(certs.make_csr(key), name, T0))[0]
+
+    held = {"entries": entries, "federation/other.test": foreign}
+    heads = Heads(tmp_path)
+    for at in (0.0, LAG):
+        asked = heads.ask(held, at, {"own": own, "api": wl})
+        assert len(asked.leaves) == (4 if at == 0.0 else 0)
+        assert texts(heads.take(asked, prove(plane, asked), trust, at))["log.missing"] is None
+    for at in (LAG, 2 * LAG):
+        asked = heads.ask({**held, "entries": stranger}, at, {"own": beside})
+        found = texts(heads.take(asked, prove(plane, asked), trust, at))["log.missing"]
+    assert found == "not in the transparency log: certificate own, entries"
 
 
 def test_an_object_that_never_comes_into_the_log_is_told(plane, trust, tmp_path) -> None:
