@@ -44,23 +44,33 @@ _PATTERNS: Final = (
 
 
 def secrets_of(directory: Path) -> list[bytes]:
-    """The secret bytes of every key file below a directory (``*.key``): the key itself and the lines of its file."""
+    """The secret bytes of every key file below a directory (``*.key``): the key itself, and as its file shows it."""
     found: list[bytes] = []
     for path in sorted(directory.rglob("*.key")):
         with contextlib.suppress(OSError):
-            if path.is_symlink() or not path.is_file():
-                continue
-            data = path.read_bytes()[:MAX_KEY_FILE]
-            # PEM of one kind of key begins alike for all: the rest of the line is the secret.
-            found += [line[-24:] for line in data.splitlines() if len(line) > 30 and b"-----" not in line]
-            with contextlib.suppress(ValueError, TypeError):
-                key = load_pem_private_key(data, None)
-                if isinstance(key, ec.EllipticCurvePrivateKey):
-                    numbers = key.private_numbers()
-                    found.append(numbers.private_value.to_bytes((key.key_size + 7) // 8, "big"))
-                else:
-                    found.append(key.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption()))
+            if not path.is_symlink() and path.is_file():
+                found += _secrets(path.read_bytes()[:MAX_KEY_FILE])
     return found
+
+
+def _secrets(data: bytes) -> list[bytes]:
+    try:
+        key = load_pem_private_key(data, None)
+    except (ValueError, TypeError):
+        return [line for line in data.splitlines() if len(line) >= MIN_SECRET and b"-----" not in line]
+    if isinstance(key, ec.EllipticCurvePrivateKey):
+        raw = key.private_numbers().private_value.to_bytes((key.key_size + 7) // 8, "big")
+    else:
+        raw = key.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
+    # Only the characters that are the key's own: the rest of the file is the same for all keys of a kind, or public.
+    lines = [line.strip() for line in data.splitlines() if line.strip() and b"-----" not in line]
+    at = base64.b64decode(b"".join(lines)).find(raw)
+    first, last = -(-at // 3) * 4, (at + len(raw)) // 3 * 4
+    found, begin = [raw], 0
+    for line in lines:
+        found.append(line[max(0, first - begin) : max(0, last - begin)])
+        begin += len(line)
+    return [one for one in found if len(one) >= MIN_SECRET]
 
 
 class Redactor:

@@ -38,6 +38,7 @@ class Server:
     bin: Path
     prefix: list[str]
     process: subprocess.Popen[bytes] | None = field(default=None)
+    settings: tuple[str, ...] = ()  # NAME=VALUE
 
     @property
     def log(self) -> Path:
@@ -51,7 +52,7 @@ class Server:
             self.process = subprocess.Popen(
                 [*self.prefix, str(self.bin / "postgres"), "-D", str(self.root / "data"), "-p", str(self.port),
                  "-c", "listen_addresses=127.0.0.1", "-c", f"unix_socket_directories={self.root}", "-c", "fsync=on",
-                 "-c", "max_connections=100"],
+                 "-c", "max_connections=100", *(word for one in self.settings for word in ("-c", one))],
                 stdout=log, stderr=log, cwd=self.root,
             )  # fmt: skip
         for _ in range(600):
@@ -71,6 +72,31 @@ class Server:
             os.kill(pid, how)
             self.process.wait(60)
             self.process = None
+
+    def standby(self, root: Path) -> Server:
+        """A second server that follows this one, started; from then on a commit here waits until it has it, too."""
+        owner = self.root.stat()
+        root.mkdir(mode=0o700)
+        os.chown(root, owner.st_uid, owner.st_gid)
+        subprocess.run(
+            [*self.prefix, str(self.bin / "pg_basebackup"), "-D", str(root / "data"), "-h", "127.0.0.1", "-p", str(self.port),
+             "-U", "retinue", "-R", "-X", "stream", "-c", "fast"],
+            check=True, capture_output=True, cwd=root,
+        )  # fmt: skip
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        made = Server(root, port, self.bin, self.prefix)
+        made.start()
+        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
+            connection.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
+            connection.execute("SELECT pg_reload_conf()")
+        return made
+
+    def promote(self) -> None:
+        """Make a standby the primary; returns when it takes writes."""
+        subprocess.run([*self.prefix, str(self.bin / "pg_ctl"), "promote", "-w", "-D", str(self.root / "data")],
+                       check=True, capture_output=True, cwd=self.root)  # fmt: skip
 
     def database(self) -> str:
         """A new empty database; its address."""

@@ -19,16 +19,26 @@ from pathlib import Path
 
 from identity.errors import NoPrivilege
 from mesh.lab import Lab
-from tests.chaos import rows_control, rows_crowd, rows_disk, rows_held, rows_move, rows_network, soak
+from tests.chaos import (
+    rows_control,
+    rows_crowd,
+    rows_disk,
+    rows_held,
+    rows_move,
+    rows_network,
+    rows_postgres,
+    rows_secrets,
+    soak,
+)
 from tests.chaos.registry import ROWS, Result, Row, Run, order, play, table
 from tests.chaos.stage import Stage
 
 OUT = Path(__file__).resolve().parents[2] / "out" / "chaos.json"
 CROWD = 50
-__all__ = ["rows_control", "rows_crowd", "rows_disk", "rows_held", "rows_move", "rows_network", "soak"]
+__all__ = ["rows_control", "rows_crowd", "rows_disk", "rows_held", "rows_move", "rows_network", "rows_postgres", "rows_secrets", "soak"]
 
 
-async def go(rows: Sequence[Row], seed: int, seconds: float | None) -> list[Result]:
+async def go(rows: Sequence[Row], seed: int, seconds: float | None, *, prefer: bool = False) -> list[Result]:
     """Play the rows, stage by stage, in the order of the table. Each is on disk when it is over."""
     results: list[Result] = []
 
@@ -47,6 +57,8 @@ async def go(rows: Sequence[Row], seed: int, seconds: float | None) -> list[Resu
     if any(r.stage == "crowd" for r in rows):
         async with rows_crowd.Crowd(CROWD) as crowd:
             await crowd.settle()
+            if prefer:
+                crowd.prefer()
             await each(crowd, "crowd")
     return sorted(results, key=lambda r: order(r.row))
 
@@ -59,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, help="length of rows that last; also makes them full-sized")
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--soak", type=float, metavar="MINUTES", help="random chaos only")
+    parser.add_argument("--prefer", action="store_true", help="the 50 hosts run before whatever else this machine does, once they are up")
     parser.add_argument("--list", action="store_true")
     args = parser.parse_args(argv)
     chosen = sorted(ROWS.values(), key=lambda r: order(r.name))
@@ -80,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     seed = args.seed if args.seed is not None else random.SystemRandom().randrange(1 << 20)
     print(f"seed {seed}", flush=True)
     Lab.sweep()
-    results = asyncio.run(go(chosen, seed, args.seconds))
+    results = asyncio.run(go(chosen, seed, args.seconds, prefer=args.prefer))
     print("\n" + table(results))
     return int(any(r.verdict in {"fail", "error"} for r in results))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import time
 import traceback
@@ -82,11 +83,12 @@ class Result:
     reason: str
     figures: dict[str, Any]
     seconds: float
+    load: float = 0.0  # of the machine, over the last minute: what else ran beside it
 
     def json(self) -> dict[str, Any]:
         return {
             "row": self.row, "title": self.title, "pass": self.passes, "verdict": self.verdict, "reason": self.reason,
-            "figures": self.figures, "seconds": round(self.seconds, 1),
+            "figures": self.figures, "seconds": round(self.seconds, 1), "load": self.load,
         }  # fmt: skip
 
 
@@ -120,8 +122,8 @@ async def play(one: Row, stage: Any, run: Run) -> Result:
             run.check("0 deliveries on denied pairs, which were tried", bypass.delivered == 0 and bypass.attempted > 0)
     except Exception as e:
         run.check(f"{type(e).__name__}: {str(e)[:300]}", ok=False)
-        run.figures["trace"] = "".join(traceback.format_exception(e)[-2:])[-600:]
-    return Result(one.name, one.title, one.passes, run.verdict, run.reason, run.figures, time.monotonic() - began)
+        run.figures["trace"] = "".join(traceback.format_exception(e)[-4:])[-900:]
+    return Result(one.name, one.title, one.passes, run.verdict, run.reason, run.figures, time.monotonic() - began, round(os.getloadavg()[0], 1))
 
 
 def table(results: Sequence[Result]) -> str:

@@ -75,9 +75,6 @@ held("F28", "Tampered state file, rollback", "refused and said, stays deny", "te
 held("F29", "Wrong file modes", "refused; fixed by the documented command",
      "tests/unit/mesh/test_state.py::test_an_open_directory_is_refused", "tests/unit/mesh/test_state.py::test_a_file_others_can_reach_is_refused",
      "tests/unit/mesh/test_state.py::test_another_owner_is_refused", "tests/unit/ca/test_store.py::test_a_database_others_can_read")  # fmt: skip
-held("F30", "Key leak in logs, core, support bundle", "canary keys: 0 hits",
-     "tests/netns/test_attacks_workload.py::test_processes_keep_their_secrets",
-     caveat="no support bundle exists yet; logs at debug level are not searched")  # fmt: skip
 held("F31", "Oversized requests, slow and half-open connections", "RSS +<= 64 MiB, p99 <= 1 s for others",
      "tests/unit/ca/test_listener.py", "tests/netns/test_attacks_ca.py::test_bodies_of_every_bad_kind",
      "tests/netns/test_attacks_ca.py::test_a_flood_of_connections_keeps_no_member_from_its_changes",
@@ -116,8 +113,3 @@ async def versions(_: Any, run: Run) -> None:
 @row("F36", "Relay or lighthouse lost", "kill 1 of 2: 0 lost", stage="none")
 async def relay(_: Any, run: Run) -> None:
     run.absent = "hosts reach each other directly; there is no relay or lighthouse to lose"
-
-
-@row("F37", "PostgreSQL fail-over", "0 acknowledged writes lost, revisions monotone, gap <= 10 s", stage="none")
-async def failover(_: Any, run: Run) -> None:
-    await pytest_of(run, "tests/netns/test_failover.py")

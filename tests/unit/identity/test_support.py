@@ -12,6 +12,7 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -86,6 +87,8 @@ def test_keys_of_a_directory_are_known(tmp_path: Path, keys: dict[str, bytes]) -
     for data in keys.values():
         assert redactor.holds(data)
         assert redactor.holds(data.splitlines()[1])
+        key = load_pem_private_key(data, None).public_key()
+        assert not redactor.holds(key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
     assert not redactor.holds(b"root:x:0:0:root:/root:/bin/bash")
 
 
