@@ -31,8 +31,8 @@ Kind = Literal["root", "intermediate", "records", "policy"]
 State = Literal["prepared", "active", "old", "tainted", "revoked"]
 KeyType = Literal["p256", "p384", "ed25519"]
 KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
-KEY_TYPES: Final[dict[str, KeyType]] = {"root": "p384", "intermediate": "p256", "records": "ed25519", "policy": "ed25519"}
-NAME: Final = re.compile(r"(root|intermediate|records|policy)(-[1-9][0-9]{0,5})?")
+KEY_TYPES: Final[dict[str, KeyType]] = {"root": "p384", "intermediate": "p256", "records": "ed25519", "policy": "ed25519", "jwt": "p256"}
+NAME: Final = re.compile(r"(root|intermediate|records|policy)(-[1-9][0-9]{0,5})?|jwt-[0-9a-f]{16}")  # the last: kid, no member
 GOOD: Final[frozenset[State]] = frozenset({"prepared", "active", "old", "tainted"})  # states in which others believe it
 
 

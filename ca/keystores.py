@@ -173,7 +173,9 @@ class RemoteSigner:
         return self._key
 
     def sign(self, data: bytes, /) -> bytes:
-        """A record's signature: `data` is its header and payload."""
+        """A record's signature, or with a JWT key a token's: `data` is its header and payload."""
+        if self._name.startswith("jwt-"):
+            return _signature(self._client.ask("token", self._name, text=data.decode("ascii")))
         if not isinstance(self._key, Ed25519PublicKey):
             raise Bug("signer.bytes", "the signer signs certificates and records, not bytes")
         return _signature(self._client.ask("record", self._name, text=data.decode("ascii")))

@@ -210,7 +210,7 @@ class Plane:
                 f"the database is of {self.trust_domain}, the authority of {self.authority.trust_domain}",
                 hint="the database belongs to another directory's authority",
             )
-        self.jwt = JwtAuthority.load(directory, clock())
+        self.jwt = JwtAuthority.load(directory, clock(), self.authority.keys, upkeep=not self.replica)
         self.authority.jwt_authorities = self.jwt.published
         self.authority.earliest = lambda name: self.trust.blocked.identities.get(str(name), 0)
         return self

@@ -1,11 +1,11 @@
 """The signer as a process of its own: it holds the keys, has no network, and does a closed set of typed things.
 
-    API process  --unix socket-->  signer process: has, public, make, retire, certificate, record
+    API process  --unix socket-->  signer process: has, public, make, retire, certificate, record, token
 
-It signs no bytes, it signs certificates and records: a certificate only when it keeps a profile (ca/signer.py's linter),
+It signs no bytes, it signs certificates, records and JWT-SVIDs: a certificate only when it keeps a profile (ca/signer.py's linter),
 below the key asked for, and for an authority only over a key that is itself kept here; a record only of a type that the
-key may sign, for this trust domain. So whoever takes over the API can issue what the API could, but takes no key away and
-makes no authority of their own; and every certificate is in the signer's own log. One line of JSON each way.
+key may sign, for this trust domain; a token only for a workload of it, from now on, for minutes. So whoever takes over the API can issue what the API could, but takes no key away and
+makes no authority of their own; and every certificate and token is in the signer's own log. One line of JSON each way.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 from ca.keyring import KEY_TYPES, NAME, FileKeys, Keys
 from ca.signer import draft_of
-from identity import certs, records
+from identity import certs, jwt, records
 from identity.certs import Profile
 from identity.entries import EntriesRecord
 from identity.errors import (
@@ -74,8 +74,10 @@ _PROFILES: Final = {
 class SignerDesk:
     """Judges and does one request. `log` is told of certificates, keys and refusals."""
 
-    def __init__(self, keys: Keys, trust_domain: TrustDomain, log: Callable[[dict[str, Any]], None]) -> None:
-        self._keys, self._trust_domain, self.log = keys, trust_domain, log
+    def __init__(
+        self, keys: Keys, trust_domain: TrustDomain, log: Callable[[dict[str, Any]], None], clock: Callable[[], float] = time.time
+    ) -> None:
+        self._keys, self._trust_domain, self.log, self._clock = keys, trust_domain, log, clock
         self._lock = threading.Lock()
         self._level, self._at = BURST, time.monotonic()
 
@@ -83,7 +85,7 @@ class SignerDesk:
         """The answer. Raises RetinueError."""
         acts = {
             "has": self._has, "public": self._public, "make": self._make, "retire": self._retire,
-            "certificate": self._certificate, "record": self._record,
+            "certificate": self._certificate, "record": self._record, "token": self._token,
         }  # fmt: skip
         act, name = request.get("op"), request.get("name")
         if act not in acts or not isinstance(name, str) or not NAME.fullmatch(name):
@@ -217,6 +219,23 @@ class SignerDesk:
         return {"signature": _b64(signer.sign(text.encode("ascii")))}
 
 
+    # ---- tokens
+
+    def _token(self, name: str, request: dict[str, Any], who: str) -> dict[str, Any]:
+        self._take()
+        kind, _, kid = name.partition("-")
+        if kind != "jwt":
+            raise Refused("signer.key", f"{name} signs no tokens")
+        signer, text = self._keys.open(name), request.get("text")
+        try:
+            subject = jwt.unsigned(text, kid=kid, trust_domain=self._trust_domain, now=self._clock())  # type: ignore[arg-type]  # it refuses what is no text
+        except NotVerified as e:
+            raise Refused("signer.token", e.message) from None
+        assert isinstance(text, str)
+        self.log({"op": "token", "name": name, "by": who, "subject": str(subject)})
+        return {"signature": _b64(signer.sign(text.encode("ascii")))}
+
+
 def _names(draft: x509.Certificate) -> list[str]:
     found = draft.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     return found.get_values_for_type(x509.UniformResourceIdentifier)
@@ -274,8 +293,8 @@ class _Connection(socketserver.StreamRequestHandler):
             self.request.settimeout(1.0)
             with contextlib.suppress(OSError):
                 self.rfile.readline(65536)
-            self._say(NoPrivilege("signer.user", f"user id {uid} may not ask the signer"))
             self.server.desk.log({"op": "connect", "by": who, "refused": "signer.user"})
+            self._say(NoPrivilege("signer.user", f"user id {uid} may not ask the signer"))
             return
         while line := self.rfile.readline(MAX_LINE + 1):
             try:

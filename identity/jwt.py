@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 
 from identity.errors import BadInput, NotVerified
 from identity.keys import b64, unb64
-from identity.names import SpiffeId
+from identity.names import SpiffeId, TrustDomain
 from identity.records import JwtAuthority
 
 LIFETIME: Final = 300  # seconds, ours and the most we accept of our own trust domain
@@ -81,6 +81,30 @@ def sign(
     text = ".".join(b64(json.dumps(part, separators=(",", ":")).encode()) for part in (head, claims))
     r, s = decode_dss_signature(signature(text.encode()))
     return f"{text}.{b64(r.to_bytes(_NUMBER, 'big') + s.to_bytes(_NUMBER, 'big'))}"
+
+
+def unsigned(text: str, *, kid: str, trust_domain: TrustDomain, now: float) -> SpiffeId:
+    """The subject of what is about to be signed, if it is a token by our profile: for a workload of the trust domain, by this
+    key, from now on and for no longer than LIFETIME. Raises NotVerified ``jwt.*``.
+    """
+    parts = text.split(".") if isinstance(text, str) and len(text) <= MAX_TOKEN and text.isascii() else []
+    if len(parts) != 2:
+        raise NotVerified("jwt.form", "not the header and claims of a token")
+    head, claims = _json(parts[0]), _json(parts[1])
+    if head != {"alg": "ES256", "kid": kid, "typ": "JWT"} or claims.keys() != {"sub", "aud", "iat", "exp"}:
+        raise NotVerified("jwt.header", "the token has other parameters or claims than the profile's")
+    spiffe_id = _subject(claims)
+    if spiffe_id.trust_domain != trust_domain or spiffe_id.kind != "wl":
+        raise NotVerified("jwt.sub", f"{spiffe_id} is no workload of {trust_domain}")
+    try:
+        check_audience(_audience(claims))
+    except BadInput as e:
+        raise NotVerified("jwt.audience", e.message) from None
+    expires = _times(claims, now)
+    began = claims["iat"]
+    if not isinstance(began, int) or abs(began - now) > LEEWAY or not 0 < expires - began <= LIFETIME:
+        raise NotVerified("jwt.lifetime", f"the token is not of now, or for longer than {LIFETIME} s")
+    return spiffe_id
 
 
 def verify(

@@ -12,9 +12,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from ca import rotation
 from ca.authority import Authority
+from ca.jwt_authority import AFTER, AHEAD, LIFE, JwtAuthority
 from ca.keyring import FileKeys
 from ca.keystores import KeyPlace
-from identity import certs
+from identity import certs, jwt
 from identity.errors import BadState, Conflict
 from identity.names import SpiffeId, TrustDomain
 
@@ -92,3 +93,17 @@ def test_a_name_is_made_once(token: KeyPlace, tmp_path: Path) -> None:
     with pytest.raises(BadState) as e:
         keys.open("intermediate-99")
     assert e.value.code == "state.key"
+
+
+def test_tokens_are_signed_in_the_token(token: KeyPlace, tmp_path: Path) -> None:
+    authority = Authority.create(tmp_path / "ca", TD, NOW, place=token)
+    tokens = JwtAuthority.load(tmp_path / "ca", NOW, authority.keys)
+    web = SpiffeId.workload(TD, "web")
+    text, _ = tokens.sign(web, ["db"], NOW)
+    assert jwt.verify(text, "db", {TD.name: tokens.published()}, NOW, own=TD.name).spiffe_id == web
+    assert not list((tmp_path / "ca").glob("jwt-*.key"))
+    kid = tokens.published()[0].kid
+    assert authority.keys.has(f"jwt-{kid}")
+    assert tokens.maintain(NOW + LIFE - AHEAD)
+    assert tokens.maintain(NOW + LIFE + AFTER)
+    assert not authority.keys.has(f"jwt-{kid}")

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from ca import rotation, signer_process
 from ca.authority import Authority
+from ca.jwt_authority import AFTER, DAY, JwtAuthority
 from ca.keystores import KeyPlace, RemoteSigner, SignerClient, key_place, open_keys
 from ca.signer_process import SignerDesk
-from identity import certs, records
+from identity import certs, jwt, records
 from identity.errors import BadInput, BadState, Bug, NoPrivilege, Refused, RetinueError, Unreachable
 from identity.names import SpiffeId, TrustDomain
 from identity.records import Heartbeat, PolicyRecord
@@ -209,6 +211,71 @@ def test_no_bytes_no_foreign_records_no_names(rig: Rig, authority: Authority) ->
             ask(rig, **request)
     assert [e for e in rig.log() if e.get("refused")], "refusals are in its log"
     assert "PRIVATE" not in (rig.keys / "signer.log").read_text()
+
+
+WEB = SpiffeId.workload(TD, "shop/web")
+
+
+def test_tokens_are_signed_there_and_by_profile_only(rig: Rig, authority: Authority) -> None:
+    now = time.time()
+    tokens = JwtAuthority.load(rig.ca, now, authority.keys)
+    token, _ = tokens.sign(WEB, ["db"], now)
+    assert jwt.verify(token, "db", {TD.name: tokens.published()}, now, own=TD.name).spiffe_id == WEB
+    assert not list(rig.ca.glob("*.key")), "no key of tokens in the API's directory"
+    kid = tokens.published()[0].kid
+    assert [e for e in rig.log() if e["op"] == "token"][-1]["subject"] == str(WEB)
+    again = JwtAuthority.load(rig.ca, now, authority.keys)
+    assert [k.kid for k in again.published()] == [kid]
+
+    def text(head: dict[str, Any] | None = None, drop: str = "", **claims: Any) -> str:
+        said = {"sub": str(WEB), "aud": ["db"], "iat": int(now), "exp": int(now) + 300, **claims}
+        said.pop(drop, None)
+        parts = ({"alg": "ES256", "kid": kid, "typ": "JWT", **(head or {})}, said)
+        return ".".join(records.b64(json.dumps(p).encode()) for p in parts)
+
+    name = f"jwt-{kid}"
+    assert ask(rig, op="token", name=name, text=text())["signature"]
+    for bad in (
+        text(exp=int(now) + 301), text(iat=int(now) + 3600, exp=int(now) + 3700), text(iat=int(now) - 3600, exp=int(now) + 9),
+        text(exp=int(now) - 1), text(sub=str(HOST)), text(sub="spiffe://other.example/wl/web"), text(sub="spiffe://prod.example"), text(sub=5),
+        text(aud=[]), text(aud="db\n"), text(aud=[str(n) for n in range(17)]), text(drop="iat"), text(drop="exp"), text(nbf=1), text(admin=True),
+        text({"kid": "0" * 16}), text({"alg": "none"}), text({"alg": "HS256"}), text({"jku": "https://x"}), text() + ".x", "a.b", "", None, 7,
+        text(exp=float("nan")), text(iat=True),
+    ):  # fmt: skip
+        with pytest.raises(RetinueError):
+            ask(rig, op="token", name=name, text=bad)
+    # keys keep to their kind
+    draft = certs.build(
+        certs.WORKLOAD, key=ec.generate_private_key(ec.SECP256R1()).public_key(), trust_domain=TD, spiffe_id=WEB, issuer=authority.intermediate,
+        serial=5, now=NOW,
+    ).sign(ec.generate_private_key(ec.SECP256R1()), hashes.SHA256())  # fmt: skip
+    tbs = base64.b64encode(draft.tbs_certificate_bytes).decode()
+    for op, key, more in (
+        ("token", "intermediate", {"text": text()}), ("token", "records", {"text": text()}), ("token", "jwt-0123456789abcdef", {"text": text()}),
+        ("certificate", name, {"tbs": tbs, "issuer": certs.pem(authority.intermediate)}), ("certificate", name, {"tbs": tbs, "issuer": None}),
+        ("record", name, {"text": text()}), ("make", "jwt-0123456789abcdef", {"kind": "ed25519"}), ("make", "jwt-1", {"kind": "p256"}),
+    ):  # fmt: skip
+        with pytest.raises(RetinueError):
+            ask(rig, op=op, name=key, **more)
+
+
+def test_a_token_key_of_a_release_before_goes_on_until_its_successor_in_the_signer_is_known(rig: Rig, authority: Authority) -> None:
+    now = time.time()
+    old = JwtAuthority.load(rig.ca, now)  # as it was: a file beside keys.json
+    (file,) = rig.ca.glob("jwt-*.key")
+    tokens = JwtAuthority.load(rig.ca, now, authority.keys)
+    kids = [k.kid for k in tokens.published()]
+    assert (kids[0], len(kids)) == (old.published()[0].kid, 2)
+    assert not tokens.maintain(now + 3600)
+    for at, kid in ((now + 3600, kids[0]), (now + DAY + 1, kids[1])):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(rig.server.desk, "_clock", lambda at=at: at)
+            token, _ = tokens.sign(WEB, ["db"], at)
+        assert jwt._json(token.split(".")[0])["kid"] == kid
+        assert jwt.verify(token, "db", {TD.name: tokens.published()}, at).spiffe_id == WEB
+    assert tokens.maintain(now + DAY + AFTER + 1)
+    assert not file.exists()
+    assert [k.kid for k in tokens.published()] == kids[1:]
 
 
 def raw(path: Path, data: bytes) -> bytes:
