@@ -1,4 +1,4 @@
-"""Who is attached on this machine: network namespaces and processes given to instances, and noticing when they end."""
+"""Who is attached on this machine: network namespaces, processes, links and control groups, and noticing when they end."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import structlog
 from identity.errors import BadInput, Conflict, NotFound, RetinueError
 from identity.names import workload_path
 from identity.wire.local import Attach
-from mesh import netns, taps
-from mesh.attestation import NamespaceId, namespace_at
+from mesh import netns, taps, units
+from mesh.attestation import Caller, NamespaceId, namespace_at
 from mesh.compile import LocalAttachment
 from mesh.processes import process_start
 from mesh.snapshot import InstanceKey, instance_key
@@ -36,6 +36,8 @@ class Attachments:
         self._places: dict[InstanceKey, SavedPlace] = {}
         self._watched: dict[InstanceKey, int] = {}
         self._links: LinkWatch | None = None
+        self._groups: units.GroupWatch | None = None
+        self._seen: dict[str, int | None] = {}  # control group -> its id when it was last looked at
 
     def load(self) -> None:
         """Take over what was attached before, as far as it still exists. Raises BadState."""
@@ -52,6 +54,7 @@ class Attachments:
             if pid is not None:
                 self._watch(key, pid)
         self._watch_links()
+        self._watch_groups()
 
     def entries(self) -> list[Attach]:
         """What is attached, in order of the instances."""
@@ -61,14 +64,18 @@ class Attachments:
         return key in self._places
 
     def local(self) -> Mapping[InstanceKey, LocalAttachment]:
-        """The places as the compiler wants them. A named namespace is looked up anew: it may have been recreated."""
+        """The places as the compiler wants them. Named namespaces and control groups are looked up anew: they may have
+        been recreated.
+        """
         out = {}
         for key, place in self._places.items():
             inode = place.inode
             if place.attach.kind == "netns" and _pid(place.attach) is None and place.attach.netns is not None:
                 with contextlib.suppress(RetinueError):
                     inode = netns.identify(place.attach.netns)
-            out[key] = LocalAttachment(place.attach.kind, place.attach.netns, inode, place.attach.device)
+            group = place.attach.cgroup
+            unit = None if group is None else units.unit_plan(group, place.attach.uid)
+            out[key] = LocalAttachment(place.attach.kind, place.attach.netns, inode, place.attach.device, unit)
         return out
 
     def is_at(self, key: InstanceKey, space: NamespaceId) -> bool:
@@ -79,13 +86,21 @@ class Attachments:
         pid = _pid(place.attach)
         return pid is None or (place.started is not None and process_start(pid) == place.started)
 
+    def is_member(self, key: InstanceKey, caller: Caller) -> bool:
+        """Does this process belong to the instance's control group, and is it of its user? Both are its own to leave."""
+        place = self._places.get(key)
+        if place is None or place.attach.cgroup is None or place.attach.uid not in {None, caller.uid}:
+            return False
+        group = units.group_of(caller.pid)
+        return group is not None and caller.alive() and units.within(group, place.attach.cgroup)
+
     def attach(self, request: Attach) -> InstanceKey:
         """Enter an attachment; the same one again is no change. Raises BadInput, NotFound, Conflict, BadState."""
         workload_path(request.name)
         key = instance_key(request.name, request.instance)
         place = _inspect(request)
         before = self._places.get(key)
-        if before is not None and (before.attach.kind, before.inode) != (place.attach.kind, place.inode) and _stands(before):
+        if before is not None and _spot(before) != _spot(place) and _stands(before):
             raise Conflict(
                 "attach.taken", f"{key} is attached elsewhere on this host ({_where(before.attach)})",
                 hint=f"retinue detach {request.name} --instance {request.instance}",
@@ -95,6 +110,7 @@ class Attachments:
         self._save(self._places | {key: place})
         self._unwatch(key)
         self._watch_links()
+        self._watch_groups()
         pid = _pid(request)
         if pid is not None:
             self._watch(key, pid)
@@ -116,6 +132,9 @@ class Attachments:
         if self._links is not None:
             self._links.close()
             self._links = None
+        if self._groups is not None:
+            self._groups.close()
+            self._groups = None
 
     def _watch_links(self) -> None:
         if self._links is None and any(p.attach.kind == "tap" for p in self._places.values()):
@@ -130,6 +149,24 @@ class Attachments:
         for place in list(self._places.values()):
             if place.attach.kind == "tap" and place.inode is not None and taps.index_of(place.attach.device or "") != place.inode:
                 self._link_ended(place.inode)
+
+    def _watch_groups(self) -> None:
+        paths = sorted({p.attach.cgroup for p in self._places.values() if p.attach.cgroup is not None})
+        try:
+            if self._groups is None and paths:
+                self._groups = units.GroupWatch(self._groups_changed)
+        except OSError as e:
+            log.warning("control groups are not watched; a unit that starts again has to be attached again", why=e.strerror)
+        if self._groups is not None:
+            self._groups.follow(paths)
+        self._seen = {path: units.ident_of(path) for path in paths}
+
+    def _groups_changed(self) -> None:
+        before = self._seen
+        self._watch_groups()
+        if self._seen != before:
+            log.info("a control group of an attachment appeared or went")
+            self._changed()
 
     def _save(self, places: dict[InstanceKey, SavedPlace]) -> None:
         self._state.save_attachments([p for _, p in sorted(places.items())], self._boot)
@@ -168,7 +205,11 @@ def _pid(attach: Attach) -> int | None:
 
 
 def _where(attach: Attach) -> str:
-    return attach.netns or attach.device or "the host itself"
+    return attach.netns or attach.device or attach.cgroup or "the host itself"
+
+
+def _spot(place: SavedPlace) -> tuple[str, int | None, str | None]:
+    return place.attach.kind, place.inode, place.attach.cgroup
 
 
 def _stands(place: SavedPlace) -> bool:
@@ -180,11 +221,20 @@ def _stands(place: SavedPlace) -> bool:
             with contextlib.suppress(RetinueError):
                 return netns.identify(place.attach.netns or "") == place.inode
             return False
+        case "unit":
+            return units.ident_of(place.attach.cgroup or "") is not None
     return True
 
 
 def _inspect(request: Attach) -> SavedPlace:
-    """Look at the place asked for. Raises BadInput or NotFound."""
+    """Look at the place asked for. Raises BadInput, NotFound, Refused."""
+    if request.kind == "unit":
+        if request.netns is not None or request.device is not None or not request.cgroup:
+            raise BadInput("attach.kind", "an attachment of kind unit needs a control group, and nothing else")
+        group = "/" + units.clean(request.cgroup)
+        return SavedPlace(attach=request.model_copy(update={"cgroup": group}), inode=units.inspect(group))
+    if request.cgroup is not None or request.uid is not None:
+        raise BadInput("attach.kind", f"an attachment of kind {request.kind} has no control group and no user")
     if request.kind == "tap":
         if request.netns is not None or not request.device:
             raise BadInput("attach.kind", "an attachment of kind tap needs a device, and no network namespace")

@@ -195,7 +195,7 @@ def show_status(s: Status, now: float) -> None:
     if s.attachments:
         cliout.table(
             ("instance", "state", "epoch", "place", "addresses"),
-            [(f"{a.name}/{a.instance}", a.state, a.epoch, a.netns or a.device or a.kind, " ".join(a.addresses)) for a in s.attachments],
+            [(f"{a.name}/{a.instance}", a.state, a.epoch, a.netns or a.device or (a.cgroup if a.running else f"{a.cgroup} (not running)") or a.kind, " ".join(a.addresses)) for a in s.attachments],
         )
     else:
         print("No instance is attached here.")
@@ -250,6 +250,9 @@ def attach(
     pid: Annotated[int | None, typer.Option("--pid", metavar="PID", min=1, help="The network namespace of this process.")] = None,
     host: Annotated[bool, typer.Option("--host", help="This host's own network namespace.")] = False,
     tap: Annotated[str | None, typer.Option("--tap", metavar="DEVICE", help="The host's side of a link to a guest, such as a VM's tap.")] = None,
+    unit: Annotated[str | None, typer.Option("--unit", metavar="NAME", help="A systemd unit in the host's own network namespace.")] = None,
+    cgroup: Annotated[str | None, typer.Option("--cgroup", metavar="PATH", help="A control group, from the root of the unified hierarchy.")] = None,
+    uid: Annotated[int | None, typer.Option("--uid", metavar="UID", min=0, help="With --unit or --cgroup: processes of this user use its addresses without binding them.")] = None,
     wait: Annotated[float, typer.Option("--wait", metavar="SECONDS", min=0, help="Seconds to wait until it is active.")] = 0.0,
     run_dir: RunDir = None,
     output: Format = Output.TABLE,
@@ -258,10 +261,17 @@ def attach(
     """Give an instance its place on this host. It gets its addresses once the CA has placed it here."""
     from identity.wire.local import Attach
 
-    if sum((netns is not None, pid is not None, host, tap is not None)) != 1:
-        raise BadInput("usage", "give one of --netns, --pid, --tap and --host")
-    place = f"/proc/{pid}/ns/net" if pid is not None else netns
-    request = Attach(name=name, instance=instance, kind="host" if host else "tap" if tap is not None else "netns", netns=place, device=tap)
+    if sum((netns is not None, pid is not None, host, tap is not None, unit is not None, cgroup is not None)) != 1:
+        raise BadInput("usage", "give one of --netns, --pid, --tap, --unit, --cgroup and --host")
+    if uid is not None and unit is None and cgroup is None:
+        raise BadInput("usage", "--uid goes with --unit or --cgroup", hint="the kernel cannot tell whose user a receiving socket is; its control group it can")
+    if unit is not None or cgroup is not None:
+        from mesh.units import group_of_unit
+
+        request = Attach(name=name, instance=instance, kind="unit", cgroup=cgroup or group_of_unit(unit or ""), uid=uid)
+    else:
+        place = f"/proc/{pid}/ns/net" if pid is not None else netns
+        request = Attach(name=name, instance=instance, kind="host" if host else "tap" if tap is not None else "netns", netns=place, device=tap)
 
     async def body(agent: LocalClient) -> Attachment:
         return await wait_active(agent, request, wait)

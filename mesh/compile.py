@@ -27,6 +27,7 @@ from mesh.plan import (
     PairPlan,
     PeerPlan,
     Plan,
+    UnitPlan,
     diff,
 )
 from mesh.snapshot import InstanceKey, Snapshot, instance_key
@@ -49,13 +50,15 @@ class LocalAttachment:
     """A place on this machine that was given to an instance.
 
     netns: a named namespace or a path, for kind netns. inode: its identity (mesh.netns.identify), so that two names of
-    one namespace share one link; without it the name is the identity. device: the link of kind tap.
+    one namespace share one link; without it the name is the identity. device: the link of kind tap. unit: the control
+    group of kind unit.
     """
 
     kind: AttachmentKind
     netns: str | None = None
     inode: int | None = None
     device: str | None = None
+    unit: UnitPlan | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,6 +335,9 @@ class _Compilation:
         warming = {k: r for k, r in self.prepares.items() if r.endpoint != me}
         attachments = {key: self._attachment(key, place) for key, place in sorted(self.facts.attachments.items())}
         attached = {k for k, a in attachments.items() if a.state in {"prepared", "active"}}
+        for at in attachments.values():
+            if at.unit is not None and at.unit.ident is None and at.state != "waiting":
+                self._note("plan.unit", f"the control group /{at.unit.path} of {at.key} is not there: is its unit running?")
 
         pairs: dict[tuple[InstanceKey, InstanceKey], PairPlan] = {}
         allowed: dict[str, set[InstanceKey]] = {}
@@ -404,8 +410,9 @@ class _Compilation:
             if bound.processes:
                 limit = replace(limit, processes=tuple(p for p in bound.processes if p.kind == "uid"))
                 place = self.facts.attachments.get(key)
-                if place is None or place.kind != "host" or not limit.processes:
-                    why = "control groups are not checked yet" if place and place.kind == "host" else "it is not the host itself"
+                at_home = place is not None and place.kind in {"host", "unit"}
+                if not at_home or not limit.processes:
+                    why = "control groups are not checked yet" if at_home else "it is not in the host's own namespace"
                     self._note("plan.process", f"{key} cannot use {limit.ports} of rule {bound.rule}, which names a process: {why}")
                     ports, sure = ports - limit.ports, sure - limit.ports
                     continue
@@ -482,6 +489,7 @@ class _Compilation:
             epoch=None if record is None else record.epoch,
             addresses=() if record is None else _both(record),
             why=why,
+            unit=place.unit,
         )
 
 

@@ -74,8 +74,8 @@ def _decide(
         return False, "waiting", "its place could not be set up; see: retinue status", proof
     ways = []
     if at is not None and at.active:
-        ways.append(f"attached here: {at.netns or at.veth or 'the host itself'}")
-        proof.append(f"attachment of kind {at.kind}, {at.netns or at.veth or 'the host itself'}")
+        ways.append(f"attached here: {at.where}")
+        proof.append(f"attachment of kind {at.kind}, {at.where}")
     if entries:
         ways.append(f"{len(entries)} registration entries tell its processes")
         proof += [f"entry {e.id}: {describe(e.selectors)}" for e in entries]

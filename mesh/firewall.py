@@ -24,6 +24,7 @@ Sets, one of each per family (suffix 4 or 6):
 What only an audit lets through stands in sets of its own (apair, arange, aproto, arest, aexcept), looked up last: it is
 counted, noted like a refusal (set `audited`) and passed. Ports that only some users may reach from an instance on the
 host itself stand in `uid` (user . src . dst . protocol . port) instead of the others, and in `bound` for the answers.
+With units (mesh/unit_rules.py) there are sets of their addresses and control groups and chains that ask for both.
 Ceilings are limit objects named by rate (packets of the first direction) and back (answers), asked where a packet
 leaves its sender.
 
@@ -36,11 +37,11 @@ import asyncio
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from identity.errors import BadInput
-from mesh import nft
+from mesh import nft, unit_rules, units
 from mesh.plan import AttachmentPlan, Elements, PairPlan, Plan, diff, elements_of
 from policy.evaluate import Bound
 from policy.ports import ICMP, ICMPV6, NOTHING, PortMap, proto_name, proto_number, union
@@ -52,7 +53,7 @@ DENIED_SIZE: Final = 8192
 SOURCE_RATE: Final = 4  # new flows a second that one sender may have noted, so that it leaves room for the others
 SOURCE_BURST: Final = 1200  # and so many at once
 DENIED_TIMEOUT: Final = 300  # seconds
-COUNTERS: Final = ("accepted", "denied", "strangers", "spoofed", "outside", "invalid", "audited", "limited", "unlogged")
+COUNTERS: Final = ("accepted", "denied", "strangers", "spoofed", "outside", "invalid", "audited", "limited", "unlogged", "neighbours")
 LOG_GROUP: Final = 0x5254  # plus the slot of the interface; a group belongs to one namespace
 LOG_RATE: Final = 1000  # a second, of each kind
 LOG_BYTES: Final = 128  # of a packet: both headers
@@ -185,7 +186,7 @@ def topology_sets(plan: Plan) -> Sets:
             _add_local(add, attachment, address)
     for address in plan.remotes:
         add("member", address, address)
-    return out
+    return out | unit_rules.elements(plan.units)
 
 
 def _add_local(add: Callable[[str, str, str], None], attachment: AttachmentPlan, address: str) -> None:
@@ -208,10 +209,13 @@ def all_sets(plan: Plan) -> Sets:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """Elements to delete and to add, by set."""
+    """Elements to delete and to add, by set. keep: what stays in a set of groups that loses something; a group that is
+    gone has no name any more by which to delete it, so such a set is emptied and filled in one transaction.
+    """
 
     delete: Mapping[str, set[str]]
     add: Mapping[str, set[str]]
+    keep: Mapping[str, set[str]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.delete or self.add)
@@ -228,7 +232,9 @@ def sets_delta(old: Plan, new: Plan) -> Delta:
         for pair in pairs:
             for name, lines in pair_sets(pair).items():
                 into.setdefault(name, set()).update(lines)
-    return Delta(_minus(gone, come), _minus(come, gone))
+    delete = _minus(gone, come)
+    keep = {name: gone[name] & come.get(name, set()) for name in delete if name.startswith(unit_rules.GROUP)}
+    return Delta(delete, _minus(come, gone), keep)
 
 
 def _minus(a: Sets, b: Sets) -> Sets:
@@ -241,10 +247,12 @@ def _minus(a: Sets, b: Sets) -> Sets:
 def statements(table: str, verb: str, sets: Mapping[str, set[str]]) -> str:
     """``add|delete element`` statements; limit objects before the elements that name them, and gone after them."""
     lines = []
+    emptied = [name for name in sorted(sets) if verb == "delete" and name.startswith(unit_rules.GROUP)]
+    lines += [f"flush set inet {table} {name}" for name in emptied]
     limits = [line.partition(" ") for line in sorted(sets.get(LIMITS, ()))]
     if verb == "add":
         lines += [f"add limit inet {table} {n} {{ rate over {r} bytes/second burst {_BURST} bytes ; }}" for n, _, r in limits]
-    for name in sorted(sets.keys() - {LIMITS}):
+    for name in sorted(sets.keys() - {LIMITS, *emptied}):
         elements = sorted(sets[name])
         for start in range(0, len(elements), _CHUNK):
             chunk = ", ".join(elements[start : start + _CHUNK])
@@ -254,20 +262,28 @@ def statements(table: str, verb: str, sets: Mapping[str, set[str]]) -> str:
     return "\n".join(lines) + "\n" if lines else ""
 
 
-def replacement(interface: str, sets: Mapping[str, set[str]], *, close_v6: bool = False) -> str:
+def narrowing(table: str, delta: Delta) -> str:
+    """What is deleted, and what stays in the sets that have to be filled again."""
+    return statements(table, "delete", delta.delete) + statements(table, "add", {n: kept for n, kept in delta.keep.items() if kept})
+
+
+def replacement(
+    interface: str, sets: Mapping[str, set[str]], *, close_v6: bool = False, levels: tuple[int, ...] = ()
+) -> str:
     """A transaction that puts the whole table in place of whatever stands under its name."""
     name = table_name(interface)
     return (
         f"add table inet {name}\ndelete table inet {name}\n"
-        + skeleton(interface, close_v6=close_v6)
+        + skeleton(interface, close_v6=close_v6, levels=levels)
         + statements(name, "add", {key: lines for key, lines in sets.items() if lines})
     )
 
 
-def skeleton(interface: str, *, close_v6: bool = False) -> str:
+def skeleton(interface: str, *, close_v6: bool = False, levels: tuple[int, ...] = ()) -> str:
     """The table without elements: sets, counters, chains. Everything that is not in a set is denied.
 
     close_v6: IPv6 forwarding of the whole host was switched on for our links' sake, so it is closed for all others.
+    levels: of the control groups that hold an identity; without them the kernel is not asked for what it may not have.
     """
     closed = "meta nfproto ipv6 drop" if close_v6 else ""
     mark = f"0x{accepted_mark(interface):08x}"
@@ -279,6 +295,8 @@ def skeleton(interface: str, *, close_v6: bool = False) -> str:
     parts.append("set taps { type ifname; }")
     for family in (4, 6):
         parts += _sets(family, f"ipv{family}_addr")
+    parts += unit_rules.sets(levels) if levels else []
+    unit_in, unit_out = (unit_rules.INPUT, unit_rules.OUTPUT) if levels else ("", "")
     parts.append(f"""
 chain pass {{
     counter name accepted
@@ -313,7 +331,7 @@ chain watch {{
 chain unlogged {{
     counter name unlogged
 }}
-{_verdict(4)}{_verdict(6)}
+{_verdict(4)}{_verdict(6)}{unit_rules.chains(levels, mark) if levels else ""}
 chain prerouting {{
     type filter hook prerouting priority mangle; policy accept;
     iifname "lo" accept
@@ -343,6 +361,7 @@ chain from_link {{
 }}
 chain input {{
     type filter hook input priority mangle; policy accept;
+    {unit_in}
     meta mark & {mark} == {mark} accept
     iifname "{interface}" drop
     iifname @links drop
@@ -360,6 +379,7 @@ chain forward {{
 chain output {{
     type route hook output priority mangle; policy accept;
     meta mark & {mark} == {mark} meta mark set meta mark & {clear}
+    {unit_out}
     ip daddr @local4 goto to_local
     ip6 daddr @local6 goto to_local
     ip saddr @local4 ip daddr @member4 tcp flags & (syn|rst) == rst goto pass
@@ -372,8 +392,8 @@ chain output {{
     oifname @links goto quiet
 }}
 chain to_local {{
-    ip saddr . ip daddr @self4 accept
-    ip6 saddr . ip6 daddr @self6 accept
+    ip saddr . ip daddr @self4 {"goto pass" if levels else "accept"}
+    ip6 saddr . ip6 daddr @self6 {"goto pass" if levels else "accept"}
     icmp type {{ destination-unreachable, time-exceeded, parameter-problem }} goto pass
     icmpv6 type {{ destination-unreachable, packet-too-big, time-exceeded, parameter-problem }} goto pass
     tcp flags & (syn|rst) == rst goto pass
@@ -590,7 +610,7 @@ class Firewall:
         async with self._lock:
             if await nft.list_table(self.table) is not None:
                 return True
-            await self._commit(self._whole({}))
+            await self._commit(self._whole(None))
             return False
 
     async def narrow(self, plan: Plan) -> None:
@@ -600,11 +620,11 @@ class Firewall:
         transaction: it cannot be known what that one allowed.
         """
         async with self._lock:
-            if self.plan is None or self._half is not None:
+            if self.plan is None or self._half is not None or self._levels(self.plan) != self._levels(plan):
                 await self._replace(plan)
                 return
             delta = sets_delta(self.plan, plan)
-            if delta.delete and not await self._try(statements(self.table, "delete", delta.delete)):
+            if delta.delete and not await self._try(narrowing(self.table, delta)):
                 await self._replace(plan)
                 return
             self._half = (plan, delta)
@@ -628,11 +648,20 @@ class Firewall:
         await self.narrow(plan)
         await self.widen(plan)
 
-    def _whole(self, sets: Mapping[str, set[str]]) -> str:
-        return replacement(self.interface, sets, close_v6=self.close_v6)
+    @staticmethod
+    def _levels(plan: Plan) -> tuple[int, ...]:
+        return unit_rules.levels(plan.units)
+
+    def _whole(self, plan: Plan | None) -> str:
+        """A group that has gone since the plan was made may not keep the table from being put back."""
+        sets = {} if plan is None else all_sets(plan)
+        for name in [n for n in sets if n.startswith(unit_rules.GROUP)]:
+            sets[name] = {e for e in sets[name] if units.exists(unit_rules.place_of(e))}
+        levels = () if plan is None else self._levels(plan)
+        return replacement(self.interface, sets, close_v6=self.close_v6, levels=levels)
 
     async def _replace(self, plan: Plan) -> None:
-        await self._commit(self._whole(all_sets(plan)))
+        await self._commit(self._whole(plan))
         self.plan, self._half = plan, None
 
     async def _try(self, text: str) -> bool:
@@ -667,7 +696,7 @@ class Firewall:
             if found is not None and found == self._print:
                 self._generation = now
                 return False
-            await self._commit(self._whole(all_sets(self.plan)))
+            await self._commit(self._whole(self.plan))
             return True
 
     async def remove(self) -> None:

@@ -21,7 +21,7 @@ from identity.keys import write_secret
 from identity.wire.broker import Side
 from mesh import netns
 from mesh.inside import GATEWAY4, GATEWAY6, GSO_MAX, INSIDE, Direct, Places, quiet_link
-from mesh.layout import GATE_RULE, LOCAL_RULE, TUNNEL_RULE, Layout, Pair, Rule, layout, rules
+from mesh.layout import GATE_RULE, LOCAL_RULE, TUNNEL_RULE, Layout, Pair, Rule, layout, rules, void_name
 from mesh.plan import Plan
 from mesh.rtnl import SCOPE_LINK, Netlink
 from mesh.snapshot import InstanceKey
@@ -119,8 +119,10 @@ class HostNet:
         if known is None or known.host_addresses != want.host_addresses:
             self._host_addresses(nl, want, remove=True)
         there = nl.links(self._alias)
-        for name in there.keys() - want.pairs.keys():
+        for name in there.keys() - want.pairs.keys() - {void_name(self.interface)}:
             nl.remove_link(there[name])
+        if want.void is not None:
+            self._make_void(nl, want, want.void)
         self._give_back(nl, {name for name, pair in want.pairs.items() if pair.tap})
         for rule in have_rules - want.rules:
             nl.rule("del", rule)
@@ -143,6 +145,18 @@ class HostNet:
     @property
     def _alias(self) -> str:
         return f"{_ALIAS}{self.interface} "
+
+    def _make_void(self, nl: Netlink, want: Layout, name: str) -> None:
+        """The link for what the firewall has not seen: the other end is down, and nobody is asked for a neighbour."""
+        index = nl.index(name)
+        if index is None:
+            nl.do("make the void", nl.ip.link, "add", ifname=name, kind="veth", mtu=want.mtu, peer={"ifname": f"{name}x"})
+            index = nl.index(name)
+        if index is None:
+            raise Bug("host.no_link", f"the link {name} vanished")
+        nl.link("name a link", index, ifalias=f"{self._alias}void")
+        quiet_link(name)
+        nl.link("set up a link", index, mtu=want.mtu, gso_max_size=GSO_MAX, arp=False, state="up")
 
     def _make_pair(self, nl: Netlink, want: Layout, pair: Pair, index: int | None) -> None:
         if index is not None and not self._inside_there(pair):
@@ -262,6 +276,8 @@ class HostNet:
                     raise
                 # Root in that namespace may take its link away at any moment: only that place goes without.
                 failed[route.dev] = e.message
+        if want.void is None and (left := nl.index(void_name(self.interface))) is not None:
+            nl.remove_link(left)  # its routes lead to the tunnel again
         bad = skip | failed.keys()
         routes = frozenset(r for r in want.routes if r.dev not in bad)
         # What failed is not counted as there, so the next plan tries it again.
@@ -359,7 +375,9 @@ class HostNet:
                 gone += pair.instances
             else:
                 wrong.append(f"the link {name} into {pair.netns} is missing")
-        wrong += [f"the leftover link {name}" for name in there.keys() - want.pairs.keys() - self._failed]
+        wrong += [f"the leftover link {name}" for name in there.keys() - want.pairs.keys() - self._failed - {want.void}]
+        if want.void is not None and want.void not in there:
+            wrong.append("the link to nowhere is missing")
         adopted = [name for name, pair in want.pairs.items() if pair.tap and name not in lost]
         # net.ipv4.ip_forward=0 by anybody switches it off for every link.
         wrong += [f"{name} does not forward any more" for name in (self.interface, *(want.pairs.keys() & there), *adopted) if not _forwards(name)]

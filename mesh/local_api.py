@@ -36,7 +36,7 @@ from identity.wire.local import (
     Status,
     SvidFiles,
 )
-from mesh import flow_api
+from mesh import flow_api, units
 from mesh.compile import running
 from mesh.inside import GATEWAY4, GATEWAY6
 from mesh.plan import AttachmentPlan, Overlay
@@ -263,7 +263,8 @@ def attachment_of(agent: Agent, key: InstanceKey) -> Attachment | None:
             return _attachment(agent, attach, plan)
     if plan is not None:
         name, _, instance = key.rpartition("/")
-        return _attachment(agent, Attach(name=name, instance=int(instance), kind=plan.kind, netns=plan.netns), plan)
+        return _attachment(agent, Attach(name=name, instance=int(instance), kind=plan.kind, netns=plan.netns,
+                                         cgroup=None if plan.unit is None else f"/{plan.unit.path}"), plan)  # fmt: skip
     return None
 
 
@@ -276,6 +277,7 @@ def _attachment(agent: Agent, attach: Attach, plan: AttachmentPlan | None) -> At
         epoch=plan.epoch if plan is not None and usable else None,
         addresses=list(plan.addresses) if plan is not None and usable else [],
         **({} if attach.kind != "tap" else _for_guest(agent, attach)),
+        **({} if attach.kind != "unit" else _for_unit(attach)),
     )  # fmt: skip
 
 
@@ -286,6 +288,10 @@ def _for_guest(agent: Agent, attach: Attach) -> dict[str, Any]:
         "device": attach.device, "gateways": [GATEWAY4, GATEWAY6], "overlay": [str(overlay.v4), str(overlay.v6)],
         "mtu": agent.config.mtu,
     }  # fmt: skip
+
+
+def _for_unit(attach: Attach) -> dict[str, Any]:
+    return {"cgroup": attach.cgroup, "uid": attach.uid, "running": units.ident_of(attach.cgroup or "") is not None}
 
 
 async def status_of(agent: Agent) -> Status:

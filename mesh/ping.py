@@ -15,7 +15,7 @@ from identity import records
 from identity.errors import NotFound, RetinueError
 from identity.records import PlacementRecord
 from identity.wire.local import Attachment, SnapshotReply
-from mesh import netns
+from mesh import netns, units
 from mesh.local_client import LocalClient
 
 PAUSE = 0.2  # seconds between two connections
@@ -65,8 +65,13 @@ async def ping_workload(
         raise NotFound(
             "ping.unknown", f"this host knows no address of {name}", hint=reason or "see: retinue status"
         )
-    tried = [asyncio.to_thread(_try, here, address, port, count, timeout) for address in addresses]
-    return Ping(f"{here.name}/{here.instance}", name, port, tuple(await asyncio.gather(*tried)), reason)
+    before = units.join(here.cgroup) if here.cgroup is not None else None
+    try:
+        tried = [asyncio.to_thread(_try, here, address, port, count, timeout) for address in addresses]
+        return Ping(f"{here.name}/{here.instance}", name, port, tuple(await asyncio.gather(*tried)), reason)
+    finally:
+        if before is not None:
+            units.join(before)
 
 
 def addresses_of(snapshot: SnapshotReply, name: str) -> list[str]:
@@ -100,14 +105,14 @@ def _try(here: Attachment, address: str, port: int, count: int, timeout: float) 
         low, middle, high = (round(t, 2) for t in (min(times), statistics.median(times), max(times)))
         return Result(address, count, len(times), low, middle, high, error)
 
-    return work() if here.kind == "host" or here.netns is None else netns.inside(here.netns, work)
+    return work() if here.kind in {"host", "unit"} or here.netns is None else netns.inside(here.netns, work)
 
 
 def _connect(here: Attachment, address: str, port: int, timeout: float) -> None:
     six = ":" in address
     with socket.socket(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_STREAM) as s:
         s.settimeout(timeout)
-        if here.kind == "host":
+        if here.kind in {"host", "unit"}:
             s.bind((here.addresses[1 if six else 0], 0))
         s.connect((address, port))
 

@@ -20,7 +20,7 @@ from policy.ports import ALL_PORTS, ICMP, ICMPV6, PORTED, PortMap, ranges
 K = TypeVar("K")
 V = TypeVar("V")
 
-AttachmentKind = Literal["netns", "host", "tap"]
+AttachmentKind = Literal["netns", "host", "tap", "unit"]
 AttachmentState = Literal["waiting", "prepared", "active", "fenced"]
 Cipher = Literal["chacha20poly1305", "aes-256-gcm"]
 
@@ -105,10 +105,32 @@ class PeerPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class UnitPlan:
+    """A control group that holds an identity inside the host's own network namespace.
+
+    path:  from the root of the unified hierarchy, without a slash in front
+    place: the same as nft has it, from /sys/fs/cgroup
+    ident: its id (cgroup_id in the kernel); another one under the same path is another group. None: it is not there,
+           and nobody may use the addresses
+    uid:   the user whose connections choose the addresses by themselves
+    """
+
+    path: str
+    place: str
+    ident: int | None
+    uid: int | None = None
+
+    @property
+    def level(self) -> int:
+        """How far below the root; the kernel compares the ancestor of a socket's group at this level."""
+        return self.path.count("/") + 1
+
+
+@dataclass(frozen=True, slots=True)
 class AttachmentPlan:
     """One local instance.
 
-    veth:      name of the host side of the pair of its namespace, or of its tap; None for kind host
+    veth:      name of the host side of the pair of its namespace, or of its tap; None for kinds host and unit
     addresses: (IPv4, IPv6) it holds inside (states prepared and active), else empty
     Only in state active is it routed to and may anything come from it.
     """
@@ -121,10 +143,16 @@ class AttachmentPlan:
     epoch: int | None
     addresses: tuple[str, ...]
     why: str
+    unit: UnitPlan | None = None
 
     @property
     def active(self) -> bool:
         return self.state == "active"
+
+    @property
+    def where(self) -> str:
+        """The place, for people."""
+        return f"the control group /{self.unit.path}" if self.unit is not None else self.netns or self.veth or "the host itself"
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,9 +221,15 @@ class Plan:
 
     @property
     def host_addresses(self) -> tuple[str, ...]:
-        """Addresses held by the host's own namespace, in the order of the instances."""
-        return tuple(a for key in sorted(self.attachments) if (at := self.attachments[key]).kind == "host" and at.active
-                     for a in at.addresses)  # fmt: skip
+        """Addresses held by the host's own namespace: the host's own first, then units', those without a user before."""
+        held = [at for at in self.attachments.values() if at.kind in {"host", "unit"} and at.active]
+        held.sort(key=lambda at: (at.unit is not None, at.unit is not None and at.unit.uid is not None, at.key))
+        return tuple(a for at in held for a in at.addresses)
+
+    @property
+    def units(self) -> tuple[AttachmentPlan, ...]:
+        """Active instances that are control groups of this host."""
+        return tuple(at for _, at in sorted(self.attachments.items()) if at.unit is not None and at.active)
 
     @property
     def element_count(self) -> int:

@@ -19,6 +19,7 @@ from mesh.layout import (
     LOCAL_RULE,
     TABLE_LOCAL,
     TUNNEL_RULE,
+    UNIT_RULE,
     Route,
     Rule,
     family_of,
@@ -29,6 +30,8 @@ PROTOCOL: Final = 82  # our number in the protocol field of routes and rules (rt
 _PERMANENT: Final = 0x80  # NUD_PERMANENT
 _NODAD: Final = 0x02  # IFA_F_NODAD: the placement, not a probe, says whose an address is
 SCOPE_LINK: Final = 253
+SCOPE_HOST: Final = 254
+_LOCAL: Final = 2  # RTN_LOCAL
 _BLACKHOLE: Final = 6  # FR_ACT_BLACKHOLE
 
 
@@ -78,7 +81,7 @@ class Netlink:
     def read_rules(self, interface: str) -> set[Rule]:
         """Rules of ours for this interface (its slot), and the shared ones."""
         s = slot(interface)
-        ours = {FAST_RULE + s, GATE_RULE + s, LOCAL_RULE, TUNNEL_RULE, 110 + s, 114 + s, 120 + s, 124 + s, 128 + s}
+        ours = {FAST_RULE + s, GATE_RULE + s, UNIT_RULE + s, LOCAL_RULE, TUNNEL_RULE, 110 + s, 114 + s, 120 + s, 124 + s, 128 + s}
         out: set[Rule] = set()
         for family in (4, 6):
             for message in self.ip.get_rules(family=_bytes_family(family)):
@@ -87,6 +90,7 @@ class Netlink:
                     continue
                 mask = message.get_attr("FRA_FWMASK")
                 dst = message.get_attr("FRA_DST")
+                users = message.get_attr("FRA_UID_RANGE")
                 out.add(Rule(
                     family, priority,
                     0 if message["action"] == _BLACKHOLE else message.get_attr("FRA_TABLE") or message["table"],
@@ -94,6 +98,7 @@ class Netlink:
                     (message.get_attr("FRA_FWMARK") or 0, mask) if mask else None,
                     f"{dst}/{message['dst_len']}" if dst else None,
                     no_default=message.get_attr("FRA_SUPPRESS_PREFIXLEN") == 0,
+                    uid=int(users.partition(":")[0]) if users else None,
                 ))  # fmt: skip
         return out
 
@@ -112,6 +117,8 @@ class Netlink:
         if rule.dst is not None:
             address, _, length = rule.dst.partition("/")
             request["dst"], request["dst_len"] = address, int(length)
+        if rule.uid is not None:
+            request["uid_range"] = f"{rule.uid}:{rule.uid}"
         if rule.no_default:
             request["FRA_SUPPRESS_PREFIXLEN"] = 0
         ok = (errno.EEXIST,) if verb == "add" else (errno.ENOENT,)
@@ -136,7 +143,8 @@ class Netlink:
     def read_routes(self, interface: str) -> set[Route]:
         names = {int(m["index"]): str(m.get_attr("IFLA_IFNAME")) for m in self.ip.get_links()}
         out: set[Route] = set()
-        for table in tables(interface):
+        units = {r.table for r in self.read_rules(interface) if r.uid is not None}
+        for table in (*tables(interface), *sorted(units)):
             for family in (4, 6):
                 for message in self.ip.route("dump", family=_bytes_family(family), table=table):
                     if (message.get_attr("RTA_TABLE") or message["table"]) != table:
@@ -144,7 +152,7 @@ class Netlink:
                     dst = message.get_attr("RTA_DST")
                     out.add(Route(
                         family, table, f"{dst}/{message['dst_len']}", names.get(message.get_attr("RTA_OIF") or 0, "?"),
-                        message.get_attr("RTA_PREFSRC"),
+                        message.get_attr("RTA_PREFSRC"), message["type"] == _LOCAL,
                     ))  # fmt: skip
         return out
 
@@ -158,6 +166,8 @@ class Netlink:
             "family": _bytes_family(route.family), "table": route.table, "dst": route.dst, "oif": index,
             "proto": PROTOCOL, "scope": SCOPE_LINK if route.family == 4 else 0,
         }  # fmt: skip
+        if route.local:
+            request |= {"type": "local", "scope": SCOPE_HOST if route.family == 4 else 0}
         if route.src is not None:
             request["prefsrc"] = route.src
         ok = (errno.ESRCH, errno.ENOENT, errno.ENODEV) if verb == "del" else ()

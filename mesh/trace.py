@@ -100,8 +100,8 @@ def _place(agent: Agent, role: str, end: PlacementRecord) -> dict[str, str]:
     if found is None:
         return _step(f"{role} place", BAD, f"{key} is placed here but not attached: retinue attach {end.name} ...")
     failed = found.key in agent.in_force.failed
-    where = found.netns or "this host itself"
-    good = found.active and not failed
+    where = found.where
+    good = found.active and not failed and (found.unit is None or found.unit.ident is not None)
     return _step(f"{role} place", OK if good else BAD, f"{key} is {found.state} in {where}: {'it could not be set up' if failed else found.why}")
 
 

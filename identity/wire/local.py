@@ -31,24 +31,28 @@ class Attach(Message, Grown):
 
     kind netns: `netns` is a named network namespace (``ip netns``) or an absolute path such as /proc/PID/ns/net;
     kind host: the instance is this network namespace itself;
-    kind tap: `device` is the host's side of a link to a guest, such as a VM's tap.
+    kind tap: `device` is the host's side of a link to a guest, such as a VM's tap;
+    kind unit: the processes of a control group in this network namespace; `cgroup` is its path from the root of the
+    unified hierarchy, `uid` the user among them whose connections choose the instance's addresses by themselves.
     """
 
-    later: ClassVar[frozenset[str]] = frozenset({"device"})
+    later: ClassVar[frozenset[str]] = frozenset({"device", "cgroup", "uid"})
 
     name: str = Field(max_length=255)
     instance: int = Field(default=0, ge=0)
-    kind: Literal["netns", "host", "tap"] = "netns"
+    kind: Literal["netns", "host", "tap", "unit"] = "netns"
     netns: str | None = Field(default=None, max_length=4096)
     device: str | None = Field(default=None, max_length=15)
+    cgroup: str | None = Field(default=None, max_length=4096)
+    uid: int | None = Field(default=None, ge=0, lt=0xFFFF_FFFF)
 
 
 class Attachment(Message, Grown):
-    later: ClassVar[frozenset[str]] = frozenset({"device", "gateways", "overlay", "mtu"})
+    later: ClassVar[frozenset[str]] = frozenset({"device", "gateways", "overlay", "mtu", "cgroup", "uid", "running"})
 
     name: str
     instance: int
-    kind: Literal["netns", "host", "tap"]
+    kind: Literal["netns", "host", "tap", "unit"]
     netns: str | None
     state: Literal["waiting", "prepared", "active", "fenced"]
     epoch: int | None
@@ -57,6 +61,9 @@ class Attachment(Message, Grown):
     gateways: list[str] = []  # kind tap: what the guest routes `overlay` to
     overlay: list[str] = []
     mtu: int | None = None
+    cgroup: str | None = None
+    uid: int | None = None
+    running: bool = True  # kind unit: is the control group there?
 
 
 class Down(Message):

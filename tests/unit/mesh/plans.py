@@ -10,6 +10,7 @@ from identity.keys import b64
 from identity.names import TrustDomain
 from identity.records import EndpointRecord, PlacementRecord, PolicyFile, PolicyRecord
 from mesh.compile import LocalAttachment, LocalFacts
+from mesh.plan import UnitPlan
 from mesh.snapshot import InstanceKey, Snapshot
 from policy.ports import PortMap, parse_ports, union
 from policy.program import Action, Everything, In, Named, Program, Rule, Selector, Tier
@@ -51,9 +52,10 @@ def snapshot(
     return Snapshot(TD.name, "t", 7, policy, keyed(placements), keyed(prepares), {e.endpoint: e for e in endpoints}, "h")
 
 
-def facts(*attached: str, host: Iterable[str] = (), **kw: Any) -> LocalFacts:
+def facts(*attached: str, host: Iterable[str] = (), units: Mapping[str, UnitPlan] | None = None, **kw: Any) -> LocalFacts:
     places = {InstanceKey(k): LocalAttachment("netns", f"ns-{k.partition('/')[0]}") for k in attached}
     places |= {InstanceKey(k): LocalAttachment("host") for k in host}
+    places |= {InstanceKey(k): LocalAttachment("unit", unit=u) for k, u in (units or {}).items()}
     return LocalFacts(ME, tunnel_key(ME), attachments=places, **kw)
 
 
