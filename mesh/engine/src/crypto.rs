@@ -56,6 +56,8 @@ pub struct Forged;
 /// A keyed AEAD. The key schedule lives in an AWS-LC allocation that is wiped when freed.
 pub struct Aead {
     ctx: NonNull<lc::EVP_AEAD_CTX>,
+    /// Transport packets by our own ChaCha20-Poly1305 instead of the library's.
+    own: bool,
     /// What a session's was made of, for a hand-over to another process.
     made_of: Option<(Cipher, Secret)>,
 }
@@ -79,6 +81,7 @@ impl Aead {
         kept.copy_from_slice(key);
         // Not by struct update: that would copy the pointer and drop what it came from.
         let mut made = Self::with_algorithm(alg, key);
+        made.own = cipher == Cipher::ChaCha20Poly1305 && own_chacha();
         made.made_of = Some((cipher, kept));
         made
     }
@@ -86,6 +89,13 @@ impl Aead {
     /// Cipher and key of a session's AEAD.
     pub fn made_of(&self) -> Option<(Cipher, &Key)> {
         self.made_of.as_ref().map(|(c, k)| (*c, &***k))
+    }
+
+    /// ChaCha20-Poly1305 by AWS-LC alone: what ours is held to.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn library(key: &Key) -> Self {
+        // SAFETY: the getter returns a pointer to static data.
+        Self::with_algorithm(unsafe { lc::EVP_aead_chacha20_poly1305() }, key)
     }
 
     fn xchacha(key: &Key) -> Self {
@@ -97,7 +107,7 @@ impl Aead {
         // SAFETY: `alg` is static, `key` is 32 bytes, which every algorithm used here takes.
         let ctx = unsafe { lc::EVP_AEAD_CTX_new(alg, key.as_ptr(), key.len(), TAG_LEN) };
         // Null only when malloc fails: nothing sensible is left to do then.
-        Self { ctx: NonNull::new(ctx).expect("out of memory for an AEAD context"), made_of: None }
+        Self { ctx: NonNull::new(ctx).expect("out of memory for an AEAD context"), own: false, made_of: None }
     }
 
     fn seal_with(&self, nonce: &[u8], ad: &[u8], plain: &[u8], out: &mut [u8]) -> usize {
@@ -153,14 +163,35 @@ impl Aead {
     /// Encrypts `plain` into `out` (plain.len() + 16 bytes); returns the bytes written.
     #[inline]
     pub fn seal(&self, counter: u64, ad: &[u8], plain: &[u8], out: &mut [u8]) -> usize {
+        #[cfg(target_arch = "x86_64")]
+        if let (true, true, Some((_, key))) = (self.own, ad.is_empty(), &self.made_of) {
+            // SAFETY: `own` was set after a look at the CPU.
+            unsafe { crate::chacha::seal(key, counter, plain, out) };
+            return plain.len() + TAG_LEN;
+        }
         self.seal_with(&nonce(counter), ad, plain, out)
     }
 
     /// Decrypts `data` (ciphertext and tag) in place; returns the plaintext length.
     #[inline]
     pub fn open(&self, counter: u64, ad: &[u8], data: &mut [u8]) -> Result<usize, Forged> {
+        #[cfg(target_arch = "x86_64")]
+        if let (true, true, Some((_, key))) = (self.own, ad.is_empty(), &self.made_of) {
+            // SAFETY: `own` was set after a look at the CPU.
+            return unsafe { crate::chacha::open(key, counter, data) };
+        }
         self.open_with(&nonce(counter), ad, data)
     }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn own_chacha() -> bool {
+    crate::chacha::usable()
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn own_chacha() -> bool {
+    false
 }
 
 impl Drop for Aead {
