@@ -18,6 +18,7 @@ def agent(
     listen_port: daemon.PortOption = 51820,
     device: daemon.DeviceOption = "auto",
     engine: daemon.EngineOption = None,
+    engine_options: daemon.EngineSwitchOption = None,
     mtu: daemon.MtuOption = 1420,
     lease: daemon.LeaseOption = 30.0,
     stale_max: daemon.StaleOption = 12 * 3600.0,
@@ -40,7 +41,8 @@ def agent(
     daemon.harden()
     asyncio.run(serve(AgentConfig(
         state_dir=state_dir, run_dir=run_dir, interface=daemon.check_interface(interface), listen_port=listen_port,
-        device=daemon.check_device(device), engine=engine, mtu=mtu, clean_on_exit=clean_on_exit, forget_epochs=forget_epochs,
+        device=daemon.check_device(device), engine=engine,
+        engine_options=daemon.check_engine_options(engine_options), mtu=mtu, clean_on_exit=clean_on_exit, forget_epochs=forget_epochs,
         lease=lease, stale_max=stale_max, broker=broker, alerts=daemon.check_alerts(alert),
     )))  # fmt: skip
 

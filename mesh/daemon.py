@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -36,6 +37,13 @@ DeviceOption = Annotated[str, typer.Option(metavar="DEVICE", envvar="RETINUE_DEV
 EngineOption = Annotated[
     Path | None, typer.Option(metavar="FILE", envvar="RETINUE_ENGINE", help="Path of the retinue-engine program.")
 ]
+EngineSwitchOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--engine-option", metavar="NAME[=N]",
+        help="A switch of the engine, without its dashes: low-power, spin-us=0, no-udp-gso; may be given again. Holds from the engine's next start on.",
+    ),
+]  # fmt: skip
 MtuOption = Annotated[
     int, typer.Option(metavar="BYTES", envvar="RETINUE_MTU", min=1280, max=65535, help="MTU of the tunnel device.")
 ]
@@ -89,6 +97,15 @@ def check_alerts(given: list[str] | None) -> tuple[Sink, ...]:
     if len({sink.name for sink in found}) != len(found):
         raise BadInput("alert.sink", "one alert sink is given twice", hint="give each of page, log and webhook once")
     return found
+
+
+def check_engine_options(given: list[str] | None) -> tuple[str, ...]:
+    """The words of ``--engine-option`` as the engine's command line has them. Raises BadInput."""
+    for word in given or ():
+        if not re.fullmatch(r"[a-z][a-z-]{0,30}(=[0-9]{1,5})?", word):
+            raise BadInput("usage", f"not a switch of the engine: {ascii(word)[:40]}",
+                           hint="its name without dashes, such as low-power or spin-us=0; see retinue-engine --help")  # fmt: skip
+    return tuple(f"--{word}" for word in given or ())
 
 
 def configure_logging(level: str) -> None:

@@ -57,6 +57,7 @@ class PlaneConfig:
     mtu: int = 1420
     device: Choice = "auto"
     engine: Path | None = None
+    engine_options: tuple[str, ...] = ()
     on_event: Callable[[Event], None] | None = None
     places: Places | None = None
 
@@ -146,7 +147,7 @@ class DataPlane:
     async def _choose_device(self) -> None:
         config = DeviceConfig(
             self.config.interface, self.config.mtu, self.config.listen_port, self.config.private_key,
-            self.config.run_dir, self.config.engine,
+            self.config.run_dir, self.config.engine, self.config.engine_options,
         )  # fmt: skip
         self._device, self._why = await choose(self.config.device, config, on_exit=self._device_exited)
 

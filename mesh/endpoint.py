@@ -59,7 +59,7 @@ log = structlog.get_logger("retinue.agent")
 
 @dataclass(frozen=True, slots=True)
 class AgentConfig:
-    """engine: path of the retinue-engine program; lease and stale_max in seconds (mesh.sync)."""
+    """engine: path of the retinue-engine program, engine_options: more words of its command line; lease and stale_max in seconds (mesh.sync)."""
 
     state_dir: Path
     run_dir: Path
@@ -67,6 +67,7 @@ class AgentConfig:
     listen_port: int = 51820
     device: Choice = "auto"
     engine: Path | None = None
+    engine_options: tuple[str, ...] = ()
     mtu: int = 1420
     clean_on_exit: bool = False
     forget_epochs: bool = False
@@ -112,7 +113,7 @@ class Agent:
         self.jwts = JwtSvids(self.uplink.jwt, lambda: self.uplink.trust, time.time)
         self.plane = DataPlane(PlaneConfig(
             interface=config.interface, listen_port=config.listen_port, private_key=self._private_key, run_dir=config.run_dir,
-            mtu=config.mtu, device=config.device, engine=config.engine, on_event=self._on_plane_event,
+            mtu=config.mtu, device=config.device, engine=config.engine, engine_options=config.engine_options, on_event=self._on_plane_event,
             places=None if config.broker is None else broker.use(config.broker),
         ))  # fmt: skip
         desk = AlertDesk(enrollment.endpoint, config.alerts, config.state_dir, tell=self._tell)

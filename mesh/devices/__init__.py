@@ -62,7 +62,9 @@ class PeerChange:
 
 @dataclass(frozen=True, slots=True)
 class DeviceConfig:
-    """What a device is given once. `private_key` returns 32 raw bytes; it is called only to hand them over."""
+    """What a device is given once. `private_key` returns 32 raw bytes; it is called only to hand them over.
+    engine_options: more words of the command line of an engine of ours, from its next start on.
+    """
 
     interface: str
     mtu: int
@@ -70,6 +72,7 @@ class DeviceConfig:
     private_key: Callable[[], bytes]
     run_dir: Path
     engine: Path | None = None
+    engine_options: tuple[str, ...] = ()
     fwmark: int = TUNNEL
 
 

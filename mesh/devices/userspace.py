@@ -259,6 +259,8 @@ class UserspaceDevice:
             "WG_PROCESS_FOREGROUND": "1",
             "LOG_LEVEL": os.environ.get("RETINUE_ENGINE_LOG", "error"),
         }
+        if self.version is not None:
+            options = (*self.config.engine_options, *options)
         env |= {k: v for k, v in os.environ.items() if k.startswith("RETINUE_ENGINE_")}
         with contextlib.suppress(OSError):
             if self.log_file.stat().st_size > _LOG_LIMIT:

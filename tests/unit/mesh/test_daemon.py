@@ -40,6 +40,14 @@ def test_interface_names(name):
     assert daemon.check_interface("rtn0") == "rtn0"
 
 
+def test_switches_of_the_engine() -> None:
+    assert daemon.check_engine_options(None) == ()
+    assert daemon.check_engine_options(["low-power", "spin-us=0"]) == ("--low-power", "--spin-us=0")
+    for bad in ("--low-power", "rtn0 x", "", "spin-us=", "spin-us=x", "a\n"):
+        with pytest.raises(BadInput):
+            daemon.check_engine_options([bad])
+
+
 def test_devices():
     assert daemon.check_device("kernel") == "kernel"
     with pytest.raises(BadInput):

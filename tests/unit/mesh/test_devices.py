@@ -8,6 +8,7 @@ import json
 import os
 from base64 import b64encode
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,15 @@ async def test_an_engine_that_ends_at_once_says_its_last_words(tmp_path: Path) -
         await UserspaceDevice(config(tmp_path, program)).start()
     assert "engine-rtnx0.log" in refused.value.hint
     assert not (tmp_path / "engine-rtnx0.json").exists()
+
+
+@pytest.mark.parametrize(("name", "words"), [("retinue-engine 9", "-f --low-power rtnx0"), ("another", "-f rtnx0")])
+async def test_switches_are_for_an_engine_of_ours(tmp_path: Path, name: str, words: str) -> None:
+    program = tmp_path / "engine"
+    program.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo {name} && exit\necho "called with $@" >&2\nexit 3\n')
+    program.chmod(0o755)
+    with pytest.raises(Unreachable, match=f"called with {words}"):
+        await UserspaceDevice(replace(config(tmp_path, program), engine_options=("--low-power",))).start()
 
 
 def test_start_times() -> None:
