@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tests.bench import ratios
-from tests.bench.enforced import enforced
+from tests.bench.enforced import NotEnforced, Product, enforced
 from tests.bench.handshakes import handshakes
 from tests.bench.measures import Row, Target, idle, measure
 from tests.bench.peers import many_peers
@@ -30,7 +30,7 @@ from tests.bench.subjects import TCP1, Subject, subjects
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 Values = dict[tuple[str, str, str], list[float]]
-FLOOR_SUBJECTS = {role for aim in ratios.FLOOR for role in (aim.ours, aim.against)}
+FLOOR_SUBJECTS = {role for aim in ratios.FLOOR for role in (f"enforced {aim.mode}", aim.against)}
 
 
 def machine() -> dict[str, object]:
@@ -50,18 +50,23 @@ class Bench:
         self.labs = labs
         self.running: list[tuple[Subject, Target]] = []
         self.values: Values = defaultdict(list)
+        self.products: dict[str, Product] = {}
 
     def up(self, number: int, subject: Subject, seconds: int) -> None:
         """Start one; what does not start is said and left out."""
         try:
             if subject.product is not None:
-                pair, far, pids = self.labs.enter_context(enforced(number, **dict(subject.product)))  # type: ignore[arg-type]  # see subjects
+                product = self.labs.enter_context(enforced(number, **dict(subject.product)))  # type: ignore[arg-type]  # see subjects
+                pair, far, pids = product.pair, product.far, product.pids
+                self.products[subject.name] = product
             else:
                 assert subject.start is not None
                 pair = Pair(number)
                 self.labs.callback(pair.down)
                 pair.up()
                 (_, far), pids = subject.start(pair)
+        except NotEnforced:
+            raise
         except Exception as e:  # one subject must not end the run
             print(f"left out {subject.name}: {e}", file=sys.stderr)
             return
@@ -72,6 +77,12 @@ class Bench:
     def take(self, subject: str, rows: Sequence[Row]) -> None:
         for name, value, unit in rows:
             self.values[name, subject, unit].append(value)
+
+    def round(self, subject: Subject, target: Target, measures: tuple[str, ...]) -> None:
+        """Measure one subject; a product has to show afterwards that it was enforcing. Raises NotEnforced."""
+        self.take(subject.name, measure(target, measures))
+        if subject.name in self.products:
+            self.products[subject.name].prove()
 
     def rows(self) -> list[dict[str, object]]:
         """Medians."""
@@ -111,23 +122,26 @@ def main() -> int:
         for index in range(rounds):
             for subject, target in bench.running:
                 started = time.monotonic()
-                bench.take(subject.name, measure(target, (TCP1,) if options.floor else subject.measures))
+                bench.round(subject, target, (TCP1,) if options.floor else subject.measures)
                 print(f"  round {index + 1}/{rounds} {subject.name:32} {time.monotonic() - started:5.1f} s", file=sys.stderr)
         if not options.floor and any(s.role == "bare chacha" for s, _ in bench.running):
             pair = next(t.pair for s, t in bench.running if s.role == "bare chacha")
             for extra in (handshakes, many_peers):
                 for name, row in extra(pair, rounds):
                     bench.take(name, [row])
+    for name, product in bench.products.items():
+        print(f"  {name}: {product.refused} denied calls refused, {sum(product.passed.values())} packets passed by the firewall's chains")
     rows, up = bench.rows(), [s for s, _ in bench.running]
     aims = ratios.FLOOR if options.floor else ratios.AIMS + ratios.FLOOR
     found = ratios.ratios(rows, {s.role: s.name for s in up}, aims)
     show(rows, [s.name for s in up])
     print(ratios.table(found))
     if options.floor:
-        return 0 if all(r["verdict"] == "met" for r in found) else 1
+        return 0 if all(ratios.met(r) for r in found) else 1
     report = {
         "machine": facts, "versions": {s.name: s.version for s in up}, "subject settings": {s.name: s.settings for s in up},
         "settings": {"rounds": rounds, "seconds": options.seconds}, "ratios": found, "rows": rows,
+        "enforcement": {name: product.evidence() for name, product in bench.products.items()},
     }  # fmt: skip
     out = ROOT / "out"
     out.mkdir(exist_ok=True)
@@ -151,6 +165,9 @@ def show(rows: list[dict[str, object]], order: list[str]) -> None:
 if __name__ == "__main__":
     try:
         sys.exit(main())
+    except NotEnforced as e:
+        print(f"error[bench.enforcement]: {e}\nhint: no figure of this run counts", file=sys.stderr)
+        sys.exit(1)
     except subprocess.TimeoutExpired as e:
         print(f"error[bench.timeout]: {e}\nhint: is the machine busy?", file=sys.stderr)
         sys.exit(1)

@@ -1,15 +1,23 @@
 """The whole product as a subject: two enrolled hosts, agents, a signed policy and the firewall in the path.
 
-Measured between two workload namespaces, so a packet also crosses both veths and takes both verdicts. The hosts are joined
-by one veth pair, as the other subjects are; the lab's switch is for the CA only. The extra elements are permitted pairs
-that never speak: what a large policy costs the packets of others.
+Measured between the two places where identities are held, of either kind:
+
+- workload namespaces: a packet also crosses both veths and is forwarded on both hosts, which the peers' packets are not;
+- the hosts themselves (`host`): the application is where the peers' applications are, the verdicts are the same.
+
+The hosts are joined by one veth pair, as the other subjects are; the lab's switch is for the CA only. The extra elements
+are permitted pairs that never speak: what a large policy costs the packets of others. That policy is enforced while it is
+measured is not taken for granted: see `Product.prove`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
+import json
+import sys
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from mesh.lab import Lab
@@ -26,33 +34,102 @@ segments:
       - {id: left-to-right, from: left, to: right, on: [tcp/5201, udp/5201, udp/7007, icmp], why: benchmark}
 """
 HOSTS = ("host-a", "host-b")
+DENIED_PORT = 5299
+LISTENER = """
+import socket, sys
+s = socket.create_server(("", int(sys.argv[1]))); print("ready", flush=True)
+while True: s.accept()[0].close()
+"""
+CALLER = """
+import socket, sys
+try: socket.create_connection((sys.argv[1], int(sys.argv[2])), 3).close(); print("connected")
+except ConnectionRefusedError: print("refused")
+except OSError as e: print(type(e).__name__)
+"""
+
+
+class NotEnforced(Exception):
+    """The product let something pass that its policy denies, or was not in the path."""
 
 
 class EnforcedPair(Pair):
-    """Workload namespaces of a lab, in the shape the measurements expect."""
+    """The places of a lab's two workloads, in the shape the measurements expect."""
 
-    def __init__(self, number: int, lab: Lab) -> None:
+    def __init__(self, number: int, lab: Lab, places: tuple[str, str]) -> None:
         super().__init__(number)
-        self.names = (lab.netns("left"), lab.netns("right"))
+        self.names = (lab.netns(places[0]), lab.netns(places[1]))
 
     def up(self) -> None:
         """The lab has made everything."""
 
 
+@dataclass
+class Product:
+    """A running mesh between two places. `control`: an address of the far end that no policy guards."""
+
+    pair: EnforcedPair
+    far: str
+    pids: list[int]
+    hosts: tuple[str, str]
+    control: tuple[int, str]  # from which end, and the address
+    refused: int = 0
+    passed: dict[str, int] = field(default_factory=dict)
+
+    def prove(self) -> None:
+        """A port that the policy does not name is refused while somebody listens there, and somebody does, for a call
+        around the mesh reaches him; and the firewall's chains have counted packets since the last time, on both hosts.
+        Raises NotEnforced.
+        """
+        listener = self.pair.spawn(1, sys.executable, "-IS", "-c", LISTENER, str(DENIED_PORT))
+        try:
+            deadline = time.monotonic() + 10
+            while f":{DENIED_PORT}" not in self.pair.at(1, "ss", "-Hlnt"):
+                if time.monotonic() > deadline:
+                    raise RuntimeError("nobody listens on the denied port")
+                time.sleep(0.03)
+            end, around = self.control
+            if (said := self._call(end, around)) != "connected":
+                raise RuntimeError(f"the control found nobody listening: {said}")
+            if (said := self._call(0, self.far)) != "refused":
+                raise NotEnforced(f"tcp/{DENIED_PORT} is denied, the call ended with: {said}")
+        finally:
+            listener.kill()
+            listener.wait()
+            self.pair.processes.remove(listener)
+        self.refused += 1
+        now = {host: accepted(host) for host in self.hosts}
+        if any(now[host] <= self.passed.get(host, 0) for host in self.hosts):
+            raise NotEnforced(f"the firewall has counted no packets: {now}, before {self.passed}")
+        self.passed = now
+
+    def _call(self, end: int, address: str) -> str:
+        return self.pair.at(end, sys.executable, "-IS", "-c", CALLER, address, str(DENIED_PORT)).strip()
+
+    def evidence(self) -> dict[str, object]:
+        """What was seen."""
+        return {"denied calls": self.refused, "refused": self.refused, "packets passed": sum(self.passed.values())}
+
+
+def accepted(netns: str) -> int:
+    """Packets that the firewall of a host has passed since its table was made."""
+    listed = json.loads(run("ip", "netns", "exec", netns, "nft", "-j", "list", "counters", "table", "inet", "retinue"))
+    return sum(int(e["counter"]["packets"]) for e in listed["nftables"] if e.get("counter", {}).get("name") == "accepted")
+
+
 @contextlib.contextmanager
-def enforced(number: int, *, aes: bool = False, elements: int = 0, options: str = "") -> Iterator[tuple[EnforcedPair, str, list[int]]]:
-    """(pair, far address, engine pids) of a running mesh. `options`: more words of the engine's command line."""
+def enforced(number: int, *, host: bool = False, aes: bool = False, elements: int = 0, options: tuple[str, ...] = ()) -> Iterator[Product]:
+    """A running mesh, its enforcement proven. `host`: identities held by the hosts; `options`: switches of the engine."""
     with Lab(HOSTS, trust_domain="bench.example") as lab:
         lab.start_ca()
-        for host, address in _direct(number, lab).items():
-            token = lab.ca("token", "create", "--host", host)["token"]
+        underlay = _direct(number, lab)
+        for name, address in underlay.items():
+            token = lab.ca("token", "create", "--host", name)["token"]
             ciphers = ["--cipher", "chacha20poly1305", *(["--cipher", "aes-256-gcm"] if aes else [])]
-            underlay = ("--underlay", f"{address}:51820")
-            lab.retinue(host, "enroll", "--ca", lab.ca_url, "--token-file", "-", *underlay, *ciphers, stdin=token)
-            with _environment("RETINUE_ENGINE_OPTIONS", options):
-                lab.start_agent(host)
+            hint = ("--underlay", f"{address}:51820")
+            lab.retinue(name, "enroll", "--ca", lab.ca_url, "--token-file", "-", *hint, *ciphers, stdin=token)
+            lab.start_agent(name, args=[word for option in options for word in ("--engine-option", option)])
         homes = dict(zip(("left", "right"), HOSTS, strict=True))
-        made = {name: lab.ca("workload", "add", name, "--host", host, "--label", f"role={name}") for name, host in homes.items()}
+        made = {name: lab.ca("workload", "add", name, "--host", home, "--label", f"role={name}") for name, home in homes.items()}
         text = POLICY
         if elements:
             quiet = ",".join(str(20000 + 2 * i) for i in range(elements))
@@ -60,27 +137,19 @@ def enforced(number: int, *, aes: bool = False, elements: int = 0, options: str 
         policy = lab.dir / "bench.yaml"
         policy.write_text(text)
         lab.ca("policy", "apply", str(policy))
-        for name, host in homes.items():
-            space = lab.add_workload(name)
-            lab.retinue(host, "attach", name, "--netns", space, "--wait", "20")
-        pair = EnforcedPair(number, lab)
+        for name, home in homes.items():
+            place = ["--host"] if host else ["--netns", lab.add_workload(name)]
+            lab.retinue(home, "attach", name, *place, "--wait", "20")
+        pair = EnforcedPair(number, lab, HOSTS if host else ("left", "right"))
         far = made["right"]["addresses"][0]
         pair.at(0, "ping", "-c", "3", "-i", "0.3", "-W", "5", far)
         pids = engines(lab.dir)
-        if options and not all(options.encode() in environment(pid) for pid in pids):
-            raise RuntimeError(f"the engines did not get {options}")
-        yield pair, far, pids
-
-
-@contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    """A variable of the processes started within."""
-    if value:
-        os.environ[name] = value
-    try:
-        yield
-    finally:
-        os.environ.pop(name, None)
+        if any(f"--{option}" not in words(pid) for pid in pids for option in options):
+            raise RuntimeError(f"the engines did not get {' '.join(options)}")
+        spaces = (lab.netns(HOSTS[0]), lab.netns(HOSTS[1]))
+        product = Product(pair, far, pids, spaces, (0, underlay[HOSTS[1]]) if host else (1, "127.0.0.1"))
+        product.prove()
+        yield product
 
 
 def _direct(number: int, lab: Lab) -> dict[str, str]:
@@ -94,8 +163,14 @@ def _direct(number: int, lab: Lab) -> dict[str, str]:
     return addresses
 
 
-def environment(pid: int) -> bytes:
-    """As the process was given it; empty when it is gone."""
+def words(pid: int) -> list[str]:
+    """The command line of a process; empty when it is gone."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+    return []
+
+
+def _environment(pid: int) -> bytes:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/environ").read_bytes()
     return b""
@@ -104,4 +179,4 @@ def environment(pid: int) -> bytes:
 def engines(directory: Path) -> list[int]:
     """Processes of the engine whose control socket lies below this lab's directory."""
     found = run("pgrep", "-f", "retinue-engine", check=False).split()
-    return [int(pid) for pid in found if str(directory).encode() in environment(int(pid))]
+    return [int(pid) for pid in found if str(directory).encode() in _environment(int(pid))]

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
@@ -95,7 +96,8 @@ def ours() -> str:
 
 
 def _product(name: str, role: str, measures: tuple[str, ...] = MEASURES, note: str = "", **settings: object) -> Subject:
-    words = ", ".join(filter(None, ("agents, signed policy, firewall", note)))
+    place = "the hosts hold the identities" if settings.get("host") else "workload namespaces behind veths"
+    words = ", ".join(filter(None, ("agents, signed policy, firewall", place, note)))
     return Subject(name, ours(), product=tuple(settings.items()), role=role, measures=measures, settings=words)
 
 
@@ -104,12 +106,17 @@ def subjects(only: list[str]) -> list[Subject]:
     uapi = Path(tempfile.mkdtemp(prefix="retinue-bench-"))
     atexit.register(shutil.rmtree, uapi, ignore_errors=True)
     engine, low = engine_program(), (TCP1, RTT, LOADED_RTT)
+    products: tuple[tuple[str, str, tuple[Any, ...], dict[str, Any]], ...] = (
+        ("", "chacha", (), {}),
+        (" AES", "aes", (), {"aes": True}),
+        (" low-power", "low-power", (low,), {"options": ("low-power",)}),
+        (", 10,000 elements", "elements", ((TCP1, UDP1300), "10,000 set elements"), {"elements": 10_000}),
+    )
     found = [
         Subject("no tunnel", f"Linux {run('uname', '-r').strip()}", _bare),
-        _product("retinue enforced", "enforced chacha"),
-        _product("retinue enforced AES", "enforced aes", aes=True),
-        _product("retinue enforced low-power", "enforced low-power", low, options="--low-power"),
-        _product("retinue enforced, 10,000 elements", "enforced elements", (TCP1, UDP1300), "10,000 set elements", elements=10_000),
+        *(_product(f"{name}{what}", f"{role} {which}", *rest, **settings, **where)
+          for name, role, where in (("retinue enforced", "enforced", {}), ("retinue enforced host", "host", {"host": True}))
+          for what, which, rest, settings in products),
         Subject("retinue bare", ours(), _wireguard(engine, uapi), role="bare chacha"),
         Subject("retinue bare AES", ours(), _wireguard(engine, uapi, "retinue_cipher=aes-256-gcm\n"), role="bare aes"),
         Subject("retinue bare low-power", ours(), _wireguard([*engine, "--low-power"], uapi), role="bare low-power", measures=low),
