@@ -58,6 +58,9 @@ kill-points: setup  ## the CA killed at 200 system calls of issuing, about ten m
 rotation: setup  ## replace the whole authority under traffic, 200 identities (root)
 	@CI=true RETINUE_ROTATION_IDENTITIES=200 RETINUE_ROTATION_SPREAD=40 $(BIN)/python -m pytest -s tests/netns/test_rotation.py
 
+crowd: setup  ## revocation before 5,000 TLS streams and 50 real agents, about ten minutes; writes out/crowd.json (root)
+	@$(BIN)/python -m tests.ha.crowd $(ARGS)
+
 bench: setup  ## speed beside no tunnel, wireguard-go and nebula, and the table of ratios; writes out/bench.json (root)
 	@$(BIN)/python -m tests.bench $(ARGS)
 
