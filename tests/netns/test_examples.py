@@ -40,7 +40,7 @@ def test_a_broken_shop_is_refused_with_its_place(repository: Path, tmp_path: Pat
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("name", ["sidecar", "gateway"])
+@pytest.mark.parametrize("name", ["sidecar", "gateway", "unit"])
 def test_in_a_lab(repository: Path, name: str) -> None:
     before = {e.id for e in lab_registry.entries()}
     done = example(repository, sys.executable, f"examples/{name}/run.py")
@@ -50,7 +50,7 @@ def test_in_a_lab(repository: Path, name: str) -> None:
     assert {e.id for e in lab_registry.entries()} <= before
 
 
-@pytest.mark.parametrize("name", ["sidecar", "gateway"])
+@pytest.mark.parametrize("name", ["sidecar", "gateway", "unit"])
 def test_their_policies_hold_their_own_tests(repository: Path, name: str) -> None:
     done = example(repository, "retinue", "policy", "test", "-p", f"examples/{name}/policy.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
