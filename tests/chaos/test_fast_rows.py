@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.chaos import (
+    rows_attack,
     rows_control,
     rows_crowd,
     rows_disk,
@@ -18,13 +19,13 @@ from tests.chaos import (
 from tests.chaos.registry import ROWS, Run, order, play
 from tests.chaos.stage import Stage
 
-MODULES = (rows_control, rows_crowd, rows_disk, rows_held, rows_move, rows_network, rows_postgres, rows_secrets, soak)
+MODULES = (rows_attack, rows_control, rows_crowd, rows_disk, rows_held, rows_move, rows_network, rows_postgres, rows_secrets, soak)
 # Together about a minute on an idle machine; the other fast rows come with `make chaos ARGS=--fast`.
 CHOSEN = ("F2", "F11", "F12", "F14", "F19", "F24", "M1", "M2", "N1")
 
 
 def test_every_row_of_the_table_is_there() -> None:
-    assert len(MODULES) == 9
+    assert len(MODULES) == 10
     assert {f"F{n}" for n in range(1, 43)} <= ROWS.keys()
     assert all(r.passes for r in ROWS.values())
 

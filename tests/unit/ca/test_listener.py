@@ -195,3 +195,20 @@ def test_the_limit_of_files_is_raised_as_far_as_allowed(monkeypatch: pytest.Monk
     assert allow_files(2000) == 2000
     limits.append((resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert allow_files(2000) == 2000
+
+
+async def test_few_sources_with_many_keep_no_other_source_out(tmp_path: Path) -> None:
+    """All places are taken by young handshakes of two addresses: one of theirs goes for each newcomer from elsewhere."""
+    async with served(tmp_path, Caps(per_source=6, half_open=10, grace_s=60)) as server:
+        socks = [await half_open(server, f"127.0.1.{n % 2}") for n in range(12)]
+        await until(lambda: server.front.half_open == 10)
+        assert await join(server, tmp_path, "a") == "a"
+        crowd = [await half_open(server, f"127.0.2.{n}") for n in range(8)]
+        await until(lambda: len(server.front._of) >= 8)
+        assert server.front.half_open <= 10
+        assert max(len(of) for of in server.front._of.values()) <= 2
+        late = await half_open(server, "127.0.1.1")  # who holds as much as the others waits again
+        assert await closed(late)
+        for sock in (*socks, *crowd, late):
+            sock.close()
+        await until(lambda: server.front.half_open == 0)
