@@ -158,14 +158,15 @@ class Authority:
     @classmethod
     def load(
         cls, directory: Path, now: float, *, record_serial: SerialHook = _no_record, keys: Keys | None = None,
-        lifetimes: Lifetimes | None = None,
+        lifetimes: Lifetimes | None = None, upkeep: bool = True,
     ) -> Authority:  # fmt: skip
-        """Open an authority and renew what is due (see `maintain`). Raises BadState ``ca.*`` or ``state.*``."""
+        """Open an authority and, with `upkeep`, renew what is due (see `maintain`). Raises BadState ``ca.*`` or ``state.*``."""
         ring = Ring.load(directory)
         self = cls(directory, ring, keys or open_keys(directory), record_serial=record_serial, lifetimes=lifetimes)
         self._read(now)
-        self.maintain(now)
-        self._check(now)
+        if upkeep:
+            self.maintain(now)
+            self._check(now)
         return self
 
     def close(self) -> None:
@@ -176,8 +177,13 @@ class Authority:
         """Take over what another process changed in the directory. True when there was something."""
         if self._stamp() == self._read_at:
             return False
-        self.ring = Ring.load(self.directory)
-        self._read(now)
+        before = (self.ring, self._chains, self._signers, self._read_at)
+        try:
+            self.ring = Ring.load(self.directory)
+            self._read(now)
+        except BaseException:
+            self.ring, self._chains, self._signers, self._read_at = before  # what could be used goes on
+            raise
         return True
 
     def _stamp(self) -> tuple[int, int]:

@@ -100,13 +100,21 @@ class JwtAuthority:
         state = {"keys": [{"kid": k.kid, "since": k.since} for k in self._keys]}
         write_secret(self._directory / STATE, json.dumps(state).encode())
 
-    def sign(self, spiffe_id: SpiffeId, audience: Sequence[str], now: float, ends: int | None = None) -> tuple[str, int]:
-        """A token and its end. `ends` is when the identity is over. Raises BadInput ``jwt.audience``, BadState ``ca.jwt``."""
+    def kid(self, now: float) -> str:
+        """Of the key that signs at that time. Raises BadState ``ca.jwt`` when there is none."""
+        return self._current(now).kid
+
+    def _current(self, now: float) -> _Key:
         key = [k for k in self._keys if k.since <= now][-1:] or self._keys[:1]
         if not key:
             raise BadState("ca.jwt", "there is no key for tokens here", hint="make this copy again: retinue-ca replica DIR")
+        return key[0]
+
+    def sign(self, spiffe_id: SpiffeId, audience: Sequence[str], now: float, ends: int | None = None) -> tuple[str, int]:
+        """A token and its end. `ends` is when the identity is over. Raises BadInput ``jwt.audience``, BadState ``ca.jwt``."""
+        key = self._current(now)
         expires = int(now) + jwt.LIFETIME if ends is None else min(int(now) + jwt.LIFETIME, ends)
-        token = jwt.sign(spiffe_id, audience, kid=key[0].kid, signature=key[0].signer.sign, now=now, expires=expires)
+        token = jwt.sign(spiffe_id, audience, kid=key.kid, signature=key.signer.sign, now=now, expires=expires)
         return token, expires
 
 

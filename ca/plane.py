@@ -24,6 +24,7 @@ from ca.enroll import Admitted, Challenges, admit
 from ca.enroll import TokenRow as TokenEvidence
 from ca.entries import Entries, check_known
 from ca.feed import Feed, Frame
+from ca.following import Following
 from ca.highwater import FILE as HIGHWATER
 from ca.highwater import HighWater, Mark
 from ca.jwt_authority import JwtAuthority
@@ -39,6 +40,7 @@ from ca.returning import Returns
 from ca.roles import Principal
 from ca.rollouts import Rollouts
 from ca.rows import EndpointRow, InstanceRow, TokenRow
+from ca.scope import Touched
 from ca.store import Store
 from ca.transparency import Head, Log
 from identity import certs
@@ -120,6 +122,8 @@ class Plane:
         self.targets: dict[str, str] = {}  # of moves being prepared, by any process (shared stores only)
         self.leaving: dict[str, str] = {}  # the same instances -> who holds them
         self._head: tuple[tuple[int, int], str] | None = None
+        self.following = Following(self) if self.replica else None
+        self._held_back = Touched()  # what nobody was told of, while nothing may be signed here
 
     @classmethod
     def create(
@@ -188,6 +192,8 @@ class Plane:
             self.entries.log_sets(self.now)
             self.placements.abort_left(self.now, processes.living(store) if store.shared else ())
             self.mirror.load(self.now)
+            if self.following is not None:
+                self.following.look()
             self._acknowledge()
             self.feed = Feed(self.mirror.world, store.timeline, self.mirror.revision, self._sign_beat)
         except BaseException:
@@ -202,7 +208,7 @@ class Plane:
         """Registry and authority over an open store, without mirror and feed. Raises BadState ``ca.*``, ``state.*``."""
         self = cls(directory, store, clock)
         self.authority = Authority.load(
-            directory, clock(), record_serial=self._record_serial, lifetimes=lifetimes
+            directory, clock(), record_serial=self._record_serial, lifetimes=lifetimes, upkeep=not self.replica
         )
         if self.authority.trust_domain != self.trust_domain:
             raise BadState(
@@ -230,6 +236,9 @@ class Plane:
     # ---- signing
 
     def sign(self, payload: Payload) -> str:
+        """A record's envelope. Raises BadState ``replica.keys`` where others sign now."""
+        if self.following is not None:
+            self.following.check()
         return self.authority.sign_record(payload)
 
     @property
@@ -238,7 +247,8 @@ class Plane:
         if self._trust is None:
             with self.store.read() as tx:
                 out = succession.blocked(tx, self.now)
-            self._trust = self.authority.trust_bundle(0, self.clock(), out)
+            own = self.following
+            self._trust = own.trust(out) if own is not None else self.authority.trust_bundle(0, self.clock(), out)
         return self._trust
 
     def open_record(self, kind: type[P], envelope: str) -> P:
@@ -256,6 +266,8 @@ class Plane:
         )
 
     def _record_serial(self, about: Issuing) -> None:
+        if self.following is not None:
+            self.following.check(certificate=True)
         self.registry.record_serial(
             serial=about.serial, issuer=about.issuer, profile=about.profile, spiffe_id=about.spiffe_id, spki=about.spki,
             endpoint=self._issuing_for, issued=self.now, not_after=about.not_after,
@@ -331,6 +343,14 @@ class Plane:
             self._follow_grants()
         except RetinueError as e:
             log.warning("which grants are live could not be noted; tried again with the next heartbeat", why=e.message)
+        if self.following is not None:
+            if BUNDLE in touched.keys:
+                self._trust = None
+                self.following.look()
+            self._held_back.merge(touched)
+            if self.following.stale is not None:
+                return Published({}, frozenset(self.feed.connected), current=False)
+            touched, self._held_back = self._held_back, Touched()
         world = self.mirror.world
         gone = frozenset(n for n in touched.endpoints if world.endpoints[n].record is None)
         for name in gone:
@@ -369,6 +389,8 @@ class Plane:
 
     def tick(self) -> None:
         """Once a heartbeat: what changes by the clock alone, and the log's next head."""
+        if self.following is not None and not self._follow_keeper(self.following):
+            return
         if self.store.shared:
             processes.sight(self.store, self.process, self.listen, self.mirror.revision)
             self.placements.abort_left(self.now, processes.living(self.store))
@@ -399,6 +421,18 @@ class Plane:
             there = {fact.subject.name for fact in self.mirror.world.instances.values() if not fact.revoked}
             for grant in grant_ends.follow(self.store, policies, self.now, there):
                 log.info("a grant has ended", grant=grant)
+
+    def _follow_keeper(self, own: Following) -> bool:
+        """Take a new copy of the directory over, if there is one. May anything be signed here?"""
+        try:
+            if self.authority.refresh(self.clock()) or own.stale is not None:
+                self.jwt = JwtAuthority.load(self.directory, self.clock(), self.authority.keys, upkeep=False)
+                self.authority.jwt_authorities = self.jwt.published
+                self._trust = None
+                own.look()
+        except BadState as e:
+            log.critical("the copy of the authority cannot be read; the one before stays", code=e.code, why=e.message)
+        return own.stale is None
 
     def seal(self) -> None:
         """Place what waits for the transparency log."""
@@ -615,6 +649,8 @@ class Plane:
         if caller.name != row.endpoint or row.state not in {"active", "moving"}:
             raise Refused("svid.not_here", f"{row.key} is not placed on {caller.name}")
         self._check_life(row)
+        if self.following is not None:
+            self.following.check_token(self.jwt.kid(self.clock()))
         token, expires = self.jwt.sign(SpiffeId.parse(row.spiffe_id), request.audience, self.clock(), row.ends_at)
         return JwtReply(spiffe_id=row.spiffe_id, token=token, expires=expires)
 

@@ -2,8 +2,8 @@
 
 All processes sign with the same keys: one root, one intermediate, one set of record keys, so an endpoint cannot tell them
 apart and nothing has to be distributed when one is added. The price: a rotation of keys is done on the first process, the
-keeper, and the copies are made again. A replica renews nothing but its own TLS certificate and publishes no bundle; it
-has no root key.
+keeper, and the copies are made again, which a running process takes over; until then it signs nothing with keys that are
+out (ca/following.py). A replica renews nothing but its own TLS certificate and publishes no bundle; it has no root key.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Final
 
 from ca import postgres
+from ca.keyring import MANIFEST
 from ca.plane import REPLICA
 from identity.errors import BadState, Conflict
 from identity.keys import write_secret
 
 _OWN: Final = frozenset({"root.key", "server.key", "server.pem", "lock", "highwater", REPLICA})
+_LAST: Final = frozenset({"jwt.json", MANIFEST})
 _KINDS: Final = frozenset({".key", ".pem", ".json", ".url"})
 
 
@@ -47,7 +49,8 @@ def copy(directory: Path, target: Path) -> Copied:
         target.mkdir(mode=0o700, parents=True, exist_ok=True)
         target.chmod(0o700)
         files: list[str] = []
-        for path in sorted(directory.rglob("*")):
+        # What says which keys there are comes after the keys: a process that runs there takes the copy over when it sees it.
+        for path in sorted(directory.rglob("*"), key=lambda p: (p.name in _LAST, p)):
             name = path.relative_to(directory)
             if not path.is_file() or path.is_symlink() or path.suffix not in _KINDS or str(name) in _OWN:
                 continue

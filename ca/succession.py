@@ -12,6 +12,7 @@ import structlog
 from sqlalchemy import Connection, delete, insert, select
 
 from ca import audit, resign, rotation, schema
+from ca.following import keeper_only
 from ca.keyring import GOOD, Kind, Member
 from identity import certs
 from identity.errors import Conflict
@@ -89,6 +90,7 @@ def _below(plane: Plane, member: Member, count: dict[str, int]) -> int:
 
 def prepare(plane: Plane, kind: Kind, actor: str) -> AuthorityInfo:
     """Raises what `rotation.prepare` raises."""
+    keeper_only(plane)
     with rotation.changing(plane.authority, plane.clock()):
         member = rotation.prepare(plane.authority, kind, plane.clock())
     return _published(plane, member, "prepare", actor)
@@ -96,6 +98,7 @@ def prepare(plane: Plane, kind: Kind, actor: str) -> AuthorityInfo:
 
 def activate(plane: Plane, kind: Kind, actor: str) -> AuthorityInfo:
     """Also signs every record anew when a record key changed. Raises what `rotation.activate` raises."""
+    keeper_only(plane)
     with rotation.changing(plane.authority, plane.clock()):
         member = rotation.activate(plane.authority, kind, plane.clock())
     return _published(plane, member, "activate", actor)
@@ -103,6 +106,7 @@ def activate(plane: Plane, kind: Kind, actor: str) -> AuthorityInfo:
 
 def taint(plane: Plane, name: str, spread: int, actor: str) -> AuthorityInfo:
     """Raises what `rotation.taint` raises."""
+    keeper_only(plane)
     with rotation.changing(plane.authority, plane.clock()):
         member = rotation.taint(plane.authority, name, plane.clock(), spread)
     return _published(plane, member, "taint", actor, spread=spread)
@@ -110,6 +114,7 @@ def taint(plane: Plane, name: str, spread: int, actor: str) -> AuthorityInfo:
 
 def revoke(plane: Plane, name: str, actor: str, *, force: bool = False, compromised: bool = False) -> AuthorityInfo:
     """Raises Conflict ``authority.in_use`` while certificates hang from it, unless `force`; what `rotation.revoke` raises."""
+    keeper_only(plane)
     member = plane.authority.ring.get(name)
     with plane.store.read() as tx:
         left = _below(plane, member, in_force(tx, plane.now))
@@ -130,6 +135,7 @@ def block(plane: Plane, entry: str, until: int, actor: str) -> AuthorityInfo:
     with plane.store.write() as tx:
         tx.execute(delete(schema.blocks).where((schema.blocks.c.entry == entry) | (schema.blocks.c.until <= plane.now)))
         tx.execute(insert(schema.blocks).values(entry=entry, at=plane.now, until=end))
+        _count_block(plane, tx)
         audit.append(tx, plane.now, actor, "authority.block", entry, until=end)
     plane.refresh_bundle()
     return show(plane)
@@ -139,9 +145,15 @@ def unblock(plane: Plane, entry: str, actor: str) -> AuthorityInfo:
     """Take an administrator's entry off the list. Idempotent."""
     with plane.store.write() as tx:
         gone = tx.execute(delete(schema.blocks).where(schema.blocks.c.entry == entry)).rowcount
+        _count_block(plane, tx)
         audit.append(tx, plane.now, actor, "authority.unblock", entry, found=bool(gone))
     plane.refresh_bundle()
     return show(plane)
+
+
+def _count_block(plane: Plane, tx: Connection) -> None:
+    """So that the process which publishes bundles sees it, wherever it was done."""
+    plane.store.put(tx, "blocks", str(int(plane.store.get(tx, "blocks") or 0) + 1))
 
 
 def _published(plane: Plane, member: Member, act: str, actor: str, **detail: Any) -> AuthorityInfo:
