@@ -1,4 +1,4 @@
-"""Write the bill of materials: every package of both lock files, with its version, hashes and what needs it.
+"""Write the bill of materials: every package of both lock files and what is linked statically, with version, hashes and what needs it.
 
 Usage: python tools/sbom.py [OUT]        default out/sbom.json; CycloneDX 1.6 (ECMA-424), JSON
 
@@ -8,8 +8,10 @@ the product runs with and "excluded" for what only building and testing need.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import subprocess
 import sys
 import tomllib
 import uuid
@@ -28,7 +30,7 @@ _VIA = re.compile(r"#\s+(?:via\s+)?([A-Za-z0-9][A-Za-z0-9._-]*)(?:\s.*)?$")
 class Package:
     """One pinned package. `needs` names others of the same lock."""
 
-    kind: str  # pypi or cargo
+    kind: str  # pypi, cargo or deb/debian
     name: str
     version: str
     hashes: list[str] = field(default_factory=list)
@@ -91,6 +93,20 @@ def rust_packages() -> tuple[dict[str, Package], set[str]]:
     return found, direct
 
 
+def linked_packages() -> tuple[dict[str, Package], set[str]]:
+    """What the engine's build.rs links statically from this machine: nothing where that is not installed."""
+    archive = next(iter(sorted(Path("/usr/lib").glob("*/libIPSec_MB.a"))), None)
+    if archive is None:
+        return {}, set()
+    asked = ["dpkg-query", "-W", "-f", "${Version}", "libipsec-mb-dev"]
+    try:
+        version = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        version = "unknown"
+    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+    return {"libipsec-mb-dev": Package("deb/debian", "libipsec-mb-dev", version, [digest])}, {"libipsec-mb-dev"}
+
+
 def closure(packages: dict[str, Package], roots: set[str]) -> set[str]:
     """Everything the roots need."""
     seen: set[str] = set()
@@ -110,7 +126,7 @@ def bill() -> dict[str, Any]:
     components: list[dict[str, Any]] = []
     dependencies: list[dict[str, Any]] = []
     first: list[str] = []
-    for packages, asked in (python_packages(), rust_packages()):
+    for packages, asked in (python_packages(), rust_packages(), linked_packages()):
         required = closure(packages, asked)
         first += [packages[name].purl for name in asked & packages.keys()]
         for name in sorted(packages):

@@ -1,6 +1,7 @@
 //! Primitives: AEAD, X25519, BLAKE2s, HMAC and the WireGuard KDF, over AWS-LC and `blake2`.
 //!
-//! The only module that calls into AWS-LC. Nothing here knows a message format.
+//! The only module that encrypts with AWS-LC; long packets of ChaCha20-Poly1305 go to `accelerated` where that is usable.
+//! Nothing here knows a message format.
 
 use std::ptr::NonNull;
 
@@ -9,6 +10,8 @@ use blake2::digest::consts::U16;
 use blake2::digest::{FixedOutput, KeyInit, Mac, Update};
 use blake2::{Blake2s256, Blake2sMac, Digest};
 use zeroize::{Zeroize, Zeroizing};
+
+use crate::accelerated;
 
 /// Length of every AEAD tag used here, in bytes.
 pub const TAG_LEN: usize = 16;
@@ -56,8 +59,6 @@ pub struct Forged;
 /// A keyed AEAD. The key schedule lives in an AWS-LC allocation that is wiped when freed.
 pub struct Aead {
     ctx: NonNull<lc::EVP_AEAD_CTX>,
-    /// Transport packets by our own ChaCha20-Poly1305 instead of the library's.
-    own: bool,
     /// What a session's was made of, for a hand-over to another process.
     made_of: Option<(Cipher, Secret)>,
 }
@@ -70,6 +71,16 @@ unsafe impl Sync for Aead {}
 
 impl Aead {
     pub fn new(cipher: Cipher, key: &Key) -> Self {
+        let mut kept = blank_secret();
+        kept.copy_from_slice(key);
+        // Not by struct update: that would copy the pointer and drop what it came from.
+        let mut made = Self::plain(cipher, key);
+        made.made_of = Some((cipher, kept));
+        made
+    }
+
+    /// By AWS-LC alone, whatever the CPU has.
+    pub fn plain(cipher: Cipher, key: &Key) -> Self {
         // SAFETY: the getter returns a pointer to static data.
         let alg = unsafe {
             match cipher {
@@ -77,25 +88,12 @@ impl Aead {
                 Cipher::Aes256Gcm => lc::EVP_aead_aes_256_gcm(),
             }
         };
-        let mut kept = blank_secret();
-        kept.copy_from_slice(key);
-        // Not by struct update: that would copy the pointer and drop what it came from.
-        let mut made = Self::with_algorithm(alg, key);
-        made.own = cipher == Cipher::ChaCha20Poly1305 && own_chacha();
-        made.made_of = Some((cipher, kept));
-        made
+        Self::with_algorithm(alg, key)
     }
 
     /// Cipher and key of a session's AEAD.
     pub fn made_of(&self) -> Option<(Cipher, &Key)> {
         self.made_of.as_ref().map(|(c, k)| (*c, &***k))
-    }
-
-    /// ChaCha20-Poly1305 by AWS-LC alone: what ours is held to.
-    #[cfg(target_arch = "x86_64")]
-    pub(crate) fn library(key: &Key) -> Self {
-        // SAFETY: the getter returns a pointer to static data.
-        Self::with_algorithm(unsafe { lc::EVP_aead_chacha20_poly1305() }, key)
     }
 
     fn xchacha(key: &Key) -> Self {
@@ -107,7 +105,7 @@ impl Aead {
         // SAFETY: `alg` is static, `key` is 32 bytes, which every algorithm used here takes.
         let ctx = unsafe { lc::EVP_AEAD_CTX_new(alg, key.as_ptr(), key.len(), TAG_LEN) };
         // Null only when malloc fails: nothing sensible is left to do then.
-        Self { ctx: NonNull::new(ctx).expect("out of memory for an AEAD context"), own: false, made_of: None }
+        Self { ctx: NonNull::new(ctx).expect("out of memory for an AEAD context"), made_of: None }
     }
 
     fn seal_with(&self, nonce: &[u8], ad: &[u8], plain: &[u8], out: &mut [u8]) -> usize {
@@ -163,35 +161,26 @@ impl Aead {
     /// Encrypts `plain` into `out` (plain.len() + 16 bytes); returns the bytes written.
     #[inline]
     pub fn seal(&self, counter: u64, ad: &[u8], plain: &[u8], out: &mut [u8]) -> usize {
-        #[cfg(target_arch = "x86_64")]
-        if let (true, true, Some((_, key))) = (self.own, ad.is_empty(), &self.made_of) {
-            // SAFETY: `own` was set after a look at the CPU.
-            unsafe { crate::chacha::seal(key, counter, plain, out) };
-            return plain.len() + TAG_LEN;
+        let nonce = nonce(counter);
+        if let Some((Cipher::ChaCha20Poly1305, key)) = &self.made_of {
+            if let Some(written) = accelerated::seal(key, &nonce, ad, plain, out) {
+                return written;
+            }
         }
-        self.seal_with(&nonce(counter), ad, plain, out)
+        self.seal_with(&nonce, ad, plain, out)
     }
 
     /// Decrypts `data` (ciphertext and tag) in place; returns the plaintext length.
     #[inline]
     pub fn open(&self, counter: u64, ad: &[u8], data: &mut [u8]) -> Result<usize, Forged> {
-        #[cfg(target_arch = "x86_64")]
-        if let (true, true, Some((_, key))) = (self.own, ad.is_empty(), &self.made_of) {
-            // SAFETY: `own` was set after a look at the CPU.
-            return unsafe { crate::chacha::open(key, counter, data) };
+        let nonce = nonce(counter);
+        if let Some((Cipher::ChaCha20Poly1305, key)) = &self.made_of {
+            if let Some(opened) = accelerated::open(key, &nonce, ad, data) {
+                return opened;
+            }
         }
-        self.open_with(&nonce(counter), ad, data)
+        self.open_with(&nonce, ad, data)
     }
-}
-
-#[cfg(target_arch = "x86_64")]
-fn own_chacha() -> bool {
-    crate::chacha::usable()
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn own_chacha() -> bool {
-    false
 }
 
 impl Drop for Aead {
@@ -201,8 +190,9 @@ impl Drop for Aead {
     }
 }
 
+/// 32 zero bits and the counter, little-endian (WireGuard whitepaper, 5.4.6).
 #[inline]
-fn nonce(counter: u64) -> [u8; 12] {
+pub fn nonce(counter: u64) -> [u8; 12] {
     let mut n = [0u8; 12];
     n[4..].copy_from_slice(&counter.to_le_bytes());
     n

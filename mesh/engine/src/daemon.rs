@@ -6,6 +6,7 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::Arc;
 
+use crate::accelerated;
 use crate::confine;
 use crate::crypto::burn_stack;
 use crate::device::{Action, Core};
@@ -41,6 +42,7 @@ Options:
   --no-tun-offload      no TSO/USO superpackets on the TUN
   --no-udp-gso          one send per datagram
   --no-udp-gro          one receive buffer per datagram
+  --no-avx512           ChaCha20-Poly1305 by AWS-LC alone
   --log-level LEVEL     silent, error (default), info or verbose (LOG_LEVEL does the same)
   -h, --help            this text
   -V, --version         the version
@@ -78,6 +80,7 @@ pub struct Options {
     pub tun_offload: bool,
     pub udp_gso: bool,
     pub udp_gro: bool,
+    pub avx512: bool,
     pub level: Level,
 }
 
@@ -106,6 +109,7 @@ pub fn parse_args(args: &[String]) -> Result<Command> {
         tun_offload: true,
         udp_gso: true,
         udp_gro: true,
+        avx512: true,
         level: Level::parse(&env("LOG_LEVEL")).unwrap_or(Level::Error),
     };
     let mut it = args.iter();
@@ -141,6 +145,7 @@ pub fn parse_args(args: &[String]) -> Result<Command> {
             "--no-tun-offload" => o.tun_offload = false,
             "--no-udp-gso" => o.udp_gso = false,
             "--no-udp-gro" => o.udp_gro = false,
+            "--no-avx512" => o.avx512 = false,
             "--workers" => o.workers = number(1, MAX_WORKERS as u64)? as usize,
             "--spin-us" => o.spin_us = number(0, 1000)?,
             "--mtu" => o.mtu = number(576, 65_535)? as u32,
@@ -190,7 +195,11 @@ pub fn main(args: &[String]) -> i32 {
             Ok(0)
         }
         Command::Version => {
-            print_out(concat!("retinue-engine ", env!("CARGO_PKG_VERSION"), "\n"));
+            let chacha = if accelerated::usable() { "AVX-512" } else { "AWS-LC" };
+            print_out(&format!(
+                "retinue-engine {} (ChaCha20-Poly1305: {chacha})\n",
+                env!("CARGO_PKG_VERSION")
+            ));
             Ok(0)
         }
         Command::Run(o) => start(&o),
@@ -213,6 +222,9 @@ fn print_out(s: &str) {
 fn start(o: &Options) -> Result<i32> {
     configure(o.level, &o.name);
     harden_process();
+    if !o.avx512 {
+        accelerated::turn_off();
+    }
     if o.foreground {
         return serve(o, || {});
     }
@@ -332,8 +344,9 @@ fn serve(o: &Options, ready: impl FnOnce()) -> Result<i32> {
         });
         handles.push(h.map_err(os_failure("thread"))?);
     }
-    // This thread and those it starts: UAPI, handshakes, timers, the link. Not the packet threads, which exist already: with a
-    // filter on them a third of all small packets was lost at full rate.
+    let chacha = if accelerated::usable() { "AVX-512" } else { "AWS-LC" }; // asked before the filter: it allocates
+                                                                           // This thread and those it starts: UAPI, handshakes, timers, the link. Not the packet threads, which exist already: with a
+                                                                           // filter on them a third of all small packets was lost at full rate.
     match confine::enter() {
         Ok(true) => {}
         Ok(false) => log(Level::Error, "this kernel has no system-call filter: running without one"),
@@ -344,7 +357,10 @@ fn serve(o: &Options, ready: impl FnOnce()) -> Result<i32> {
     }
     log(
         Level::Info,
-        &format!("started: {threads} thread(s), {queues} queue(s), TUN offloads {:?}", engine.offloads),
+        &format!(
+            "started: {threads} thread(s), {queues} queue(s), TUN offloads {:?}, ChaCha20-Poly1305 {chacha}",
+            engine.offloads
+        ),
     );
     ready();
     let outcome = control(&engine, &server, &o.name, signals.as_raw_fd());

@@ -1,17 +1,16 @@
 //! Retinue's data-plane engine: WireGuard over TUN and UDP, driven by the UAPI socket.
 //!
-//! Layers, from pure to I/O: `chacha`, `crypto`, `replay`, `router`, `packet`, `noise`, `cookie`, `timers`,
+//! Layers, from pure to I/O: `crypto` (and `accelerated`), `replay`, `router`, `packet`, `noise`, `cookie`, `timers`,
 //! `offload`; `peer` and `device` (the protocol core, sans I/O); `tx` and `rx` (packet paths over
 //! traits); `state` and `handover` (to the next process); `sys`, `tun`, `udp`, `netlink` (Linux); `engine`, `worker`, `uapi`, `server`, `daemon`.
 //!
-//! Unsafe code is confined to the modules that say so below: calls into AWS-LC, into the kernel,
-//! and vectorised loops. Each block states why it is sound.
+//! Unsafe code is confined to the modules that say so below: calls into AWS-LC and its faster double, into the kernel,
+//! and one vectorised loop. Each block states why it is sound.
 
 #![deny(unsafe_code)]
 
-#[cfg(target_arch = "x86_64")]
-#[allow(unsafe_code)] // AVX-512
-mod chacha;
+#[allow(unsafe_code)] // the Intel Multi-Buffer Crypto library
+pub mod accelerated;
 #[allow(unsafe_code)] // seccomp
 pub mod confine;
 pub mod cookie;
