@@ -44,11 +44,12 @@ class Cluster:
 
 def read_cluster(objects: Sequence[Object], notes: list[str], untranslated: list[Untranslated]) -> Cluster:
     """Raises SourceRefused for labels or ports that the API server would not accept."""
-    namespaces = {
-        o.name: labels(o.body["metadata"].get("labels"), str(o), NAMESPACE)
-        for o in objects
-        if o.kind == "Namespace"
-    }
+    namespaces: dict[str, Mapping[str, str]] = {}
+    for o in objects:
+        if o.kind == "Namespace":
+            found = labels(o.body["metadata"].get("labels"), str(o), NAMESPACE)
+            if namespaces.setdefault(o.name, found) != found:
+                raise SourceRefused("duplicate", f'there are two Namespaces named "{o.name}", with other labels', where=o.file)
     kinds: dict[str, list[Subject]] = {}
     cluster = Cluster()
     for one in objects:

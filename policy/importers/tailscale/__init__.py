@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
+from identity.errors import BadInput
+from policy import nets
 from policy.imported import ImportedPolicy
 from policy.importers.model import Files, Imported, Source, SourceRefused, Untranslated
 from policy.importers.tailscale.aliases import Aliases
@@ -21,6 +23,8 @@ LISTS: Final = frozenset({"acls", "grants", "tests", "ssh", "sshtests", "nodeatt
 SETTINGS: Final = frozenset({
     "derpmap", "disableipv4", "randomizeclientport", "onecgnatroute", "defaultsrcposture", "magicdns", "extradnsrecords",
 })  # fmt: skip
+_POOLS: Final = nets.ranges_of(("100.64.0.0/10",))  # the vendor's page on IP pools
+_RESERVED: Final = nets.ranges_of(("100.100.0.0/24", "100.100.100.0/24", "100.115.92.0/23"))
 
 
 def import_tailscale(files: Files) -> Imported:
@@ -107,6 +111,19 @@ def _references(policy: Mapping[str, Any], aliases: Aliases) -> None:
         if not isinstance(entry, dict):
             raise SourceRefused("type", f"nodeAttrs[{index}] must be a map", where=POLICY)
         _names(entry.get("target") or [], aliases, f"nodeAttrs[{index}]", targets=True)
+        _pools(entry.get("ipPool"), f"nodeAttrs[{index}].ipPool")
+
+
+def _pools(words: Any, where: str) -> None:
+    """Networks from which devices get their addresses: inside the tailnet's, outside what the vendor keeps for itself."""
+    for word in words if isinstance(words, list) else [] if words is None else [words]:
+        try:
+            spans = nets.parse_range(word)
+        except (BadInput, AttributeError):
+            raise SourceRefused("ip_pool", f"{where}: not a network: {ascii(word)[:60]}", where=POLICY) from None
+        if not nets.covers(_POOLS, spans) or nets.subtract(spans, _RESERVED) != spans:
+            raise SourceRefused("ip_pool", f"{where}: {word} is not free for devices", where=POLICY,
+                                hint="a pool lies within 100.64.0.0/10, without 100.100.0.0/24, 100.100.100.0/24 and 100.115.92.0/23")  # fmt: skip
 
 
 def _names(words: Any, aliases: Aliases, where: str, *, targets: bool = False) -> None:
@@ -117,5 +134,5 @@ def _names(words: Any, aliases: Aliases, where: str, *, targets: bool = False) -
             raise SourceRefused("tag", f'{where}: tag not found: "{word}"', where=POLICY)
         if word.startswith("group:") and word not in aliases.groups and "@" not in word:
             raise SourceRefused("group", f'{where}: group not found: "{word}"', where=POLICY)
-        if targets and word.startswith("autogroup:"):
-            aliases.autogroup(word, "src", where)
+        if targets and (word.startswith("autogroup:") or (":" not in word and "@" not in word and word not in aliases.hosts)):
+            aliases.resolve(word, "src", where)  # an autogroup, "*" or an address; or nothing at all

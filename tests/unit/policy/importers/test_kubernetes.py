@@ -334,6 +334,7 @@ SEL = {"podSelector": {}}
         ([baseline({"egress": [{"action": "Pass", "to": [{"namespaces": {}}]}]})], 'unrecognized action "Pass"'),
         ([{"kind": "Pod", "metadata": {"name": "p", "labels": {"a": 1}}}], "invalid label value"),
         ([{"kind": "Pod", "metadata": {"name": "p"}, "spec": []}], "spec must be a map"),
+        ([{"kind": "Namespace", "metadata": {"name": "n", "labels": {"a": "1"}}}, {"kind": "Namespace", "metadata": {"name": "n"}}], 'two Namespaces named "n"'),
     ],
 )  # fmt: skip
 def test_what_the_api_server_refuses_is_refused(documents: list[dict[str, Any]], culprit: str) -> None:
