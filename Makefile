@@ -6,7 +6,7 @@ export PATH := $(CURDIR)/$(BIN):$(HOME)/.cargo/bin:$(PATH):/usr/sbin:/sbin
 CARGO := cargo --quiet
 CRATE := --manifest-path mesh/engine/Cargo.toml
 
-.PHONY: kill-points attacks fuzz differential rotation help setup demo test check test-unit test-native test-netns test-kernel bench bench-floor docs docs-check sbom lock clean
+.PHONY: bench-ca crowd kill-points attacks fuzz differential rotation help setup demo test check test-unit test-native test-netns test-kernel bench bench-floor docs docs-check sbom lock clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -51,12 +51,15 @@ test-kernel: setup  ## the kernel's WireGuard: Debian's kernel booted in qemu, n
 differential: setup  ## 100,000 random flows, evaluator against packets (root)
 	@CI=true RETINUE_FLOWS=100000 $(BIN)/python -m pytest -s tests/netns/test_differential.py
 
-kill-points: setup  ## the CA killed at 200 system calls of issuing, about ten minutes; and one token claimed 50 times at once, 100 rounds
+kill-points: setup  ## the CA killed at more than 200 system calls of issuing, about ten minutes; and one token claimed 50 times at once, 100 rounds
 	@$(BIN)/python -m tests.ha.kill_points
 	@$(BIN)/python -m tests.ha.claims
 
 rotation: setup  ## replace the whole authority under traffic, 200 identities (root)
 	@CI=true RETINUE_ROTATION_IDENTITIES=200 RETINUE_ROTATION_SPREAD=40 $(BIN)/python -m pytest -s tests/netns/test_rotation.py
+
+bench-ca: setup  ## the control plane: certificates/s beside other authorities, the feed before 5,000 streams, a herd; writes out/ca.json
+	@$(BIN)/python -m tests.bench.ca $(ARGS)
 
 crowd: setup  ## revocation before 5,000 TLS streams and 50 real agents, about ten minutes; writes out/crowd.json (root)
 	@$(BIN)/python -m tests.ha.crowd $(ARGS)

@@ -1,4 +1,4 @@
-"""``python -m tests.ha.kill_points [--points 200]``: the CA is killed in the middle of issuing, at one system call after another.
+"""``python -m tests.ha.kill_points [--points 240]``: the CA is killed in the middle of issuing, at one system call after another.
 
 A real ``retinue-ca serve`` on SQLite is traced by strace, which kills it at the N-th pwrite64 or fdatasync of a
 thread of it while hosts enrol, renew and fetch workload certificates over TLS. After every kill it is started again
@@ -154,7 +154,7 @@ def run(root: Path, chosen: list[tuple[str, int]]) -> Found:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--points", type=int, default=200)
+    parser.add_argument("--points", type=int, default=240)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="retinue-kill-") as root:
         began = time.monotonic()

@@ -58,8 +58,8 @@ KINDS: Final[dict[str, type[Payload]]] = {
 }  # fmt: skip
 
 
-def enrol(plane: Plane, count: int, directory: Path, role: str) -> None:
-    """`count` hosts sim-N with a workload of this role each, by the registry itself, and their certificates."""
+def enrol(plane: Plane, count: int, directory: Path, labels: Callable[[int], dict[str, str]]) -> None:
+    """`count` hosts sim-N with a workload crowd/sim-N each, by the registry itself, and their certificates."""
     directory.mkdir(mode=0o700)
     trust = plane.authority.trust_bundle(0, plane.clock())
     (directory / "root.pem").write_text(trust.roots_pem())
@@ -77,7 +77,7 @@ def enrol(plane: Plane, count: int, directory: Path, role: str) -> None:
         with plane.issuing(name):  # as Plane.enroll does it, without the proofs
             chain = plane.authority.issue_endpoint(csr, SpiffeId.parse(row.spiffe_id), plane.clock())
         plane.registry.finish(name, certs.not_after(certs.parse_chain(chain)[0]), plane.now, name)
-        plane.placements.add(WorkloadAdd(name=f"crowd/{name}", host=name, labels={"role": role}), plane.now, "crowd")
+        plane.placements.add(WorkloadAdd(name=f"crowd/{name}", host=name, labels=labels(n)), plane.now, "crowd")
         (directory / f"chain-{n}.pem").write_text("".join(chain))
     plane.seal()
 
