@@ -70,5 +70,6 @@ async def test_go_spiffe_fetches_validates_and_watches(api, agent, tokens, clien
         await process.wait()
     assert lines == [
         f"x509 {CART} cart/0 2 1", f"jwt {CART} [db]", f"validated here {CART}", f"validated there {CART}", "other audience true",
+        "x509 bundles 1", f"source {CART} 1 <nil>", "jwt bundles 1",
         f"update {CART}", f"update {CART}", "watched 2",
     ]  # fmt: skip
