@@ -276,16 +276,24 @@ class Placements:
                 raise Conflict("move.none", f"{row.key} is not being moved", hint="see: retinue-ca workload list")
             return self._abort(tx, row, now, actor, "asked"), row.target_epoch
 
-    def abort_left(self, now: int, living: Collection[str] = ()) -> int:
-        """Moves that a process which is no more left half-way: all but those of `living` processes. Returns how many."""
+    def abort_left(self, now: int, living: Collection[str] = (), running: Collection[str] = ()) -> int:
+        """Moves that were left half-way: of processes that are not `living`, and ours that are not `running`. How many.
+
+        One of ours is left when the store failed at its commit and again when it was to be taken back.
+        """
+
+        def left(tx: Connection) -> list[InstanceRow]:
+            moving = rows.instances(tx, state="moving")
+            return [r for r in moving if r.mover not in living or (r.mover == self._desk.process and r.key not in running)]
+
         with self._desk.store.read() as tx:
-            if not [r for r in rows.instances(tx, state="moving") if r.mover not in living]:
+            if not left(tx):
                 return 0
         with self._desk.store.write() as tx:
-            left = [r for r in rows.instances(tx, state="moving") if r.mover not in living]
-            for row in left:
+            found = left(tx)
+            for row in found:
                 self.give_up(tx, row, now, "restart")
-            return len(left)
+            return len(found)
 
     def give_up(self, tx: Connection, row: InstanceRow, now: int, why: str) -> InstanceRow:
         """Abort whatever move of the instance is being made ready, inside the caller's transaction."""

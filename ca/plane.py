@@ -6,6 +6,7 @@ Whatever changes the store is followed by `publish`, in the same thread, so fram
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -106,7 +107,7 @@ class Plane:
         self.entries = Entries(desk)
         self.admins = Admins(desk)
         self.people = People(self, self.admins, lambda: self.now)
-        self.mirror = Mirror(store)
+        self.mirror = Mirror(store, self.open_record)
         self.plain = self.mirror.world.plain = Plain(self.sign, lambda: self.trust)
         self.challenges = Challenges()
         self.returns = Returns(self)
@@ -118,6 +119,7 @@ class Plane:
         self._ticked: int | None = None  # the moment `tick` acted on last
         self._noted = (0, 0)  # (minute, refusals audited in it)
         self._trust: TrustBundle | None = None
+        self.moving: Counter[str] = Counter()  # instances that this process is moving now
         self._blocks: str | None = None  # how often the block list changed, as far as the bundle shows it
         self.targets: dict[str, str] = {}  # of moves being prepared, by any process (shared stores only)
         self.leaving: dict[str, str] = {}  # the same instances -> who holds them
@@ -387,13 +389,16 @@ class Plane:
         except OSError as e:
             raise self.store.fail(f"{self.water.path.name} cannot be written: {e.strerror}") from None
 
+    def _running(self) -> set[str]:
+        return {key for key, count in list(self.moving.items()) if count}  # the event loop may add one meanwhile
+
     def tick(self) -> None:
         """Once a heartbeat: what changes by the clock alone, and the log's next head."""
         if self.following is not None and not self._follow_keeper(self.following):
             return
         if self.store.shared:
             processes.sight(self.store, self.process, self.listen, self.mirror.revision)
-            self.placements.abort_left(self.now, processes.living(self.store))
+        self.placements.abort_left(self.now, processes.living(self.store) if self.store.shared else {self.process}, self._running())
         self.seal()
         if self.authority.refresh(self.clock()):
             succession.follow(self, NOBODY)

@@ -176,6 +176,17 @@ def test_a_restart_takes_moves_back(hosts) -> None:
     assert hosts.placements.abort_left(hosts.now) == 0
 
 
+def test_a_move_that_the_store_failed_twice_is_taken_back_by_its_own_process(hosts) -> None:
+    """Its commit failed and so did its abort: the process lives, and nobody works on the move any more."""
+    mine = hosts.desk.process
+    for name in ("web", "api"):
+        hosts.add(name, "a")
+        hosts.placements.prepare(name, 0, "b", hosts.now, "test")
+    assert hosts.placements.abort_left(hosts.now, {mine}, {"web/0", "api/0"}) == 0
+    assert hosts.placements.abort_left(hosts.now, {mine}, {"web/0"}) == 1
+    assert {(r.name, r.state) for r in hosts.placements.all()} == {("web", "moving"), ("api", "active")}
+
+
 def test_revoking_is_final_signed_and_idempotent(hosts) -> None:
     hosts.add("web", "a")
     row = hosts.placements.revoke("web", 0, hosts.now, "test")
