@@ -61,7 +61,7 @@ def holds(directory: Path, envelope: str) -> bool:
         plane.close()
 
 
-@row("F5", "Damaged or cut database", "500 cases: refused, served right, or not believed by any host; 0 empty or partial maps", stage="none")
+@row("F5", "Damaged or cut database", "500 cases: noticed by the CA, or by every host (signatures), or served right; 0 empty or partial maps", stage="none")
 async def damaged(_: Any, run: Run) -> None:
     cases = 500 if run.seconds is not None else 60
     await asyncio.to_thread(_damage, run, cases)
@@ -97,7 +97,7 @@ def _damage(run: Run, cases: int) -> None:
                 unbelieved += whole and served != truth and not any(holds(good, e) for e in changed)
                 wrong += not whole or any(holds(good, e) for e in changed)
             shutil.rmtree(here)
-    run.note(cases=cases, refused=refused, served_right=right, sent_but_not_believed=unbelieved, served_wrong=wrong)
+    run.note(cases=cases, noticed_by_ca=refused, served_right=right, noticed_by_every_host=unbelieved, served_wrong=wrong)
     run.check("0 empty or partial maps", wrong == 0)
     run.check("some damage was seen (control)", refused > 0)
 

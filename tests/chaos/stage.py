@@ -305,14 +305,6 @@ class Stage:
     def engine_pid(self, host: str) -> int:
         return int(json.loads(next(self.lab.nodes[host].run_dir.glob("engine-*.json")).read_text())["pid"])
 
-    def prefer(self) -> None:
-        """Run the lab before whatever else this machine does (nice -15): for figures on a machine that is shared."""
-        engines = [int(json.loads(p.read_text())["pid"]) for n in self.lab.nodes.values() for p in n.run_dir.glob("engine-*.json")]
-        for pid in (*(p.pid for p in self.lab.processes.values()), *engines, os.getpid()):
-            with contextlib.suppress(ProcessLookupError):
-                for task in Path(f"/proc/{pid}/task").iterdir():
-                    os.setpriority(os.PRIO_PROCESS, int(task.name), -15)
-
     def sh(self, netns: str, script: str) -> str:
         from mesh.lab_process import run
 
