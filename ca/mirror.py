@@ -2,22 +2,29 @@
 
 A row that cannot be used (an unreadable label, a policy this program cannot compile) leaves what was known of it in
 force, is reported and tried again; everything else goes on.
+
+Where a row says something else than the record that was signed for it, the record counts and an alarm is raised: labels,
+holder and policy decide who is told of whom, and whoever writes in the database is not to decide that. A record that does
+not hold at all is shown as it is: endpoints refuse it and keep what they have.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
+from dataclasses import fields, replace
+from typing import Final, TypeVar
 
 import structlog
 from sqlalchemy import Connection, bindparam, select
 
 from ca import recovery, schema
+from ca.desk import Opener
 from ca.policies import InForce, PolicyRow, newest_raw, parse_row
 from ca.rows import EndpointRow, InstanceRow
 from ca.scope import EndpointFact, InstanceFact, Touched, World
 from ca.store import Store
-from identity.errors import Bug
+from identity.errors import Bug, NotVerified
+from identity.records import P, PlacementRecord, PolicyRecord
 from policy.program import Subject
 from policy.rollout import Staged
 
@@ -32,13 +39,16 @@ _HOLDERS: Final = select(schema.holdings.c.endpoint).where(
     schema.holdings.c.name == bindparam("name"), schema.holdings.c.instance == bindparam("instance")
 )
 Thing = tuple[str, str]  # (kind, key) of the change log
+R = TypeVar("R", PolicyRow, InstanceRow)
 
 
 class Mirror:
     """`world` is at `revision`. `broken` names rows that could not be used, with the reason."""
 
-    def __init__(self, database: Store) -> None:
+    def __init__(self, database: Store, opener: Opener | None = None) -> None:
         self._store = database
+        self._open = opener  # verifies records; None: rows are believed
+        self.contradicted: dict[Thing, str] = {}  # rows that differ from what was signed for them, with how
         self.world = World()
         self.revision = 0
         self.broken: dict[Thing, str] = {}
@@ -102,6 +112,46 @@ class Mirror:
             None,
         )
 
+    def _policy_as_signed(self, row: PolicyRow) -> PolicyRow:
+        said = self._signed(PolicyRecord, row.record, ("policy", "policy"))
+        if said is None:
+            return row
+        trial = None if said.trial is None else said.trial.model_dump_json()
+        true = replace(row, digest=said.digest, files=[(f.name, f.text) for f in said.files], trial=trial)
+        return self._compare(("policy", "policy"), row, true)
+
+    def _instance_as_signed(self, row: InstanceRow) -> InstanceRow:
+        thing = ("instance", row.key)
+        said = self._signed(PlacementRecord, row.placement, thing)
+        if said is None or (said.name, said.instance) != (row.name, row.instance):
+            return row
+        held = said.state == "active"
+        state = row.state if held == (row.state in {"active", "moving"}) else "active" if held else "unplaced"
+        true = replace(row, labels=dict(said.labels), spiffe_id=said.spiffe_id, state=state, endpoint=said.endpoint if held else None)
+        return self._compare(thing, replace(row, labels=dict(row.labels)), true)
+
+    def _signed(self, kind: type[P], envelope: str | None, thing: Thing) -> P | None:
+        if self._open is None or envelope is None:
+            return None
+        try:
+            return self._open(kind, envelope)
+        except NotVerified as e:
+            self._alarm(thing, f"its record does not hold: {e.message}")
+            return None
+
+    def _compare(self, thing: Thing, row: R, true: R) -> R:
+        if row == true:
+            self.contradicted.pop(thing, None)
+        else:
+            names = [f.name for f in fields(row) if getattr(row, f.name) != getattr(true, f.name)]
+            self._alarm(thing, f"{', '.join(names)} not as signed")
+        return true
+
+    def _alarm(self, thing: Thing, why: str) -> None:
+        if self.contradicted.get(thing) != why:
+            log.critical("the database contradicts what was signed; the record counts", kind=thing[0], key=thing[1], why=why)
+        self.contradicted[thing] = why
+
     def _set_policy(self, row: PolicyRow, now: int) -> Touched:
         # Loading a policy is the dear part: only a new revision is loaded.
         key = (row.digest, row.trial)
@@ -125,7 +175,7 @@ class Mirror:
                 return None if envelope is None else lambda: world.set_bundle(envelope)
             case "policy":
                 row = newest_raw(tx)
-                return None if row is None else lambda: self._set_policy(parse_row(row), now)
+                return None if row is None else lambda: self._set_policy(self._policy_as_signed(parse_row(row)), now)
             case "federation":
                 found = tx.execute(
                     select(schema.federations.c.record).where(schema.federations.c.trust_domain == key)
@@ -140,7 +190,7 @@ class Mirror:
                 which = {"name": name, "instance": int(number)}
                 found = tx.execute(_INSTANCE, which).mappings().one()
                 former = tx.execute(_HOLDERS, which).scalars().all()
-                return lambda: world.set_instance(instance_fact(InstanceRow.of(found), frozenset(former)))
+                return lambda: world.set_instance(instance_fact(self._instance_as_signed(InstanceRow.of(found)), frozenset(former)))
         raise Bug("change.kind", f"a change of unknown kind {kind!a}")
 
     def _report(self, thing: Thing, e: Exception) -> None:

@@ -20,6 +20,9 @@ GRANT = (
 )
 
 
+RULE = HEAD + "segments:\n  - {name: s, allow: [{id: r, from: {role: web}, to: {role: api}, on: tcp/80}]}\n"
+
+
 @pytest.fixture
 def shop(bench):
     bench.enrol("a")
@@ -190,3 +193,55 @@ def test_a_view_is_not_made_anew_for_the_same_program(shop, monkeypatch: pytest.
     shop.policies.time_passed(shop.now)
     shop.mirror.catch_up(shop.now)
     assert calls == []
+
+
+@pytest.mark.parametrize("when", ["at a change", "at a start"])
+def test_where_a_row_differs_from_its_record_the_record_counts(shop, when: str) -> None:
+    """Labels, holder and policy decide who is told of whom: a writer in the database does not."""
+    shop.add("db", "b", labels={"role": "db"})
+    policy(shop, RULE)
+    believing = Mirror(shop.store, shop.open)
+    believing.load(shop.now)
+    before, objects = dict(believing.world.instances), believing.world.view("a").objects
+    assert ("placement/api/0" in objects, "placement/db/0" in objects) == (True, False)
+    with shop.store.write() as tx:
+        for statement in (
+            """update instances set labels = '{"role": "api"}', spiffe_id = 'spiffe://reg.test/wl/api' where name = 'db'""",
+            "update instances set state = 'revoked', endpoint = null where name = 'web'",
+            "update instances set endpoint = 'a' where name = 'api'",
+            "update policies set files = replace(files, 'role: api', 'role: db')",
+        ):
+            assert tx.execute(text(statement)).rowcount == 1
+        for name in ("db", "web", "api"):
+            shop.store.log(tx, shop.now, "instance", f"{name}/0")
+        shop.store.log(tx, shop.now, "policy", "policy")
+    if when == "at a start":
+        believing = Mirror(shop.store, shop.open)
+        believing.load(shop.now)
+    else:
+        believing.catch_up(shop.now)
+    assert believing.world.instances == before
+    assert believing.world.view("a").objects == objects
+    assert believing.broken == {}
+    assert {key for _, key in believing.contradicted} == {"db/0", "web/0", "api/0", "policy"}
+    with shop.store.write() as tx:
+        tx.execute(text("""update instances set labels = '{"role": "db"}', spiffe_id = 'spiffe://reg.test/wl/db' where name = 'db'"""))
+        shop.store.log(tx, shop.now, "instance", "db/0")
+    believing.catch_up(shop.now)
+    assert ("instance", "db/0") not in believing.contradicted
+
+
+def test_a_record_that_does_not_hold_is_told_and_takes_nothing_away(shop) -> None:
+    """Endpoints refuse it and keep what they have, as long as nothing tells them to remove it."""
+    policy(shop, RULE)
+    believing = Mirror(shop.store, shop.open)
+    believing.load(shop.now)
+    before = set(believing.world.view("a").objects)
+    with shop.store.write() as tx:
+        tx.execute(text("update instances set placement = (select p.placement from instances p where p.name = 'web') where name = 'api'"))
+        tx.execute(text("update policies set record = 'x'"))
+        shop.store.log(tx, shop.now, "instance", "api/0")
+        shop.store.log(tx, shop.now, "policy", "policy")
+    believing.catch_up(shop.now)
+    assert set(believing.world.view("a").objects) == before
+    assert ("policy", "policy") in believing.contradicted
