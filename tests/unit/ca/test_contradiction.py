@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from sqlalchemy import text
 
-from identity.errors import BadState, RetinueError
+from ca import audit, resign
+from identity import records
+from identity.errors import BadState, NotVerified, RetinueError
 from identity.names import TrustDomain
 from identity.records import EndpointRecord, PlacementRecord, unverified
 
@@ -111,6 +114,31 @@ def test_an_honest_row_is_signed_again(shop) -> None:
     shop.placements.commit(prepared, shop.now, "test")
     assert shop.placement(shop.placements.get("shop/api", 0).placement).endpoint == "b"
     assert unverified(EndpointRecord, shop.registry.get("a").record, trust_domain=str(TD)).endpoint == "a"
+
+
+def test_a_spoilt_row_keeps_no_key_in_use(shop) -> None:
+    """Records are signed anew when their key changes: all that hold, and the rest is told."""
+    write(shop, "update instances set placement = replace(placement, '.', '.A') where name = 'shop/db'")
+    kept = shop.placements.get("shop/db", 0).placement
+
+    def sign(payload) -> str:
+        return records.sign(payload, again)
+
+    again = Ed25519PrivateKey.generate()
+    with shop.store.write() as tx:
+        done = resign.all_records(tx, shop.open, sign, shop.now, "test")
+    assert done == 3
+    assert shop.placements.get("shop/db", 0).placement == kept
+    fresh = shop.placements.get("shop/api", 0).placement
+    assert records.verify(PlacementRecord, fresh, [again.public_key()], trust_domain=str(TD)).endpoint == "a"
+    with shop.store.read() as tx:
+        told = [e.outcome for e in audit.entries(tx) if e.action == "authority.resign"]
+    assert told == ["store.contradiction", "ok"]
+    write(shop, "update endpoints set record = 'x'")
+    write(shop, "update instances set placement = 'x'")
+    with pytest.raises(NotVerified) as e, shop.store.write() as tx:
+        resign.all_records(tx, shop.open, sign, shop.now, "test")
+    assert e.value.code == "authority.resign"
 
 
 def _text(envelope: str) -> str:
