@@ -10,4 +10,4 @@ pytestmark = pytest.mark.timeout(180)
 
 
 async def test_the_last_peer_refuses_and_the_control_plane_comes_and_goes() -> None:
-    assert await play(agents=3, simulated=40, rounds=2, changes=1, reports=True, out=None) == []
+    assert await play(agents=3, simulated=40, rounds=1, changes=1, reports=True, out=None) == []
