@@ -70,7 +70,7 @@ bench: setup  ## speed beside no tunnel, wireguard-go and nebula, and the table 
 bench-floor: setup  ## a minute against the distribution's wireguard-go and nebula; fails below the floor (root)
 	@$(BIN)/python -m tests.bench --floor $(ARGS)
 
-chaos: setup  ## break everything on purpose: the failure table with figures; writes out/chaos.json (root)
+chaos: setup  ## break everything on purpose, half an hour: the failure table with figures; writes out/chaos.json (root)
 	@$(BIN)/python -m tests.chaos $(ARGS)
 
 sim: setup  ## simulated meshes on virtual time, by seed; ARGS="--seeds 10000"
