@@ -36,7 +36,7 @@ That policy is enforced is shown in the same run, for every product subject at t
 name is called while somebody listens there; the call must be refused, the listener must be found by a call around the mesh, and the
 `accepted` counters of the firewall's chains must have grown on both hosts. If not, the run ends without figures.
 
-    make bench                              # all of it, under fifteen minutes; writes out/bench.json and out/bench.svg
+    make bench                              # all of it, about a quarter of an hour; writes out/bench.json and out/bench.svg
     make bench ARGS="--quick --only retinue"
     make bench ARGS=--publish               # and this page
     make bench-floor                        # under a minute: against the distribution's packages; status 1 below the floor
@@ -56,7 +56,7 @@ READING = """\
 ## Switches
 
 `retinue-engine --low-power` never spins; `--spin-us N` sets how long it polls after traffic; `--no-tun-offload`, `--no-udp-gso` and
-`--no-udp-gro` turn one kernel offload off each (the engine tests them when it starts and falls back by itself). `retinue-agent
+`--no-udp-gro` turn one kernel offload off each (the engine tests them when it starts and falls back by itself); `--no-avx512` leaves ChaCha20-Poly1305 to AWS-LC alone. `retinue-agent
 --engine-option low-power` (the switch's name without dashes, may be given again; so does the sidecar) passes one on to the engine that the agent
 starts; so does RETINUE_ENGINE_OPTIONS in its environment. AES-256-GCM is used between two endpoints whose signed records both offer it, which `retinue enroll` does
 where our engine will be used and the CPU has vector AES; anybody else gets ChaCha20-Poly1305.
