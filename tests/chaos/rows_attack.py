@@ -142,22 +142,20 @@ async def half_open_crowd(stage: Stage, run: Run) -> None:
                 taken += 1
         return taken
 
-    def huge() -> tuple[int, bytes]:
-        sent, reply = 0, b""
+    def huge() -> int:
+        sent = 0
         with contextlib.suppress(OSError), member.open() as sock:
             sock.sendall(b"POST /v1/report HTTP/1.1\r\nHost: ca\r\nContent-Length: 1073741824\r\n\r\n")
-            with contextlib.suppress(OSError):
-                while sent < 1 << 30:
-                    sent += sock.send(bytes(1 << 16))
-            reply = sock.recv(16)
-        return sent, reply
+            while sent < 1 << 30:
+                sent += sock.send(bytes(1 << 16))
+        return sent
 
     watchers = [threading.Thread(target=f, daemon=True) for f in (look, ask, ask)]
     for one in watchers:
         one.start()
     try:
         taken = await asyncio.gather(*(asyncio.to_thread(hold, a, many // len(attackers)) for a in attackers))
-        sent, reply = await asyncio.to_thread(huge)
+        sent = await asyncio.to_thread(huge)
         await asyncio.sleep(2)
     finally:
         over.set()
@@ -171,8 +169,7 @@ async def half_open_crowd(stage: Stage, run: Run) -> None:
     run.check("RSS 64 MiB", peak[0] - before <= 64 << 20)
     run.check("p99 1 s for others, none refused", times and times[int(len(times) * 0.99)] <= 1 and set(said) == {200})
     run.check("control: they were opened, and others asked", sum(taken) > many // 2 and len(times) > 20)
-    # What is sent after the refusal may be read and thrown away for a while, so that the refusal arrives.
-    run.check("a body of 1 GB is refused", b" 413" in reply or (not reply and sent < 1 << 30))
+    run.check("a body of 1 GB is not taken", sent < 1 << 28)
     if many < 5000:
         run.caveat(f"{many} connections instead of 5000 (ARGS=\"--seconds 1\")")
 

@@ -11,7 +11,6 @@ import contextlib
 import os
 import random
 import signal
-import sqlite3
 import time
 from collections import Counter
 from pathlib import Path
@@ -36,9 +35,7 @@ WEIGHTS: Final = {
 def oracle(stage: Stage) -> dict[str, str]:
     """The state hash every host should have, from a copy of the database."""
     copy = stage.lab.dir / f"oracle-{time.monotonic_ns()}.db"
-    with contextlib.closing(sqlite3.connect(f"file:{stage.lab.ca_dir / 'ca.db'}?mode=ro", uri=True)) as source, contextlib.closing(sqlite3.connect(copy)) as target:
-        source.backup(target)
-    copy.chmod(0o600)
+    stage.lab.ca("backup", str(copy), "--dir", str(stage.lab.ca_dir))
     try:
         store = Store.open(copy)
         try:
@@ -192,7 +189,6 @@ async def soak(stage: Stage, run: Run) -> None:
                 break
             await asyncio.sleep(0.1)
         converged.append(time.monotonic() - quiet)
-        print(f"  bout {len(converged)}: {sum(monkey.done.values())} faults, equal after {converged[-1]:.1f} s, {stage.bypass()}", flush=True)
         if truth != seen:
             run.note(after="; ".join(last), differ=",".join(h for h in truth if seen.get(h) != truth[h]))
             run.check(f"all agents converged (seed {run.seed})", ok=False)
