@@ -190,7 +190,8 @@ async def soak(stage: Stage, run: Run) -> None:
             await asyncio.sleep(0.1)
         converged.append(time.monotonic() - quiet)
         if truth != seen:
-            run.note(after="; ".join(last), differ=",".join(h for h in truth if seen.get(h) != truth[h]))
+            run.note(after="; ".join(last), differ=",".join(h for h in truth if seen.get(h) not in {None, truth[h]}),
+                     silent=",".join(h for h in truth if h not in seen))  # fmt: skip
             run.check(f"all agents converged (seed {run.seed})", ok=False)
             return
         bypass = stage.bypass()
