@@ -29,6 +29,7 @@ def export_policy(
     summary = {
         "target": kind, "files": sorted(found.files), "rules": found.rules, "workloads": len(found.names),
         "pairs_compared": found.pairs, "names": dict(found.names), "notes": found.notes,
+        "untranslated": found.untranslated,
     }  # fmt: skip
     write_files(out, {**found.files, "report.json": json.dumps(summary, indent=2) + "\n"})
     return summary

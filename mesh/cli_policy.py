@@ -570,6 +570,8 @@ def export_(
     cliout.emit(summary, output, columns=("what", "value"), rows=rows)
     for text in summary["notes"]:
         cliout.note(text)
+    for one in summary["untranslated"]:
+        cliout.note(f"not translated: {one['where']}: {one['why']}")
 
 
 @app.command(epilog="Example: retinue policy draft --flows flows.jsonl -i inventory.yaml --out draft.yaml")

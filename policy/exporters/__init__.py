@@ -6,12 +6,13 @@ export that differs, or that the target has no words for, is refused. A workload
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final
 
 from identity.errors import BadInput
 from policy.exporters.model import Exported
 from policy.exporters.table import NotExpressible, Table
+from policy.foreign import trust_domains
 from policy.importers import run as run_importer
 from policy.ports import ICMPV6, NOTHING, PortMap
 from policy.program import Program, Subject
@@ -54,8 +55,26 @@ def export(kind: str, program: Program, subjects: Sequence[Subject], inside: Seq
         found.notes.append(
             "flows between two outside ranges pass no workload; the target does not decide them"
         )
+    found.untranslated = list(_untranslated(program))
     found.pairs = compare(kind, found, program, table)
     return found
+
+
+def _untranslated(program: Program) -> Iterator[dict[str, str]]:
+    """What the truth table over the inventory does not show, and so nothing that is written says. Raises NotExpressible for
+    what would be wider there.
+    """
+    for rule in (rule for tier in program.tiers for rule in tier.rules):
+        where = f"{rule.id} ({rule.where})" if rule.where is not None else rule.id
+        if domains := trust_domains(rule.src) | trust_domains(rule.dst):
+            yield {"where": where, "why": f"identities of {', '.join(sorted(domains))}: the target does not know foreign identities, "
+                                          "so nothing is opened for them"}  # fmt: skip
+        if rule.processes:
+            names = ", ".join(str(one) for one in rule.processes)
+            raise NotExpressible("process", f"only {names} may use {where}; the target would open it to every process of the source",
+                                 hint="leave the rule out of what is exported, or give the process an identity of its own")  # fmt: skip
+        if rule.max_rate is not None:
+            yield {"where": where, "why": f"the ceiling of {rule.max_rate} bytes a second; the target has none"}
 
 
 def compare(kind: str, exported: Exported, program: Program, table: Table) -> int:

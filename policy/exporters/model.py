@@ -15,6 +15,7 @@ class Exported:
     rules: how many rules (policies, permissions) were written
     pairs: how many ordered pairs were compared after reading it back
     notes: what the person who applies it has to know
+    untranslated: parts of rules for which the target has no words, as {"where", "why"}; the rest of the rule is written
     """
 
     files: dict[str, str]
@@ -22,3 +23,4 @@ class Exported:
     rules: int
     pairs: int = 0
     notes: list[str] = field(default_factory=list)
+    untranslated: list[dict[str, str]] = field(default_factory=list)

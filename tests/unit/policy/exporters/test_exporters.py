@@ -362,3 +362,17 @@ def test_unknown_kinds_and_empty_inventories() -> None:
     with pytest.raises(RetinueError) as empty:
         export("aws", program(), [OFFICE])
     assert empty.value.code == "export.empty"
+
+
+@pytest.mark.parametrize("kind", ["kubernetes", "aws"])
+def test_what_the_target_has_no_words_for_is_reported_and_what_would_be_wider_is_refused(kind: str) -> None:
+    head = "meshpolicy: 1\nsegments:\n  - name: shop\n    allow:\n"
+    partner = "      - {id: partner, from: spiffe://other.example/till, to: {role: api}, on: tcp/80}\n"
+    slow = "      - {id: slow, from: {role: web}, to: {role: api}, on: tcp/81, max_rate: 8Mbit}\n"
+    found = export(kind, program(head + partner + slow), [WEB, API])
+    assert [(one["where"], one["why"].partition(":")[0]) for one in found.untranslated] == [
+        ("partner (p.yaml:5)", "identities of other.example"), ("slow (p.yaml:6)", "the ceiling of 1000000 bytes a second; the target has none"),
+    ]  # fmt: skip
+    with pytest.raises(NotExpressible, match="only uid 7 may use own") as caught:
+        export(kind, program(head + "      - {id: own, from: {role: web, process: 'uid:7'}, to: {role: api}, on: tcp/1}\n"), [WEB, API])
+    assert caught.value.code == "export.process"
