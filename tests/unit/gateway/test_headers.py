@@ -85,3 +85,32 @@ def test_bad_hosts(host: str) -> None:
 def test_authority() -> None:
     assert headers.authority("::1", 80) == "[::1]:80"
     assert headers.authority("127.0.0.1", 80) == "127.0.0.1:80"
+
+
+@given(st.text(max_size=60) | st.lists(st.sampled_from(["/", ".", "..", "%2e", "%2F", "%00", "\\\\", "?", "#", ";", "a", "//", "%", "\r\n"]), max_size=8).map("".join))
+def test_any_path_is_refused_or_stays_where_it_says(raw: str) -> None:
+    try:
+        path = headers.checked_path(raw)
+    except BadInput:
+        return
+    plain = path.partition("?")[0]
+    assert plain.startswith("/")
+    assert not {".", ".."} & set(plain.split("/"))
+    assert not any(ord(c) < 0x20 or c in "\x7f\\" for c in path)
+
+
+@given(st.text(max_size=40))
+def test_any_host_is_refused_or_a_name(raw: str) -> None:
+    try:
+        host = headers.host_only(raw)
+    except BadInput:
+        return
+    assert not set(host) & set("/@ \r\n\0")
+
+
+@given(st.lists(st.tuples(st.text(max_size=12), st.text(max_size=12)), max_size=12))
+def test_any_headers_lose_what_is_ours(given_headers: list[tuple[str, str]]) -> None:
+    sent = headers.upstream_headers(given_headers, OURS, drop_authorization=True)
+    assert all(OURS[name] == value for name, value in sent if headers.is_ours(name))
+    assert not [name for name, _ in sent if name.lower() in {"connection", "transfer-encoding", "authorization"}]
+    headers.downstream_headers(given_headers)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ca import transparency
 from ca.log_api import prove
@@ -14,6 +18,7 @@ from identity.errors import BadInput, BadState, NotVerified
 from identity.names import SpiffeId, TrustDomain
 from identity.records import ForeignBundle
 from identity.transparency import TreeHead
+from identity.wire import parse
 from identity.wire.admin import WorkloadAdd
 from identity.wire.log import LogReply
 from mesh.heads import FILE, LAG, Heads
@@ -199,3 +204,37 @@ def test_a_damaged_file_is_told(tmp_path) -> None:
     (tmp_path / FILE).write_text("{}")
     with pytest.raises(BadState):
         Heads(tmp_path)
+
+
+# ---- an answer of a log that is not ours to trust
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_a_changed_answer_proves_nothing_more(plane, trust, tmp_path_factory, data) -> None:
+    """Any step, index, leaf or head exchanged: refused or a finding, never another error, and never a leaf that is not in the tree."""
+    heads = Heads(tmp_path_factory.mktemp("heads"))
+    asked = heads.ask(objects(plane) | {"placement/none/0": "not.in.thelog"}, 0.0)
+    assert len(asked.leaves) == 2
+    reply = prove(plane, asked).model_dump()
+    hashes = st.text("0123456789abcdef", min_size=64, max_size=64)
+    for _ in range(data.draw(st.integers(1, 3))):
+        match data.draw(st.sampled_from(["head", "consistency", "leaf", "index", "path"])):
+            case "head":
+                at = data.draw(st.integers(0, len(reply["head"]) - 1))
+                reply["head"] = reply["head"][:at] + data.draw(st.sampled_from("Aa0-_.=")) + reply["head"][at + 1 :]
+            case "consistency":
+                reply["consistency"] = data.draw(st.lists(hashes, max_size=4))
+            case "leaf":
+                reply["proofs"] |= {leaf: {"index": data.draw(st.integers(-3, 3)), "path": data.draw(st.lists(hashes, max_size=4))} for leaf in asked.leaves}
+            case "index":
+                for proof in reply["proofs"].values():
+                    proof["index"] = data.draw(st.integers(-(2**70), 2**70))
+            case "path":
+                for proof in reply["proofs"].values():
+                    proof["path"] = data.draw(st.lists(hashes, max_size=130))
+    try:
+        heads.take(asked, parse(LogReply, json.dumps(reply)), trust, 0.0)
+    except (BadInput, NotVerified):
+        pass
+    assert heads.pending >= 1, "what is not in the tree is not proved"
