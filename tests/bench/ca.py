@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import os
 import resource
 import sqlite3
@@ -20,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
+import structlog
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from ca.plane import Plane
@@ -30,10 +32,10 @@ from mesh.enroll import enroll
 from tests.bench import ca_peers
 from tests.bench.__main__ import machine
 from tests.bench.ca_herd import herd
-from tests.bench.ca_issuing import certificates, enrolments
+from tests.bench.ca_issuing import TD, certificates, enrolments
 from tests.bench.ca_page import page
 from tests.bench.ca_rows import Rows
-from tests.ha.processes import TD, Process
+from tests.ha.processes import Process
 from tests.postgres_server import programs, server
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -108,6 +110,7 @@ def main() -> None:
     asked = parser.parse_args()
     most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))  # servers of this process
     facts, rows = machine(), Rows()
     print(f"{facts['cpu']}, {facts['cores']} cores, Linux {facts['kernel']}, load {facts['load']}; servers and clients share the machine", flush=True)
     versions = {"SQLite": sqlite3.sqlite_version, "Python": str(facts["python"])}
@@ -133,8 +136,8 @@ def main() -> None:
 
 def publish() -> None:
     """docs/PERFORMANCE_CA.md from the last runs."""
-    crowd = OUT / "crowd.json"
-    text = page(json.loads((OUT / "ca.json").read_text()), json.loads(crowd.read_text()) if crowd.exists() else None)
+    found = [json.loads(path.read_text()) if path.exists() else None for path in (OUT / "ca.json", OUT / "crowd.json")]
+    text = page(*found)
     (ROOT / "docs" / "PERFORMANCE_CA.md").write_text(text)
     print("wrote docs/PERFORMANCE_CA.md")
 

@@ -24,12 +24,14 @@ authenticated by their certificate, step-ca's by one-time tokens.
 """
 
 
-def page(bench: dict[str, Any], crowd: dict[str, Any] | None) -> str:
-    """Markdown of the last runs."""
-    out = [WHAT, "\n## The last run of `make bench-ca`\n\n", _machine(bench["machine"])]
-    out.append("- " + "; ".join(f"{name}: {version}" for name, version in bench["versions"].items()) + "\n")
-    out.append("- " + ", ".join(f"{k} {v}" for k, v in bench["settings"].items()) + "\n\n")
-    out.append(_table(bench["rows"]))
+def page(bench: dict[str, Any] | None, crowd: dict[str, Any] | None) -> str:
+    """Markdown of the last runs, of which there may be only one."""
+    out = [WHAT]
+    if bench is not None:
+        out += ["\n## The last run of `make bench-ca`\n\n", _machine(bench["machine"])]
+        out.append("- " + "; ".join(f"{name}: {version}" for name, version in bench["versions"].items()) + "\n")
+        out.append("- " + ", ".join(f"{k} {v}" for k, v in bench["settings"].items()) + "\n\n")
+        out.append(_table(bench["rows"]))
     if crowd is not None:
         out += ["\n## The last run of `make crowd`\n\n", _machine(crowd["machine"])]
         out.append("- " + ", ".join(f"{k} {v}" for k, v in crowd["settings"].items()) + "\n\n")
