@@ -102,7 +102,7 @@ def check_alerts(given: list[str] | None) -> tuple[Sink, ...]:
 def check_engine_options(given: list[str] | None) -> tuple[str, ...]:
     """The words of ``--engine-option`` as the engine's command line has them. Raises BadInput."""
     for word in given or ():
-        if not re.fullmatch(r"[a-z][a-z-]{0,30}(=[0-9]{1,5})?", word):
+        if not re.fullmatch(r"[a-z][a-z0-9-]{0,30}(=[0-9]{1,5})?", word):
             raise BadInput("usage", f"not a switch of the engine: {ascii(word)[:40]}",
                            hint="its name without dashes, such as low-power or spin-us=0; see retinue-engine --help")  # fmt: skip
     return tuple(f"--{word}" for word in given or ())
