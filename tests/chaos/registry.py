@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Final, Literal
 
 Verdict = Literal["pass", "partial", "fail", "not built", "error"]
@@ -84,11 +85,12 @@ class Result:
     figures: dict[str, Any]
     seconds: float
     load: float = 0.0  # of the machine, over the last minute: what else ran beside it
+    pressure: int = 0  # percent of the row's time in which something that could run had no processor
 
     def json(self) -> dict[str, Any]:
         return {
             "row": self.row, "title": self.title, "pass": self.passes, "verdict": self.verdict, "reason": self.reason,
-            "figures": self.figures, "seconds": round(self.seconds, 1), "load": self.load,
+            "figures": self.figures, "seconds": round(self.seconds, 1), "load": self.load, "pressure": self.pressure,
         }  # fmt: skip
 
 
@@ -109,7 +111,7 @@ def row(name: str, title: str, passes: str, *, stage: Literal["small", "crowd", 
 
 async def play(one: Row, stage: Any, run: Run) -> Result:
     """Run a row; what it raises is its verdict, not ours. On the small stage the denied pairs are watched throughout."""
-    began = time.monotonic()
+    began, waited = time.monotonic(), _waited()
     try:
         if one.stage == "small":
             await stage.settle()
@@ -123,7 +125,18 @@ async def play(one: Row, stage: Any, run: Run) -> Result:
     except Exception as e:
         run.check(f"{type(e).__name__}: {str(e)[:300]}", ok=False)
         run.figures["trace"] = "".join(traceback.format_exception(e)[-4:])[-900:]
-    return Result(one.name, one.title, one.passes, run.verdict, run.reason, run.figures, time.monotonic() - began, round(os.getloadavg()[0], 1))
+    seconds = time.monotonic() - began
+    pressure = round(100 * (_waited() - waited) / max(seconds, 0.001))
+    return Result(one.name, one.title, one.passes, run.verdict, run.reason, run.figures, seconds, round(os.getloadavg()[0], 1), pressure)
+
+
+def _waited() -> float:
+    """Seconds since boot in which at least one task waited for a processor (pressure stall information); 0 where it is not told."""
+    try:
+        text = Path("/proc/pressure/cpu").read_text()
+    except OSError:
+        return 0.0
+    return int(text.split("total=")[1].split()[0]) / 1e6
 
 
 def table(results: Sequence[Result]) -> str:
