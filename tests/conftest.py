@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("any machine", deadline=None)  # how long an example takes says what else runs here
+settings.load_profile("any machine")
 
 
 def missing_privilege() -> str:
