@@ -121,6 +121,9 @@ def herd(agents: int, streams: int, changes: int, rows: Rows, *, postgres: bool 
         shutil.copytree(memory / "ca", disk / "ca")
         process = Process(disk / "ca", heartbeat=2.0)
         process.start()
+        # A first policy brings everybody its peers: a snapshot. What is measured are the changes after it.
+        first = PolicyApply(files=[PolicyFileIn(name="p.yaml", text=policy(max(agents, streams), 100))])
+        process.admin.post("/v1/policy", first, PolicyReply)
         try:
             joined(process, memory, streams, rows, lambda remote: fan_out(process, remote, changes, rows))
             joined(process, memory, agents, None, lambda remote: come_back(process, remote, rows))
