@@ -16,7 +16,7 @@ from uuid import uuid4
 
 import structlog
 
-from ca import audit, grant_ends, leases, postgres, processes, succession, transparency
+from ca import audit, grant_ends, leases, membership, postgres, processes, succession, transparency
 from ca.admins import Admins
 from ca.attestors import attestor_for
 from ca.authority import Authority, Issuing, Lifetimes
@@ -116,6 +116,7 @@ class Plane:
         self.jwt: JwtAuthority
         self.feed: Feed
         self._issuing_for: str | None = None
+        self._lapse_at = int(clock()) + membership.GRACE
         self._ticked: int | None = None  # the moment `tick` acted on last
         self._noted = (0, 0)  # (minute, refusals audited in it)
         self._trust: TrustBundle | None = None
@@ -406,12 +407,26 @@ class Plane:
         if (rollout := self.rollouts.tick(self.now)) is not None:
             log.warning("a rollout goes on by itself", rollout=rollout.id, state=rollout.state, why=rollout.why)
         self._follow_grants()
+        self._lapse()
         in_force = self.mirror.in_force
         if in_force is None or in_force.until is None or self._ticked == in_force.until:
             return
         if in_force.until <= self.now:
             self._ticked = in_force.until
             self.policies.time_passed(self.now)
+
+    def _lapse(self) -> None:
+        """End the membership of what was powered down for longer than the policy in force allows; looked at once a minute."""
+        in_force = self.mirror.in_force
+        if in_force is None or self.now < self._lapse_at:
+            return
+        self._lapse_at = self.now + 60
+        with self.store.read() as tx:
+            if not membership.due(tx, [in_force.policy], self.now):
+                return
+        with self.store.write() as tx:
+            for key in membership.lapse(tx, self.placements, [in_force.policy], self.now):
+                log.warning("a workload was powered down for so long that it is no member any more", instance=key)
 
     def _follow_grants(self) -> None:
         """Note which grants are live, and tell which have ended.
