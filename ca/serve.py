@@ -222,8 +222,6 @@ def harden(*writable: Path) -> None:
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     ctypes.CDLL(None, use_errno=True).prctl(4, 0, 0, 0, 0)
-    if writable:
-        os.environ["SQLITE_TMPDIR"] = str(writable[0])  # where statements spill to
     enter(Bounds(read=(Path("/"),) if writable else None, write=writable))
 
 

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import ctypes
 import os
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -244,3 +247,36 @@ def test_a_failed_write_is_final(path: Path) -> None:
 def test_close_names_are_offered() -> None:
     assert any_of(["web-1", "web-2", "db"], "web1") == "did you mean web-1 or web-2?"
     assert any_of(["db"], "zzz") == ""
+
+
+SPILLS = """
+import sqlite3, sys
+from pathlib import Path
+from ca.serve import harden
+from ca.store import Store, _engine
+path = Path(sys.argv[1])
+plain = sqlite3.connect(path / 'plain.db', isolation_level=None)
+engine = _engine(path / 'ours.db')
+rows = [{'a': i, 'b': f'{i * 7919 % 1000003:09d}' * 10} for i in range(40000)]
+harden(path)
+plain.execute('create table t (a integer primary key, b text)')
+plain.executemany('insert into t values (:a, :b)', rows)
+try:
+    plain.execute('select count(*) from (select b from t order by substr(b, 3) limit 39999)').fetchone()
+except sqlite3.OperationalError as e:
+    print('plain:', e)
+with engine.begin() as tx:
+    tx.exec_driver_sql('create table t (a integer primary key, b text unique)')
+    tx.exec_driver_sql('insert into t values (:a, :b)', rows)
+    print('sorted', tx.exec_driver_sql('select count(*) from (select b from t order by substr(b, 3) limit 39999)').scalar_one())
+    print('changed', tx.exec_driver_sql("update t set b = b || 'x'").rowcount)
+"""
+
+
+def test_a_confined_ca_makes_large_changes(tmp_path: Path) -> None:
+    """SQLite's temporary files have no place once the process is confined; thousands of rows need one."""
+    done = subprocess.run([sys.executable, "-c", SPILLS, str(tmp_path)], capture_output=True, text=True, timeout=60, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[-2:] == ["sorted 39999", "changed 40000"]
+    confined = int(ctypes.CDLL(None).syscall(444, None, ctypes.c_size_t(0), 1)) >= 1
+    assert not confined or lines[0] == "plain: unable to open database file", "positive control"
