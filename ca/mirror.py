@@ -15,7 +15,7 @@ from dataclasses import fields, replace
 from typing import Final, TypeVar
 
 import structlog
-from sqlalchemy import Connection, bindparam, select
+from sqlalchemy import Connection, RowMapping, bindparam, select
 
 from ca import recovery, schema
 from ca.desk import Opener
@@ -120,6 +120,19 @@ class Mirror:
         true = replace(row, digest=said.digest, files=[(f.name, f.text) for f in said.files], trial=trial)
         return self._compare(("policy", "policy"), row, true)
 
+    def _instance(self, found: RowMapping) -> InstanceRow:
+        """Where its labels are no longer readable, its record still has them. Raises ValueError where it has none that holds."""
+        try:
+            row = InstanceRow.of(found)
+            if isinstance(row.labels, dict):
+                return row
+            raise ValueError("labels are a JSON object")
+        except ValueError:
+            said = self._signed(PlacementRecord, found["placement"], ("instance", f"{found['name']}/{found['instance']}"))
+            if said is None or (said.name, said.instance) != (found["name"], found["instance"]):
+                raise
+            return InstanceRow.of({**found, "labels": "{}"})
+
     def _instance_as_signed(self, row: InstanceRow) -> InstanceRow:
         thing = ("instance", row.key)
         said = self._signed(PlacementRecord, row.placement, thing)
@@ -190,7 +203,7 @@ class Mirror:
                 which = {"name": name, "instance": int(number)}
                 found = tx.execute(_INSTANCE, which).mappings().one()
                 former = tx.execute(_HOLDERS, which).scalars().all()
-                return lambda: world.set_instance(instance_fact(self._instance_as_signed(InstanceRow.of(found)), frozenset(former)))
+                return lambda: world.set_instance(instance_fact(self._instance_as_signed(self._instance(found)), frozenset(former)))
         raise Bug("change.kind", f"a change of unknown kind {kind!a}")
 
     def _report(self, thing: Thing, e: Exception) -> None:

@@ -68,7 +68,7 @@ class InstanceRow:
     ends_with: str | None = None
 
     @classmethod
-    def of(cls, row: RowMapping) -> InstanceRow:
+    def of(cls, row: RowMapping | Mapping[str, Any]) -> InstanceRow:
         return cls(**{**row, "labels": json.loads(row["labels"])})
 
     @property

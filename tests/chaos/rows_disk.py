@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import json
 import random
 import shutil
 import sqlite3
@@ -61,6 +63,15 @@ def holds(directory: Path, envelope: str) -> bool:
         plane.close()
 
 
+def bundle_of(envelope: str) -> dict[str, Any] | None:
+    """What a bundle says of keys; None of any other record. Its number and date are those of its making."""
+    try:
+        said = json.loads(base64.urlsafe_b64decode(envelope.split(".")[1] + "=="))
+    except (ValueError, IndexError):
+        return None
+    return {k: v for k, v in said.items() if k not in {"sequence", "issued"}} if "roots" in said and "signers" in said else None
+
+
 @row("F5", "Damaged or cut database", "500 cases: noticed by the CA, or by every host (signatures), or served right; 0 empty or partial maps", stage="none")
 async def damaged(_: Any, run: Run) -> None:
     cases = 500 if run.seconds is not None else 60
@@ -75,7 +86,7 @@ def _damage(run: Run, cases: int) -> None:
         good = Path(temporary) / "good"
         make(good)
         truth = shown(good)
-        refused = right = wrong = unbelieved = 0
+        refused = right = wrong = unbelieved = repaired = 0
         for n in range(cases):
             here = Path(temporary) / f"case{n}"
             shutil.copytree(good, here)
@@ -92,12 +103,15 @@ def _damage(run: Run, cases: int) -> None:
                 refused += 1
             else:
                 changed = {e for h in HOSTS for k, e in served[h].items() if truth[h].get(k) != e}
+                mended = {e for e in changed if bundle_of(e) and bundle_of(e) in map(bundle_of, truth[HOSTS[0]].values())}
+                repaired += bool(mended)  # the CA said so and signed the same anew
+                changed -= mended
                 whole = all(served[h].keys() == truth[h].keys() for h in HOSTS)
                 right += served == truth
-                unbelieved += whole and served != truth and not any(holds(good, e) for e in changed)
+                unbelieved += whole and bool(changed) and not any(holds(good, e) for e in changed)
                 wrong += not whole or any(holds(good, e) for e in changed)
             shutil.rmtree(here)
-    run.note(cases=cases, noticed_by_ca=refused, served_right=right, noticed_by_every_host=unbelieved, served_wrong=wrong)
+    run.note(cases=cases, noticed_by_ca=refused, signed_anew_by_ca=repaired, served_right=right, noticed_by_every_host=unbelieved, served_wrong=wrong)
     run.check("0 empty or partial maps", wrong == 0)
     run.check("some damage was seen (control)", refused > 0)
 

@@ -195,6 +195,26 @@ def test_a_view_is_not_made_anew_for_the_same_program(shop, monkeypatch: pytest.
     assert calls == []
 
 
+@pytest.mark.parametrize("garbage", ["{", "[]", "7", ""])
+def test_labels_that_cannot_be_read_are_those_of_the_record(shop, garbage: str) -> None:
+    """A control plane that starts on a damaged row leaves nobody out of anybody's map."""
+    policy(shop, RULE)
+    believing = Mirror(shop.store, shop.open)
+    believing.load(shop.now)
+    before = dict(believing.world.instances)
+    with shop.store.write() as tx:
+        tx.execute(text("update instances set labels = :garbage where name = 'web'"), {"garbage": garbage})
+    fresh = Mirror(shop.store, shop.open)
+    fresh.load(shop.now)
+    assert (fresh.world.instances, fresh.broken) == (before, {})
+    assert ("instance", "web/0") in fresh.contradicted
+    with shop.store.write() as tx:  # and where the record is damaged, too, the row is
+        tx.execute(text("update instances set placement = 'x' where name = 'web'"))
+    lost = Mirror(shop.store, shop.open)
+    lost.load(shop.now)
+    assert set(lost.broken) == {("instance", "web/0")}
+
+
 @pytest.mark.parametrize("when", ["at a change", "at a start"])
 def test_where_a_row_differs_from_its_record_the_record_counts(shop, when: str) -> None:
     """Labels, holder and policy decide who is told of whom: a writer in the database does not."""
