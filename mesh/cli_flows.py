@@ -155,7 +155,7 @@ def show(found: list[FlowRecord], losses: Mapping[str, int], output: Output) -> 
 
 def table(found: list[FlowRecord], losses: Mapping[str, int], now: float) -> None:
     """For people: one line a flow, the newest last."""
-    from policy.flows import summarize
+    from policy.flows import IDLE, summarize
     from policy.ports import proto_name
 
     rows = []
@@ -164,6 +164,7 @@ def table(found: list[FlowRecord], losses: Mapping[str, int], now: float) -> Non
         at = processes.get((one.src, one.dst, one.proto, one.port))
         on = proto_name(one.proto) + (f"/{one.port}" if one.port is not None else "")
         said = {"allow": "allowed", "deny": "DENIED", "audit": "audit: would be denied"}[one.verdict]
+        said = "ended: idle" if one.by.startswith(IDLE) else said
         rows.append((
             age(now - one.last), one.src, one.dst, on, said, one.by or "unknown", one.count, size(one.bytes),
             process(at.src_process if at else None), process(at.dst_process if at else None),

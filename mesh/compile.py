@@ -114,7 +114,7 @@ class Classes:
         self._verdicts: dict[tuple[int, int], Verdict] = {}
         rules = [rule for tier in program.tiers for rule in tier.rules]
         self._audits = bool(program.audits) or any(rule.audit for rule in rules)
-        self._bound = any(rule.max_rate is not None or rule.processes for rule in rules)
+        self._bound = any(rule.max_rate is not None or rule.processes or rule.idle_timeout is not None for rule in rules)
 
     def class_of(self, record: PlacementRecord) -> int:
         """Number of the class of the identity of a placement."""

@@ -375,7 +375,7 @@ class DataPlane:
         return await self.firewall.verdicts()
 
     async def noted(self, kind: str) -> list[DeniedFlow]:
-        """Flows ``denied`` or ``audited`` lately."""
+        """Flows ``denied``, ``audited`` or ``idled`` (ended as idle) lately."""
         return await self.firewall.noted(kind)
 
     async def counters(self) -> Counters:

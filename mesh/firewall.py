@@ -25,6 +25,7 @@ What only an audit lets through stands in sets of its own (apair, arange, aproto
 counted, noted like a refusal (set `audited`) and passed. Ports that only some users may reach from an instance on the
 host itself stand in `uid` (user . src . dst . protocol . port) instead of the others, and in `bound` for the answers.
 With units (mesh/unit_rules.py) there are sets of their addresses and control groups and chains that ask for both.
+Flows that have fallen silent end in chains of mesh/idle_rules.py, asked before the sets above, when a plan has an idle timeout.
 Ceilings are limit objects named by rate (packets of the first direction) and back (answers), asked where a packet
 leaves its sender.
 
@@ -41,7 +42,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from identity.errors import BadInput
-from mesh import nft, unit_rules, units
+from mesh import idle_rules, nft, unit_rules, units
 from mesh.plan import AttachmentPlan, Elements, PairPlan, Plan, diff, elements_of
 from policy.evaluate import Bound
 from policy.ports import ICMP, ICMPV6, NOTHING, PortMap, proto_name, proto_number, union
@@ -60,6 +61,7 @@ LOG_BYTES: Final = 128  # of a packet: both headers
 LIMITS: Final = "limits"  # in Sets: the limit objects, as "name rate"
 _BURST: Final = 131_072  # bytes; a superpacket has to fit
 NOTED: Final = ("denied", "audited")
+_CHANGING: Final = (*NOTED, idle_rules.NOTED, *idle_rules.VOLATILE)  # what packets and time write
 _COMPARE_LIMIT: Final = 20_000  # elements; larger tables are put back, not compared, when others commit
 _CHUNK: Final = 4000  # elements in one statement
 _INTERFACE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,14}")
@@ -115,6 +117,10 @@ def _add_bound(out: Sets, family: int, ends: str, bound: Bound, pair: PairPlan) 
         out.setdefault(f"bound{family}", set()).update(flows)
         users = [p.value for p in bound.processes if p.kind == "uid"]
         out.setdefault(f"uid{family}", set()).update(f"{user} . {flow}" for user in users for flow in flows)
+    if bound.idle_timeout is not None:
+        out.setdefault(f"{idle_rules.MAP}{family}", set()).update(
+            idle_rules.element(flow, family, bound.idle_timeout) for flow in flows
+        )
     if bound.max_rate is not None:
         for name in ("rate", "back"):
             limit = limit_name(name, bound, pair)
@@ -204,18 +210,20 @@ def all_sets(plan: Plan) -> Sets:
     for pair in plan.pairs.values():
         for name, lines in pair_sets(pair).items():
             out.setdefault(name, set()).update(lines)
-    return out
+    return out | idle_rules.grace(plan.pairs.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Delta:
     """Elements to delete and to add, by set. keep: what stays in a set of groups that loses something; a group that is
     gone has no name any more by which to delete it, so such a set is emptied and filled in one transaction.
+    grace: elements whose time begins anew (mesh/idle_rules.py).
     """
 
     delete: Mapping[str, set[str]]
     add: Mapping[str, set[str]]
     keep: Mapping[str, set[str]] = field(default_factory=dict)
+    grace: Mapping[str, set[str]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.delete or self.add)
@@ -234,7 +242,7 @@ def sets_delta(old: Plan, new: Plan) -> Delta:
                 into.setdefault(name, set()).update(lines)
     delete = _minus(gone, come)
     keep = {name: gone[name] & come.get(name, set()) for name in delete if name.startswith(unit_rules.GROUP)}
-    return Delta(delete, _minus(come, gone), keep)
+    return Delta(delete, _minus(come, gone), keep, idle_rules.grace(idle_rules.renewed(old, new)))
 
 
 def _minus(a: Sets, b: Sets) -> Sets:
@@ -268,34 +276,37 @@ def narrowing(table: str, delta: Delta) -> str:
 
 
 def replacement(
-    interface: str, sets: Mapping[str, set[str]], *, close_v6: bool = False, levels: tuple[int, ...] = ()
-) -> str:
+    interface: str, sets: Mapping[str, set[str]], *, close_v6: bool = False, levels: tuple[int, ...] = (),
+    idle: tuple[int, ...] = (),
+) -> str:  # fmt: skip
     """A transaction that puts the whole table in place of whatever stands under its name."""
     name = table_name(interface)
     return (
         f"add table inet {name}\ndelete table inet {name}\n"
-        + skeleton(interface, close_v6=close_v6, levels=levels)
+        + skeleton(interface, close_v6=close_v6, levels=levels, idle=idle)
         + statements(name, "add", {key: lines for key, lines in sets.items() if lines})
     )
 
 
-def skeleton(interface: str, *, close_v6: bool = False, levels: tuple[int, ...] = ()) -> str:
+def skeleton(interface: str, *, close_v6: bool = False, levels: tuple[int, ...] = (), idle: tuple[int, ...] = ()) -> str:
     """The table without elements: sets, counters, chains. Everything that is not in a set is denied.
 
     close_v6: IPv6 forwarding of the whole host was switched on for our links' sake, so it is closed for all others.
     levels: of the control groups that hold an identity; without them the kernel is not asked for what it may not have.
+    idle: the idle timeouts in use, in seconds.
     """
     closed = "meta nfproto ipv6 drop" if close_v6 else ""
     mark = f"0x{accepted_mark(interface):08x}"
     clear = f"0x{0xFFFF_FFFF ^ accepted_mark(interface):08x}"
     group = log_group(interface)
     parts = [f"table inet {table_name(interface)} {{"]
-    parts += [f"counter {name} {{ }}" for name in COUNTERS]
+    parts += [f"counter {name} {{ }}" for name in (*COUNTERS, *((idle_rules.NOTED, idle_rules.CROWDED) if idle else ()))]
     parts.append("set links { type ifname; }")
     parts.append("set taps { type ifname; }")
     for family in (4, 6):
-        parts += _sets(family, f"ipv{family}_addr")
+        parts += _sets(family, f"ipv{family}_addr", (*NOTED, *((idle_rules.NOTED,) if idle else ())))
     parts += unit_rules.sets(levels) if levels else []
+    parts += idle_rules.sets() if idle else []
     unit_in, unit_out = (unit_rules.INPUT, unit_rules.OUTPUT) if levels else ("", "")
     parts.append(f"""
 chain pass {{
@@ -331,7 +342,7 @@ chain watch {{
 chain unlogged {{
     counter name unlogged
 }}
-{_verdict(4)}{_verdict(6)}{unit_rules.chains(levels, mark) if levels else ""}
+{_verdict(4, watched=bool(idle))}{_verdict(6, watched=bool(idle))}{_idle_chains(idle, group)}{unit_rules.chains(levels, mark) if levels else ""}
 chain prerouting {{
     type filter hook prerouting priority mangle; policy accept;
     iifname "lo" accept
@@ -413,7 +424,11 @@ chain quiet {{
     return "\n".join(parts)
 
 
-def _sets(family: int, address: str) -> list[str]:
+def _idle_chains(timeouts: tuple[int, ...], group: int) -> str:
+    return _note("lapse", idle_rules.NOTED, group) + idle_rules.chains(timeouts) if timeouts else ""
+
+
+def _sets(family: int, address: str, kinds: tuple[str, ...]) -> list[str]:
     ends = f"{address} . {address}"
     flow = f"{ends} . inet_proto . inet_service"
     noted = f"size {DENIED_SIZE}; flags dynamic,timeout; timeout {DENIED_TIMEOUT}s; counter;"
@@ -435,10 +450,9 @@ def _sets(family: int, address: str) -> list[str]:
         f"set member{family} {{ type {address}; }}",
         f"set place{family} {{ type ifname . {address}; }}",
         f"set self{family} {{ type {ends}; }}",
-        f"set denied{family} {{ type {flow}; {noted} }}",
-        f"set audited{family} {{ type {flow}; {noted} }}",
+        *(f"set {kind}{family} {{ type {flow}; {noted} }}" for kind in kinds),
         *(f"set {kind}_by{family} {{ type {address}; size {DENIED_SIZE}; flags dynamic,timeout; timeout {DENIED_TIMEOUT}s; }}"
-          for kind in NOTED),
+          for kind in kinds),
     ]  # fmt: skip
 
 
@@ -485,8 +499,8 @@ chain {chain} {{
 """
 
 
-def _verdict(family: int) -> str:
-    """The chains of one family. Port 0 is never permitted, also not by a protocol that is allowed whole."""
+def _verdict(family: int, *, watched: bool) -> str:
+    """The chains of one family; `watched`: some flows end when they fall silent. Port 0 is never permitted, also not by a protocol that is allowed whole."""
     ip = "ip" if family == 4 else "ip6"
     there, back = f"{ip} saddr . {ip} daddr", f"{ip} daddr . {ip} saddr"
     if family == 4:
@@ -519,7 +533,7 @@ chain {direction}{family} {{
     return f"""{lookups}
 chain verdict{family} {{
     ct state invalid,untracked counter name invalid drop
-    {error} ct state related goto error{family}
+    {error} ct state related goto error{family}{idle_rules.lookups(family) if watched else ""}
     ct direction original goto original{family}
     goto reply{family}
 }}
@@ -563,7 +577,7 @@ def fingerprint(objects: Iterable[Mapping[str, Any]]) -> tuple[frozenset[str], S
             sets.setdefault(LIMITS, set()).add(_plain(limit))
         elif "set" in entry or "map" in entry:
             one = entry.get("set") or entry["map"]
-            if not one["name"].startswith(NOTED):
+            if not one["name"].startswith(_CHANGING):
                 sets[one["name"]] = {_plain(e) for e in one.get("elem", ())}
     return frozenset(rules), sets
 
@@ -620,7 +634,7 @@ class Firewall:
         transaction: it cannot be known what that one allowed.
         """
         async with self._lock:
-            if self.plan is None or self._half is not None or self._levels(self.plan) != self._levels(plan):
+            if self.plan is None or self._half is not None or self._shape(self.plan) != self._shape(plan):
                 await self._replace(plan)
                 return
             delta = sets_delta(self.plan, plan)
@@ -638,7 +652,8 @@ class Firewall:
                 await self._replace(plan)
                 return
             delta = self._half[1]
-            if delta.add and not await self._try(statements(self.table, "add", delta.add)):
+            text = statements(self.table, "add", delta.add) + idle_rules.renewal(self.table, delta.grace)
+            if text and not await self._try(text):
                 await self._replace(plan)
                 return
             self.plan, self._half = plan, None
@@ -649,16 +664,17 @@ class Firewall:
         await self.widen(plan)
 
     @staticmethod
-    def _levels(plan: Plan) -> tuple[int, ...]:
-        return unit_rules.levels(plan.units)
+    def _shape(plan: Plan | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What of the plan decides on the chains of the table: levels of control groups, idle timeouts."""
+        return ((), ()) if plan is None else (unit_rules.levels(plan.units), idle_rules.seconds(plan))
 
     def _whole(self, plan: Plan | None) -> str:
         """A group that has gone since the plan was made may not keep the table from being put back."""
         sets = {} if plan is None else all_sets(plan)
         for name in [n for n in sets if n.startswith(unit_rules.GROUP)]:
             sets[name] = {e for e in sets[name] if units.exists(unit_rules.place_of(e))}
-        levels = () if plan is None else self._levels(plan)
-        return replacement(self.interface, sets, close_v6=self.close_v6, levels=levels)
+        levels, idle = self._shape(plan)
+        return replacement(self.interface, sets, close_v6=self.close_v6, levels=levels, idle=idle)
 
     async def _replace(self, plan: Plan) -> None:
         await self._commit(self._whole(plan))
@@ -732,7 +748,7 @@ class Firewall:
         return {e["counter"]["name"]: int(e["counter"]["packets"]) for e in listed if "counter" in e}
 
     async def noted(self, kind: str) -> list[DeniedFlow]:
-        """Flows ``denied`` or ``audited`` lately."""
+        """Flows ``denied``, ``audited`` or ``idled`` (ended as idle) lately."""
         flows: list[DeniedFlow] = []
         for family in (4, 6):
             for entry in await nft.list_objects("set", "inet", self.table, f"{kind}{family}"):

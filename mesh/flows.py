@@ -15,8 +15,8 @@ from typing import Final
 from mesh.netfilter import Conversation
 from mesh.plan import Plan
 from mesh.snapshot import InstanceKey, Snapshot
-from policy.evaluate import evaluate, matches
-from policy.flows import UNKNOWN, FlowRecord, FlowSummary, ProcessInfo, Verdict, summarize
+from policy.evaluate import bounds, evaluate, matches
+from policy.flows import IDLE, UNKNOWN, FlowRecord, FlowSummary, ProcessInfo, Verdict, summarize
 from policy.ports import ICMP, ICMPV6, PORTED
 from policy.program import Alert, Program, Subject
 
@@ -86,6 +86,14 @@ class Directory:
             self._verdicts.clear()
         self._verdicts[key] = found
         return found
+
+    def idle(self, flow: Conversation) -> str:
+        """``idle:`` and the rule whose idle timeout ends the flow; empty when none does."""
+        one, other = self.end(flow.src).subject, self.end(flow.dst).subject
+        if one is None or other is None or self.program is None:
+            return ""
+        found = (b.rule for b in bounds(self.program, one, other) if b.idle_timeout is not None and b.ports.allows(flow.proto, flow.dport))
+        return next((IDLE + rule for rule in found), "")
 
     def alerts(self, record: FlowRecord, flow: Conversation) -> Iterator[Alert]:
         """Whom a refused flow is told to: one alert a sink, of the first segment by name that asks for it."""

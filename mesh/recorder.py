@@ -39,6 +39,8 @@ IDLE_SETS: Final = 10.0
 WRITE: Final = 5.0  # seconds between two writes to disk, and until the CA is told
 LISTED: Final = 20_000  # connections measured while they go on; with more, only their ends are
 LOOKUPS: Final = 20  # searches for a process, a second
+KINDS: Final[Mapping[str, Verdict]] = {"denied": "deny", "audited": "audit", "idled": "deny"}  # what the firewall notes
+IDLED: Final = "idled"  # a permitted flow that had fallen silent was ended
 FOLLOWERS: Final = 1000  # records waiting for one reader
 
 log = structlog.get_logger("retinue.flows")
@@ -70,7 +72,7 @@ class Recorder:
         self._tell, self._clock = tell, clock
         self._places: dict[InstanceKey, str | None] = {}
         self._listeners: list[Listener] = []
-        self._accounts: dict[str, Accounts] = {"denied": Accounts(), "audited": Accounts()}
+        self._accounts: dict[str, Accounts] = {kind: Accounts() for kind in KINDS}
         self._tokens, self._lookups = float(EVENTS), float(LOOKUPS)
         self._refilled = time.monotonic()
         self._unlogged = 0
@@ -137,9 +139,10 @@ class Recorder:
             return
         now = int(self._clock())
         if (packet := logged(kind, body)) is not None:
-            verdict: Verdict = "deny" if packet.prefix == "denied" else "audit"
-            self._accounts["denied" if verdict == "deny" else "audited"].logged(packet.flow)
-            self._note(now, packet.flow, verdict, packets=1, size=packet.length, count=int(verdict == "deny"), uid=packet.uid)
+            if (verdict := KINDS.get(packet.prefix)) is None:
+                return
+            self._accounts[packet.prefix].logged(packet.flow)
+            self._note(now, packet.flow, packet.prefix, packets=1, size=packet.length, count=int(verdict == "deny"), uid=packet.uid)
             self._dirty.set()
         elif (event := tracked(kind, flags, body)) is not None:
             self._account(now, event)
@@ -170,22 +173,25 @@ class Recorder:
             self._find_processes(event.flow, record)
 
     def _note(
-        self, now: int, flow: Conversation, verdict: Verdict, *, packets: int, size: int = 0, count: int, uid: int | None = None
+        self, now: int, flow: Conversation, kind: str, *, packets: int, size: int = 0, count: int, uid: int | None = None
     ) -> None:
-        directory = self.directory
+        directory, verdict = self.directory, KINDS[kind]
         assert directory is not None
-        says, by = directory.verdict(flow)
-        if says != verdict and self._coming is not None:
-            says, by = self._coming.verdict(flow)
-        if says != verdict:
-            # Another reason than the rules: a process that the rule does not name, or a policy that has changed since.
-            by = ""
+        if kind == IDLED:
+            by = directory.idle(flow) or (self._coming.idle(flow) if self._coming is not None else "")
+        else:
+            says, by = directory.verdict(flow)
+            if says != verdict and self._coming is not None:
+                says, by = self._coming.verdict(flow)
+            if says != verdict:
+                # Another reason than the rules: a process that the rule does not name, or a policy that has changed since.
+                by = ""
         record, fresh = self.table.add(now, directory, flow, verdict, by, count=count, packets=packets, size=size)
         if fresh and uid is not None and record.src_process is not None:
             self.table.name_process(record, source=True, found=ProcessInfo(uid=uid))
         if fresh:
             self._find_processes(flow, record)
-        if verdict == "deny":
+        if kind == "denied":  # what fell silent was no attempt at anything
             for alert in directory.alerts(record, flow):
                 self.desk.attempt(alert, record, count)
         self._told(record)
@@ -203,7 +209,7 @@ class Recorder:
             with contextlib.suppress(RetinueError):
                 counters = await self.plane.verdicts()
                 self._unlogged = counters.get("unlogged", 0)
-                moved = [n for n in ("denied", "audited") if counters.get(n) != seen.get(n)]
+                moved = [n for n in KINDS if counters.get(n) != seen.get(n)]
                 for kind in moved:
                     self._count(kind, await self.plane.noted(kind))
                     self._dirty.set()  # look again soon, until it is quiet
@@ -216,10 +222,10 @@ class Recorder:
         now = int(self._clock())
         flows = [(Conversation(f.src, f.dst, proto_number(f.proto), 0, f.port), f.packets) for f in noted]
         for flow, new in self._accounts[kind].news(flows):
-            if kind == "denied":
-                self._note(now, flow, "deny", packets=new, count=new)
+            if KINDS[kind] == "deny":
+                self._note(now, flow, kind, packets=new, count=new)
             else:
-                self._note(now, flow, "audit", packets=0, count=0)
+                self._note(now, flow, kind, packets=0, count=0)
 
     # ---- processes
 

@@ -137,8 +137,8 @@ def _segment_tier(
         for rule in segment.rules:
             audit = _audits(rule, clock) or (whole and rule.action is Action.DENY)
             made = _segment_rule(segment, rule, audit)
-            if whole and (made.processes or made.max_rate is not None):
-                made = replace(made, processes=(), max_rate=None)  # an audit holds nothing back
+            if whole and (made.processes or made.max_rate is not None or made.idle_timeout is not None):
+                made = replace(made, processes=(), max_rate=None, idle_timeout=None)  # an audit holds nothing back
             yield made, _off(segment, rule) or _closed(rule, now)
     for grant in policy.grants:
         rule, under = grant.rule, _under(grant.scope)
@@ -175,7 +175,7 @@ def _source(src: Selector, under: Selector | None) -> Selector | None:
 def _rule(rule: PolicyRule, src: Selector, dst: Selector, concerns: Selector | None, *, audit: bool = False) -> Rule:
     narrowed = None if isinstance(concerns, Everything) else concerns
     return Rule(rule.id, rule.action, src, dst, rule.ports, rule.where, rule.why, concerns=narrowed, audit=audit,
-                max_rate=rule.max_rate, processes=rule.processes)  # fmt: skip
+                max_rate=rule.max_rate, processes=rule.processes, idle_timeout=rule.idle_timeout)  # fmt: skip
 
 
 def agree(offer: Consent, accept: Consent) -> bool:

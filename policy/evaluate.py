@@ -26,7 +26,19 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from policy import nets
-from policy.ports import ANYTHING, ICMP, ICMPV6, MAX_PORT, NOTHING, PORTED, PortMap, proto_name, ranges, union
+from policy.ports import (
+    ANYTHING,
+    FLOWING,
+    ICMP,
+    ICMPV6,
+    MAX_PORT,
+    NOTHING,
+    PORTED,
+    PortMap,
+    proto_name,
+    ranges,
+    union,
+)
 from policy.program import (
     BOTH,
     Action,
@@ -254,18 +266,21 @@ def _audited(tier: Tier) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """A condition on part of what a pair may use: a ceiling in bytes a second, or processes at the source."""
+    """A condition on part of what a pair may use: a ceiling in bytes a second, processes at the source, or the seconds of
+    silence after which a flow is ended (of TCP and UDP only).
+    """
 
     rule: str
     ports: PortMap
     max_rate: int | None = None
     processes: tuple[Process, ...] = ()
+    idle_timeout: int | None = None
 
 
 def bounds(program: Program, src: Subject, dst: Subject) -> tuple[Bound, ...]:
-    """Conditions on what `permitted` gives. The ports of ceilings are disjoint, and so are those of processes.
+    """Conditions on what `permitted` gives. The ports of each kind are disjoint.
 
-    The lowest ceiling of the rules that allow a port holds. A port that some rule allows to every process is bound to
+    The lowest ceiling of the rules that allow a port holds, and the shortest idle timeout. A port that some rule allows to every process is bound to
     none, otherwise to the processes of all its rules together.
     """
     found = [
@@ -274,13 +289,18 @@ def bounds(program: Program, src: Subject, dst: Subject) -> tuple[Bound, ...]:
         for r in t.rules
         if r.action is Action.ALLOW and applies(r, "egress", src, dst)
     ]
-    if not any(r.max_rate is not None or r.processes for r in found):
+    if not any(r.max_rate is not None or r.processes or r.idle_timeout is not None for r in found):
         return ()
     out: list[Bound] = []
     left = ANYTHING
     for rule in sorted((r for r in found if r.max_rate is not None), key=lambda r: (r.max_rate, r.id)):
         if ports := rule.ports & left:
             out.append(Bound(rule.id, ports, rule.max_rate))
+            left = left - ports
+    left = FLOWING
+    for rule in sorted((r for r in found if r.idle_timeout is not None), key=lambda r: (r.idle_timeout, r.id)):
+        if ports := rule.ports & left:
+            out.append(Bound(rule.id, ports, idle_timeout=rule.idle_timeout))
             left = left - ports
     free = union(r.ports for r in found if not r.processes)
     parts: list[Bound] = []

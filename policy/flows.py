@@ -9,7 +9,8 @@ out for protocols without ports; packets and bytes may be left out. Keys that th
 verdict is allow, deny, or audit: forwarded, but denied once its audit ends. What an agent records says more:
     first                        the first time it was seen in this record; `time` is the last
     count                        connections (or refused attempts) this record stands for
-    by                           the rule that allowed, denied or would deny it; "default"; left out when not known
+    by                           the rule that allowed, denied or would deny it; "default"; left out when not known;
+                                 "idle:RULE" with deny: a permitted flow that had been silent for that rule's idle timeout
     src_instance, dst_instance   which instance; left out where the end is an address that no known workload has
     host                         the endpoint that recorded it
     src_process, dst_process     who used the socket at an end on that host: {"executable", "unit", "uid"}; what could
@@ -36,6 +37,7 @@ _HINT: Final = "a line holds time, src, dst, proto, port, packets, bytes and ver
 Verdict = Literal["allow", "deny", "audit"]
 VERDICTS: Final[tuple[Verdict, ...]] = ("allow", "deny", "audit")
 UNKNOWN: Final = "unknown"
+IDLE: Final = "idle:"  # how `by` begins for a flow that was ended because it had fallen silent
 
 
 @dataclass(frozen=True, slots=True)

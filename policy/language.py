@@ -35,7 +35,7 @@ from policy.model import (
     Segment,
     Service,
 )
-from policy.ports import ANYTHING, NAMES, union
+from policy.ports import ANYTHING, FLOWING, NAMES, PortMap, union
 from policy.program import Action, Everything, Process, Selector
 from policy.selectors import (
     NAME,
@@ -55,13 +55,14 @@ TOP: Final = frozenset({
     "meshpolicy", "scope", "owners", "review", "labels", "groups", "services", "guardrails", "segments", "grants",
     "offers", "accepts", "idle", "tests",
 })  # fmt: skip
-RULE_KEYS: Final = frozenset({"id", "from", "to", "on", "why", "when", "mode", "max_rate"})
+RULE_KEYS: Final = frozenset({"id", "from", "to", "on", "why", "when", "mode", "max_rate", "idle_timeout"})
 SINKS: Final = frozenset({"page", "log", "webhook"})
 COLLAPSE: Final = 60  # seconds, without `collapse`
 _RATE: Final = re.compile(r"([0-9]{1,9})([kMG]?)bit(?:/s)?")
 _RATE_UNITS: Final = {"": 1, "k": 1_000, "M": 1_000_000, "G": 1_000_000_000}
 MIN_RATE: Final = 8_000  # bits a second
 MAX_RATE: Final = 1_000_000_000_000
+MAX_IDLE: Final = 30 * 86400  # seconds
 _CGROUP: Final = re.compile(r"[A-Za-z0-9:_.@\\-]{1,128}(?:/[A-Za-z0-9:_.@\\-]{1,128}){0,15}")
 _UID_MAX: Final = (1 << 32) - 2
 
@@ -268,7 +269,7 @@ class _Loader:
         self.guardrails.append(Guardrail(scope, self._rule(scope, body, fields, action, label, "guardrail:")))
 
     def _segment(self, scope: str, node: Node) -> None:
-        known = {"name", "members", "mode", "budget", "allow", "deny", "alert", "sensitive", "why"}
+        known = {"name", "members", "mode", "budget", "allow", "deny", "alert", "sensitive", "why", "idle_timeout"}
         fields = node.mapping("a segment", known, {"name"})
         name = fields["name"].scalar("name")
         if not NAME.fullmatch(name):
@@ -293,11 +294,13 @@ class _Loader:
                      'write members: "*" for that',
             )  # fmt: skip
         rules = []
+        idle = _idle_timeout(fields["idle_timeout"], Action.ALLOW, ANYTHING) if "idle_timeout" in fields else None
         for kind in ("allow", "deny"):
             nodes = fields[kind].sequence(kind) if kind in fields and not fields[kind].null else []
             for one in nodes:
                 body = one.mapping(f"a rule of {name}", RULE_KEYS, {"id", "from", "to", "on"})
-                rules.append(self._rule(scope, one, body, Action(kind), body["id"]))
+                rule = self._rule(scope, one, body, Action(kind), body["id"])
+                rules.append(rule if idle is None else self._silenced(rule, idle, fields["idle_timeout"]))
         alert = self._alert(fields["alert"]) if "alert" in fields else None
         self.segments.append(
             Segment(
@@ -305,6 +308,16 @@ class _Loader:
                 self._budget(fields.get("budget")), "sensitive" in fields and _boolean(fields["sensitive"]), alert,
             )
         )  # fmt: skip
+
+    @staticmethod
+    def _silenced(rule: PolicyRule, seconds: int, node: Node) -> PolicyRule:
+        """A rule under the idle timeout of its segment; its own holds before that."""
+        if rule.action is not Action.ALLOW or rule.idle_timeout is not None or not rule.ports & FLOWING:
+            return rule
+        if trust_domains(rule.src):
+            raise node.bad("policy.not_enforced", f"no host sees the foreign identity of {rule.id}, so its silence ends nothing",
+                           hint="write idle_timeout into the other rules of the segment")  # fmt: skip
+        return replace(rule, idle_timeout=seconds)
 
     def _mode(self, node: Node) -> tuple[Mode, int | None]:
         if node.kind == "scalar":
@@ -408,8 +421,8 @@ class _Loader:
         src = self.names.selector(from_node, scope, "from", foreign_too=True)
         dst = self.names.selector(fields["to"], scope, "to")
         foreign = bool(trust_domains(src))
-        if foreign and (processes or "max_rate" in fields):
-            raise node.bad("policy.not_enforced", "no host sees a foreign identity, so its processes and its rate are not held to anything",
+        if foreign and (processes or fields.keys() & {"max_rate", "idle_timeout"}):
+            raise node.bad("policy.not_enforced", "no host sees a foreign identity, so its processes, rate and silence are not held to anything",
                            hint="write the ceiling into the rule of the workload that stands in for it at the gateway")  # fmt: skip
         if action is Action.ALLOW:
             if not foreign:
@@ -431,6 +444,7 @@ class _Loader:
             rate = _rate(fields["max_rate"])
             if action is not Action.ALLOW:
                 raise fields["max_rate"].bad("policy.rate", f"a {action} has no rate", hint="a ceiling belongs to an allow")
+        idle = _idle_timeout(fields["idle_timeout"], action, ports) if "idle_timeout" in fields else None
         window = self._window(fields["when"]) if "when" in fields else None
         words = (
             node_text(fields["from"]),
@@ -438,7 +452,7 @@ class _Loader:
             node_text(fields["on"]) if "on" in fields else "any",
         )
         return PolicyRule(
-            prefix + rule_id, action, src, dst, ports, where(node), why[:400], window, mode, words, until, rate, processes
+            prefix + rule_id, action, src, dst, ports, where(node), why[:400], window, mode, words, until, rate, processes, idle
         )
 
     def _processes(self, node: Node, action: Action) -> tuple[Node, tuple[Process, ...]]:
@@ -584,6 +598,19 @@ def _rate(node: Node) -> int:
     if not MIN_RATE <= bits <= MAX_RATE:
         raise node.bad("policy.rate", f"not a rate: {ascii(text)[:40]}", hint="write 512kbit, 50Mbit or 10Gbit; from 8kbit to 1000Gbit")
     return bits // 8
+
+
+def _idle_timeout(node: Node, action: Action, ports: PortMap) -> int:
+    """Seconds of ``10m``. Raises BadPolicy."""
+    seconds = _duration(node)
+    if action is not Action.ALLOW:
+        raise node.bad("policy.idle_timeout", f"a {action} has no idle timeout", hint="an idle timeout belongs to an allow")
+    if seconds > MAX_IDLE:
+        raise node.bad("policy.idle_timeout", f"an idle timeout of {node.text} is too long", hint="at most 30d")
+    if not ports & FLOWING:
+        raise node.bad("policy.idle_timeout", f"only TCP and UDP have flows that can be idle, and the rule allows {ports}",
+                       hint="leave idle_timeout out, or allow TCP or UDP ports")  # fmt: skip
+    return seconds
 
 
 def _instant(node: Node) -> int:

@@ -99,6 +99,15 @@ def _covers(wide: Rule, narrow: Rule) -> bool:
     )  # fmt: skip
 
 
+def _binds(rule: Rule, other: Rule) -> bool:
+    """Has the rule a condition that `other` does not have as narrow, or `other` one that the rule lifts?"""
+    narrower = any(
+        mine is not None and (theirs is None or mine < theirs)
+        for mine, theirs in ((rule.max_rate, other.max_rate), (rule.idle_timeout, other.idle_timeout))
+    )
+    return narrower or (bool(other.processes) and not (rule.processes and set(rule.processes) <= set(other.processes)))
+
+
 def _shadowed(program: Program) -> Iterator[Finding]:
     rules = list(_rules(program))
     for tier, rule in rules:
@@ -117,7 +126,8 @@ def _shadowed(program: Program) -> Iterator[Finding]:
             if (
                 other.action is rule.action
                 and other_tier == tier
-                and (not _covers(rule, other) or other.id < rule.id)
+                and (not _covers(rule, other) or other.id < rule.id or _binds(other, rule))
+                and not _binds(rule, other)
             ):
                 yield Finding("L02", "warning", f"rule {rule.id} says nothing that {other.id} ({other.where}) does not say",
                               rule.where, f"remove {rule.id}")  # fmt: skip

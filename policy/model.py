@@ -36,7 +36,8 @@ class Service:
 class PolicyRule:
     """One allow, deny or pass as written. `words` are the source's own words for from, to and on, for people.
 
-    max_rate: bytes a second; processes: who may use it at the source (empty: all).
+    max_rate: bytes a second; processes: who may use it at the source (empty: all); idle_timeout: seconds of silence after
+    which a flow of it is ended.
     """
 
     id: str
@@ -52,6 +53,7 @@ class PolicyRule:
     audit_until: int | None = None
     max_rate: int | None = None
     processes: tuple[Process, ...] = ()
+    idle_timeout: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,6 +130,7 @@ class PortMap:
 
 NOTHING: Final = PortMap()
 ANYTHING: Final = PortMap({}, rest=True)
+FLOWING: Final = PortMap({TCP: ALL_PORTS, UDP: ALL_PORTS})  # what has flows that can fall silent
 
 
 def _whole(proto: int) -> int:

@@ -86,6 +86,7 @@ class Rule:
     audit:     a deny that is recorded, not enforced
     max_rate:  a ceiling in bytes a second for each pair and direction, of an allow
     processes: only these processes at the source may use the allow; empty: all
+    idle_timeout: seconds; a TCP or UDP flow of an allow that carried nothing for so long is ended
     """
 
     id: str
@@ -100,6 +101,7 @@ class Rule:
     audit: bool = False
     max_rate: int | None = None
     processes: tuple[Process, ...] = ()
+    idle_timeout: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ def schema() -> dict[str, Any]:
         "from": _ref("selector"), "to": _ref("selector"), "on": _ref("ports"), "why": _TEXT,
         "when": _object({"cron": _TEXT, "for": _ref("duration"), "tz": _TEXT}, ["cron", "for"]),
         "mode": _ref("mode"), "max_rate": {"type": "string", "pattern": "^[0-9]{1,9}[kMG]?bit(/s)?$"},
+        "idle_timeout": _ref("duration") | {"description": "a TCP or UDP flow that carried nothing for so long is ended; of an allow"},
     }  # fmt: skip
     assert set(rule_fields) == RULE_KEYS
     rule = _object(rule_fields, ["id", "from", "to", "on"])
@@ -59,6 +60,7 @@ def schema() -> dict[str, Any]:
             "budget": _object({"rules": {"type": "integer", "minimum": 1}, "unused_ratio": {"type": "number", "minimum": 0, "maximum": 1}}),
             "allow": _list(rule), "deny": _list(rule), "sensitive": {"type": "boolean"}, "why": _TEXT,
             "alert": _object({"on_deny": {"enum": sorted(SINKS)}, "collapse": _ref("duration")}, ["on_deny"]),
+            "idle_timeout": rule_fields["idle_timeout"],
         },
         ["name"],
     )  # fmt: skip

@@ -75,6 +75,8 @@ def _untranslated(program: Program) -> Iterator[dict[str, str]]:
                                  hint="leave the rule out of what is exported, or give the process an identity of its own")  # fmt: skip
         if rule.max_rate is not None:
             yield {"where": where, "why": f"the ceiling of {rule.max_rate} bytes a second; the target has none"}
+        if rule.idle_timeout is not None:
+            yield {"where": where, "why": f"flows are ended after {rule.idle_timeout} seconds of silence here; the target does not end them"}
 
 
 def compare(kind: str, exported: Exported, program: Program, table: Table) -> int:

@@ -65,7 +65,7 @@ def recorder(kernel: Kernel, tmp_path: Path, said: list[tuple[str, str | None]],
 
     from tests.unit.mesh.plans import allow
 
-    prog = replace(program(allow("web", "api", "tcp/80")), alerts=(Alert("s", Everything(), "page", 60),))
+    prog = replace(program(replace(allow("web", "api", "tcp/80"), idle_timeout=60)), alerts=(Alert("s", Everything(), "page", 60),))
     plan = compile_plan(WORLD, facts("web/0"), program=prog)
     desk = AlertDesk("h0", [Sink.parse("page=unix:/nowhere")], tmp_path)
     one = Recorder("h0", kernel, tmp_path, desk, tell=lambda code, text: said.append((code, text)), clock=lambda: 1000.5)
@@ -91,6 +91,19 @@ def packet(dport: int, prefix: bytes = b"denied", *, dst: str = API) -> tuple[in
 async def settled(recorder: Recorder) -> None:
     while recorder._tasks:
         await asyncio.gather(*recorder._tasks)
+
+
+async def test_a_flow_that_was_ended_as_idle_is_told_by_its_rule_and_alerts_nobody(recorder: Recorder) -> None:
+    for message in (packet(80, b"idled"), packet(80, b"idled"), packet(80, b"of a later version")):
+        recorder._event(*message)
+    await settled(recorder)
+    (one,) = recorder.table.records()
+    assert (one.verdict, one.by, one.count, one.port) == ("deny", "idle:r0", 2, 80)
+    recorder.desk.flush()
+    assert recorder.desk.spools["page"].waiting() == []
+    recorder._event(*packet(81))
+    recorder.desk.flush()
+    assert len(recorder.desk.spools["page"].waiting()) == 1  # an attempt is told
 
 
 async def test_connections_become_records_with_their_process(recorder: Recorder, kernel: Kernel) -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from identity.errors import BadPolicy
 from policy.classes import Classes
 from policy.compile import compile_policy, next_change
 from policy.evaluate import bounds, enforced, evaluate, in_force, permitted, strict
@@ -17,6 +18,7 @@ from policy.language import load
 from policy.model import Policy
 from policy.ports import PORTED, PortMap, parse_ports
 from policy.program import Action, Audit, Nothing, Process, Program, Rule, Subject, Tier
+from policy.windows import parse_instant
 from tests.unit.policy.test_random_programs import (
     FLOWS,
     inside,
@@ -141,18 +143,22 @@ def _everyone() -> Any:
     return Everything()
 
 
-@given(st.lists(st.tuples(port_maps, st.none() | st.integers(1000, 1003), st.sets(st.sampled_from(("1", "2", "3")), max_size=2)), max_size=4))
+@given(st.lists(st.tuples(port_maps, st.none() | st.integers(1000, 1003), st.sets(st.sampled_from(("1", "2", "3")), max_size=2), st.none() | st.integers(1, 3)), max_size=4))
 @settings(max_examples=150, deadline=None)
-def test_bounds_agree_with_a_port_by_port_reading(rules: list[tuple[PortMap, int | None, set[str]]]) -> None:
+def test_bounds_agree_with_a_port_by_port_reading(rules: list[tuple[PortMap, int | None, set[str], int | None]]) -> None:
     made = tuple(
-        Rule(f"r{n}", Action.ALLOW, _everyone(), _everyone(), ports, max_rate=rate, processes=tuple(Process("uid", u) for u in sorted(uids)))
-        for n, (ports, rate, uids) in enumerate(rules)
+        Rule(f"r{n}", Action.ALLOW, _everyone(), _everyone(), ports, max_rate=rate, processes=tuple(Process("uid", u) for u in sorted(uids)),
+             idle_timeout=idle)
+        for n, (ports, rate, uids, idle) in enumerate(rules)
     )
     web, api = Subject("web"), Subject("api")
     found = bounds(Program((Tier("t", made),)), web, api)
     for proto, port in FLOWS:
         hits = [r for r in made if r.ports.allows(1 if proto == 58 else proto, port)]
         here = [b for b in found if b.ports.allows(1 if proto == 58 else proto, port)]
+        idles = [b.idle_timeout for b in here if b.idle_timeout is not None]
+        held = [r.idle_timeout for r in hits if r.idle_timeout is not None and proto in {6, 17}]
+        assert idles == ([min(held)] if held else [])
         rates = [b.max_rate for b in here if b.max_rate is not None]
         assert rates == ([min(r.max_rate for r in hits if r.max_rate is not None)] if any(r.max_rate for r in hits) else [])
         wanted = [set().union(*(r.processes for r in hits))] if hits and all(r.processes for r in hits) else []
@@ -278,6 +284,35 @@ def test_an_audit_holds_nothing_back() -> None:
     assert [(b.max_rate, b.processes) for b in bounds(compile_policy(one, END), WHO["web"], WHO["api"])] == [
         (125_000, ()), (None, (Process("uid", "5"),))
     ]  # fmt: skip
+
+
+def test_an_idle_timeout_is_a_rules_own_or_its_segments() -> None:
+    text = """meshpolicy: 1
+segments:
+  - name: s
+    members: {app: shop}
+    %s
+    idle_timeout: 5m
+    allow:
+      - {id: a, from: {role: web}, to: {role: api}, on: [tcp/80, icmp], idle_timeout: 10s}
+      - {id: b, from: {role: web}, to: {role: api}, on: tcp/80-81}
+      - {id: c, from: {role: web}, to: {role: api}, on: icmp}
+    deny:
+      - {id: d, from: {role: web}, to: {role: api}, on: tcp/82}
+grants:
+  - {id: g, from: {role: web}, to: {role: api}, on: udp/53, not_after: 2031-03-01, idle_timeout: 2h}
+"""
+    one = load([("p.yaml", text % "mode: enforce")])
+    assert {r.id: r.idle_timeout for r in one.rules()} == {"a": 10, "b": 300, "c": None, "d": None, "grant:g": 7200}
+    web, api = Subject("w", {"app": "shop", "role": "web"}), Subject("a", {"app": "shop", "role": "api"})
+    now = parse_instant("2031-01-15")
+    found = bounds(compile_policy(one, now), web, api)
+    assert [(b.rule, str(b.ports), b.idle_timeout) for b in found] == [("a", "tcp/80", 10), ("b", "tcp/81", 300), ("grant:g", "udp/53", 7200)]
+    audit = load([("p.yaml", text % "mode: {audit_until: 2031-02-01}")])
+    assert [b.rule for b in bounds(compile_policy(audit, now), web, api)] == ["grant:g"]
+    with pytest.raises(BadPolicy) as caught:
+        load([("p.yaml", text.replace("b, from: {role: web}", "b, from: spiffe://other.example/x") % "mode: enforce")])
+    assert (caught.value.code, caught.value.line) == ("policy.not_enforced", 6)
 
 
 def test_what_explain_says_of_an_audited_flow(policy: Policy) -> None:

@@ -100,7 +100,7 @@ def test_a_foreign_identity_is_a_source_and_nothing_else(rules):
     assert refused.value.code == "policy.foreign"
 
 
-@pytest.mark.parametrize("more", ["max_rate: 1MB/s", None])
+@pytest.mark.parametrize("more", ["max_rate: 1MB/s", "idle_timeout: 5m", None])
 def test_what_no_host_can_hold_it_to_is_refused(more):
     source = WEB if more else f"{{any: [{WEB}], process: uid:5}}"
     with pytest.raises(BadPolicy) as refused:

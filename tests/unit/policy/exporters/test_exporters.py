@@ -369,8 +369,10 @@ def test_what_the_target_has_no_words_for_is_reported_and_what_would_be_wider_is
     head = "meshpolicy: 1\nsegments:\n  - name: shop\n    allow:\n"
     partner = "      - {id: partner, from: spiffe://other.example/till, to: {role: api}, on: tcp/80}\n"
     slow = "      - {id: slow, from: {role: web}, to: {role: api}, on: tcp/81, max_rate: 8Mbit}\n"
-    found = export(kind, program(head + partner + slow), [WEB, API])
+    idle = "      - {id: idle, from: {role: web}, to: {role: api}, on: tcp/82, idle_timeout: 5m}\n"
+    found = export(kind, program(head + partner + slow + idle), [WEB, API])
     assert [(one["where"], one["why"].partition(":")[0]) for one in found.untranslated] == [
+        ("idle (p.yaml:7)", "flows are ended after 300 seconds of silence here; the target does not end them"),
         ("partner (p.yaml:5)", "identities of other.example"), ("slow (p.yaml:6)", "the ceiling of 1000000 bytes a second; the target has none"),
     ]  # fmt: skip
     with pytest.raises(NotExpressible, match="only uid 7 may use own") as caught:
