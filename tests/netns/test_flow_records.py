@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -301,6 +302,35 @@ def _answers(sock: socket.socket) -> bool:
         return bool(sock.recv(4096))
     except OSError:
         return False
+
+
+def test_a_flow_that_fell_silent_is_ended_and_told_by_its_rule(quiet: World) -> None:
+    world = quiet
+    slow = "      - {id: slow, from: {role: web}, to: {role: api}, on: tcp/8081, idle_timeout: 2s}\n"
+    world.mesh.apply(policy() + slow)
+    held = []
+    for family in (0, 1):
+        assert world.becomes("open", WEB, API, 8081, family)
+        held.append(_stream(world, family))
+    ends = [f" . {sock.getsockname()[1]} . " for sock in held]
+
+    def live() -> str:
+        listed = [["nft", "-n", "list", "set", "inet", "retinue", f"live{family}"] for family in (4, 6)]
+        return "".join(netns.inside(world.mesh.lab.nodes["a"].netns, lambda w=words: subprocess.check_output(w, text=True)) for words in listed)
+
+    assert until(lambda: not any(end in live() for end in ends), PATIENCE)
+    for sock in held:
+        assert not _answers(sock)
+        sock.close()
+    one = world.recorded("a", src=WEB, dst=API, port=8081, verdict="deny")
+    assert one["by"] == "idle:slow"
+    assert until(lambda: world.recorded("a", src=WEB, dst=API, port=8081, verdict="deny")["count"] == 2, PATIENCE)
+    assert world.becomes("open", WEB, API, 8081)
+    said = world.mesh.lab.retinue("a", "trace", WEB, API, "8081", codes=(0, 1))
+    steps = {s["step"]: s["text"] for s in said["halves"][0]["steps"]}
+    assert "; ended after 2 s of silence by slow" in steps["policy"]
+    assert "deny by idle:slow 2 times" in steps["records"]
+    assert world.sink.messages == []  # nobody attempted anything
 
 
 @pytest.mark.parametrize("family", [0, 1], ids=["v4", "v6"])
