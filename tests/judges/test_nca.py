@@ -20,11 +20,11 @@ import pytest
 import yaml
 
 from policy import nets
-from policy.evaluate import isolates, permitted
+from policy.evaluate import isolates, matches, permitted
 from policy.importers import run
 from policy.importers.model import SourceRefused
 from policy.ports import ANYTHING, NOTHING, PortMap
-from policy.program import BOTH, Program, Subject
+from policy.program import BOTH, Action, Program, Subject
 
 NCA = Path(__file__).resolve().parents[3] / "shared" / "judges" / "nca"
 MANIFEST = NCA / "manifest.json"
@@ -32,7 +32,7 @@ ROOTS = [Path(p) for p in (os.environ.get("RETINUE_NCA"), str(NCA)) if p]
 GOAL = 0.95
 KINDS = (
     "equivalence", "containment", "twoWayContainment", "vacuity", "permits", "forbids", "strongEquivalence", "redundancy",
-    "pairwiseInterferes",
+    "pairwiseInterferes", "interferes", "emptiness", "allCaptured",
 )  # fmt: skip
 Table = Mapping[tuple[str, str], PortMap]
 
@@ -174,6 +174,38 @@ def redundant(objects: list[dict[str, Any]]) -> int:
     return count
 
 
+def empty(objects: list[dict[str, Any]]) -> int:
+    """Policies that select nobody, and rules whose other end nobody is."""
+    count = 0
+    rest = [o for o in objects if not is_policy(o)]
+    for policy in (o for o in objects if is_policy(o)):
+        program, known = translate([*rest, policy])
+        count += not any(isolates(tier, way, one, one) for tier in program.tiers for way in BOTH for one in known)
+        for way in ("ingress", "egress"):
+            for rule in policy["spec"].get(way) or []:
+                if any("ipBlock" in peer for peer in rule.get("from" if way == "ingress" else "to") or []):
+                    continue  # addresses are there always
+                spec = policy["spec"] | {"ingress": [], "egress": [], way: [rule], "podSelector": {}}
+                alone, inventory = translate([*rest, policy | {"spec": spec}])
+                ends = [r.src if way == "ingress" else r.dst for tier in alone.tiers for r in tier.rules if r.action is Action.ALLOW]
+                count += bool(ends) and not any(matches(end, one) for end in ends for one in inventory)
+    return count
+
+
+def uncaptured(objects: list[dict[str, Any]]) -> int:
+    """Workloads that no policy selects for what they get, and those that none selects for what they send; without any
+    policy every pod, once.
+    """
+    if not any(is_policy(o) for o in objects):
+        return sum(o.get("kind") == "Pod" for o in objects)
+    program, known = translate(objects)
+    # Pods of one workload that differ in labels are numbered in our inventory.
+    return sum(
+        len({one.name.partition(" (")[0] for one in known if not one.nets and not any(isolates(tier, way, one, one) for tier in program.tiers)})
+        for way in BOTH
+    )
+
+
 def strongly_equal(scheme: Path, one: str, other: str) -> bool:
     mine, theirs = objects_of(scheme, one), objects_of(scheme, other)
     names = {label(o) for o in mine if is_policy(o)}
@@ -189,6 +221,10 @@ def answer(scheme: Path, kind: str, names: list[str]) -> int:
         return sum(not strongly_equal(scheme, a, b) for a, b in itertools.combinations(names, 2))
     if kind == "vacuity":
         return sum(all(p == ANYTHING for p in tables(scheme, [name])[0][0].values()) for name in names)
+    if kind == "emptiness":
+        return sum(empty(objects_of(scheme, name)) for name in names)
+    if kind == "allCaptured":
+        return sum(uncaptured(objects_of(scheme, name)) for name in names)
     (first, *others), said = tables(scheme, names)
     if kind == "pairwiseInterferes":
         held = [{(a, b): said[f"{n} {a}", b] for a, b in first} for n in range(len(names))]
@@ -202,7 +238,7 @@ def answer(scheme: Path, kind: str, names: list[str]) -> int:
         relation = {(True, True): 3, (True, False): 2, (False, True): 1, (False, False): 0}
         return sum(relation[within(first, other), within(other, first)] for other in others)
     explicit = [{(a, b): said[f"{n} {a}", b] for a, b in first} for n in range(1, len(names))]
-    if kind == "permits":
+    if kind in {"permits", "interferes"}:
         return sum(not within(one, first) for one in explicit)
     return sum(any(ports & first[pair] for pair, ports in one.items()) for one in explicit)
 
