@@ -63,7 +63,7 @@ def certify(
     _credential("/v1/admins/certify", AdminCertify(name=name, csr=request), key, out, server_url, directory, output_of(output, as_json))
 
 
-@app.command("renew", epilog="Example: retinue-ca --admin-identity ./alice admin renew")
+@app.command("renew", epilog="Example: retinue-ca admin renew   # who: RETINUE_ADMIN_IDENTITY=./alice")
 def renew(directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False) -> None:
     """A new key and certificate for eight hours, now; any command does that by itself once half of the time is over.
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
 
-from identity.errors import BadInput, Conflict, NoPrivilege, TimedOut, from_wire
+from identity.errors import BadInput, Conflict, NoPrivilege, TimedOut, Unreachable, from_wire
 from identity.names import host_name
 from identity.wire import Message
 from identity.wire.local import Status
@@ -342,11 +342,16 @@ class Lab:
 
         seen: Status | None = None
         try:
-            async with asyncio.timeout(timeout * PATIENCE), LocalClient(self.nodes[node].run_dir / "agent.sock") as agent:
-                async for _ in agent.watch():
-                    seen = await agent.status()
-                    if holds(seen):
-                        return seen
+            async with asyncio.timeout(timeout * PATIENCE):
+                while True:
+                    try:
+                        async with LocalClient(self.nodes[node].run_dir / "agent.sock") as agent:
+                            async for _ in agent.watch():
+                                seen = await agent.status()
+                                if holds(seen):
+                                    return seen
+                    except Unreachable:  # it is only starting, or was killed meanwhile and starts anew
+                        await asyncio.sleep(0.05)
         except TimeoutError:
             pass
         state = "nothing" if seen is None else f"policy {seen.policy_revision}, " + ", ".join(
