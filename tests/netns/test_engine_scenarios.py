@@ -57,10 +57,10 @@ def test_traffic_of_every_kind_at_a_small_and_a_large_mtu(first: list[str], seco
         until(agree, "the counters do not agree")
         assert transfers(a)[1] > 4 * (mtu - 48)
         size = 4 << 20
-        assert iperf(b, a, a.tunnel[0], "-n", str(size))["sum_received"]["bytes"] > size / 4
+        assert iperf(b, a, a.tunnel[0], "-n", str(size))["sum_received"]["bytes"] > size / 16
         for family in (0, 1):
             end = iperf(a, b, b.tunnel[family], "-n", str(size))
-            assert end["sum_received"]["bytes"] > size / 4  # what had arrived when the client stopped
+            assert end["sum_received"]["bytes"] > size / 16  # what had arrived when the client stopped: it may be far ahead
             length = str(mtu - 100)
             udp = iperf(a, b, b.tunnel[family], "-u", "-b", "20M", "-n", "1M", "-l", length)
             assert udp["sum"]["packets"] > 10
