@@ -171,8 +171,10 @@ def test_an_altered_state_file(lab: Lab, host: Node, file: str) -> None:
 
 def _with_file(host: Node, file: str, change: Callable[[bytes], bytes], allowed: set[tuple[int, str]]) -> None:
     path = host.state_dir / file
-    if not path.exists():  # epochs.json comes with the first start
-        path.write_text("{")
+    missing = not path.exists()
+    if missing:  # epochs.json comes with the first start
+        path.write_text('{"version": 1, "epochs": {"web/0": 3}}')
+        path.chmod(0o600)
     good, before = path.read_bytes(), traces(host)
     bad = change(good)
     assert bad != good
@@ -183,3 +185,5 @@ def _with_file(host: Node, file: str, change: Callable[[bytes], bytes], allowed:
         assert traces(host) == before
     finally:
         path.write_bytes(good)
+        if missing:
+            path.unlink()
