@@ -25,7 +25,8 @@ from typing import Final
 from identity.errors import RetinueError, Unreachable
 from mesh import netns, taps
 from mesh.devices import Choice, Device, DeviceConfig, PeerState, after, choose, peer_changes
-from mesh.firewall import DeniedFlow, Firewall, log_group
+from mesh.firewall import DeniedFlow, Firewall
+from mesh.firewall_names import log_group
 from mesh.host import HostNet
 from mesh.inside import Places
 from mesh.netfilter import Handler, Listener, Tracked, forget, listing

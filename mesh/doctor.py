@@ -161,7 +161,7 @@ async def _agent(path: Path) -> Status | RetinueError:
 async def _marks(interface: str) -> Check:
     """Does a rule of somebody else touch our bit of the packet mark?"""
     from mesh import nft
-    from mesh.firewall import accepted_mark
+    from mesh.firewall_names import accepted_mark
     from mesh.marks import foreign_marks
 
     try:

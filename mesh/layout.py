@@ -27,7 +27,7 @@ from ipaddress import IPv4Address
 from typing import Final
 
 from mesh.devices import TUNNEL
-from mesh.firewall import accepted_mark, slot
+from mesh.firewall_names import accepted_mark, slot
 from mesh.plan import AttachmentPlan, Plan
 from mesh.snapshot import InstanceKey
 

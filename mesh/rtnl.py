@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final
 
 from identity.errors import Bug, Conflict, NoPrivilege, NotFound, RetinueError
-from mesh.firewall import slot
+from mesh.firewall_names import slot
 from mesh.layout import (
     FAST_RULE,
     GATE_RULE,

@@ -16,7 +16,7 @@ from typing import Final
 
 from identity.errors import BadInput, Conflict, NotFound
 from mesh import nft
-from mesh.firewall import accepted_mark, table_name
+from mesh.firewall_names import accepted_mark, table_name
 from mesh.inside import GATEWAY4
 
 ALIAS: Final = "retinue "  # of links that are ours

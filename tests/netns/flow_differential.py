@@ -27,7 +27,7 @@ from typing import Any
 from identity.records import PlacementRecord, PolicyFile, PolicyRecord
 from mesh import netns
 from mesh.compile import Compiler, LocalFacts
-from mesh.firewall import table_name
+from mesh.firewall_names import table_name
 from mesh.plan import Plan
 from mesh.snapshot import InstanceKey, Snapshot
 from policy.compile import compile_policy

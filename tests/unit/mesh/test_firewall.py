@@ -14,22 +14,18 @@ from hypothesis import strategies as st
 from identity.errors import BadInput, NoPrivilege
 from mesh import nft
 from mesh.compile import compile_plan
-from mesh.firewall import (
+from mesh.firewall import Firewall, fingerprint
+from mesh.firewall_names import accepted_mark, slot, table_name
+from mesh.firewall_rules import replacement, skeleton
+from mesh.firewall_sets import (
     LIMITS,
     Delta,
-    Firewall,
     Sets,
-    accepted_mark,
     all_sets,
-    fingerprint,
     intervals,
     pair_sets,
-    replacement,
     sets_delta,
-    skeleton,
-    slot,
     statements,
-    table_name,
     topology_sets,
 )
 from mesh.plan import Plan

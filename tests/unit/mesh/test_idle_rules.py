@@ -7,7 +7,9 @@ from dataclasses import replace
 
 from mesh import idle_rules
 from mesh.compile import LocalFacts
-from mesh.firewall import Sets, all_sets, fingerprint, replacement, sets_delta, skeleton
+from mesh.firewall import fingerprint
+from mesh.firewall_rules import replacement, skeleton
+from mesh.firewall_sets import Sets, all_sets, sets_delta
 from mesh.plan import Plan
 from policy.program import Rule
 from tests.unit.mesh.plans import allow, facts, placement

@@ -12,7 +12,7 @@ from identity.errors import BadInput, NotFound, Refused
 from mesh import netns
 from mesh.compile import LocalAttachment, LocalFacts, compile_plan
 from mesh.devices import TUNNEL
-from mesh.firewall import accepted_mark
+from mesh.firewall_names import accepted_mark
 from mesh.layout import FAST_RULE, LOCAL_RULE, TABLE_LOCAL, Layout, Route, Rule, layout, rules, tables
 from mesh.snapshot import InstanceKey
 from tests.unit.mesh.plans import ME, TD, allow, endpoint, facts, placement, program, snapshot, tunnel_key

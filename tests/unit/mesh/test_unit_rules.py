@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 
 from mesh.compile import compile_plan
-from mesh.firewall import accepted_mark, all_sets, narrowing, sets_delta, skeleton
+from mesh.firewall_names import accepted_mark
+from mesh.firewall_rules import skeleton
+from mesh.firewall_sets import all_sets, narrowing, sets_delta
 from mesh.layout import UNIT_RULE, Layout, layout, tables, unit_table, void_name
 from mesh.plan import Plan, UnitPlan
 from mesh.unit_rules import elements, levels, place_of
