@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -18,6 +18,7 @@ from identity.wire.local import Attach
 from mesh import netns, taps, units
 from mesh.attestation import Caller, NamespaceId, namespace_at
 from mesh.compile import LocalAttachment
+from mesh.plan import UnitPlan
 from mesh.processes import process_start
 from mesh.snapshot import InstanceKey, instance_key
 from mesh.state import SavedPlace, StateDir
@@ -38,6 +39,8 @@ class Attachments:
         self._links: LinkWatch | None = None
         self._groups: units.GroupWatch | None = None
         self._seen: dict[str, int | None] = {}  # control group -> its id when it was last looked at
+        self._named: dict[str, UnitPlan | str] = {}  # the groups that policy names, as the newest plan knows them
+        self._followed: frozenset[str] = frozenset()
 
     def load(self) -> None:
         """Take over what was attached before, as far as it still exists. Raises BadState."""
@@ -65,9 +68,11 @@ class Attachments:
 
     def local(self) -> Mapping[InstanceKey, LocalAttachment]:
         """The places as the compiler wants them. Named namespaces and control groups are looked up anew: they may have
-        been recreated.
+        been recreated. The groups that it asks for are followed from then on.
         """
         out = {}
+        named: dict[str, UnitPlan | str] = {}
+        groups = units.NamedGroups(lambda path: self._look(path, named))
         for key, place in self._places.items():
             inode = place.inode
             if place.attach.kind == "netns" and _pid(place.attach) is None and place.attach.netns is not None:
@@ -75,8 +80,18 @@ class Attachments:
                     inode = netns.identify(place.attach.netns)
             group = place.attach.cgroup
             unit = None if group is None else units.unit_plan(group, place.attach.uid)
-            out[key] = LocalAttachment(place.attach.kind, place.attach.netns, inode, place.attach.device, unit)
+            at_home = place.attach.kind in {"host", "unit"}
+            out[key] = LocalAttachment(
+                place.attach.kind, place.attach.netns, inode, place.attach.device, unit, groups if at_home else {}
+            )
         return out
+
+    def _look(self, path: str, named: dict[str, UnitPlan | str]) -> UnitPlan | str:
+        self._named = named
+        if path not in self._followed:
+            self._follow_groups({*self._followed, path})  # before it is looked at: a change in between has to be heard
+        named[path] = units.named(path)
+        return named[path]
 
     def is_at(self, key: InstanceKey, space: NamespaceId) -> bool:
         """Is this the instance's network namespace, looked up now? The asker keeps `space` from ending meanwhile."""
@@ -151,21 +166,26 @@ class Attachments:
                 self._link_ended(place.inode)
 
     def _watch_groups(self) -> None:
-        paths = sorted({p.attach.cgroup for p in self._places.values() if p.attach.cgroup is not None})
+        paths = {p.attach.cgroup for p in self._places.values() if p.attach.cgroup is not None}
+        self._follow_groups(paths | self._named.keys())
+        self._seen = {path: units.ident_of(path) for path in paths}
+
+    def _follow_groups(self, paths: Collection[str]) -> None:
+        self._followed = frozenset(paths)
         try:
             if self._groups is None and paths:
                 self._groups = units.GroupWatch(self._groups_changed)
         except OSError as e:
             log.warning("control groups are not watched; a unit that starts again has to be attached again", why=e.strerror)
         if self._groups is not None:
-            self._groups.follow(paths)
-        self._seen = {path: units.ident_of(path) for path in paths}
+            self._groups.follow(sorted(paths))
 
     def _groups_changed(self) -> None:
-        before = self._seen
+        before, named = self._seen, self._named
         self._watch_groups()
-        if self._seen != before:
-            log.info("a control group of an attachment appeared or went")
+        self._named = {path: units.named(path) for path in named}
+        if self._seen != before or self._named != named:
+            log.info("a control group of an attachment or a rule appeared, went or changed hands")
             self._changed()
 
     def _save(self, places: dict[InstanceKey, SavedPlace]) -> None:

@@ -33,7 +33,7 @@ from mesh.plan import (
 from mesh.snapshot import InstanceKey, Snapshot, instance_key
 from policy.evaluate import Bound, bounds, enforced, matches, permitted
 from policy.ports import NOTHING, PortMap
-from policy.program import Program, Selector, Subject
+from policy.program import Process, Program, Selector, Subject
 
 if TYPE_CHECKING:
     from policy.rollout import Staged
@@ -51,7 +51,8 @@ class LocalAttachment:
 
     netns: a named namespace or a path, for kind netns. inode: its identity (mesh.netns.identify), so that two names of
     one namespace share one link; without it the name is the identity. device: the link of kind tap. unit: the control
-    group of kind unit.
+    group of kind unit. groups: control groups of this machine by path, for rules that name one (kinds host and unit);
+    a text says why that one is not believed.
     """
 
     kind: AttachmentKind
@@ -59,6 +60,7 @@ class LocalAttachment:
     inode: int | None = None
     device: str | None = None
     unit: UnitPlan | None = None
+    groups: Mapping[str, UnitPlan | str] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -390,12 +392,13 @@ class _Compilation:
         dst_key: InstanceKey, dst: PlacementRecord, verdict: Verdict,
     ) -> None:  # fmt: skip
         ports, sure, limits = self._bounded(src_key, src, verdict)
+        known = self._groups(src_key, limits) if limits else ()
         if ports:
             policy = self.snapshot.policy
             revision = f" (policy revision {policy.revision})" if policy is not None else ""
             pairs[src_key, dst_key] = PairPlan(
                 src_key, dst_key, _both(src), _both(dst), ports, f"{src_key} may reach {dst_key}: {ports}{revision}",
-                sure if sure != ports else None, limits,
+                sure if sure != ports else None, limits, known,
             )  # fmt: skip
 
     def _bounded(
@@ -408,17 +411,40 @@ class _Compilation:
                 continue
             limit = replace(bound, ports=bound.ports & sure)
             if bound.processes:
-                limit = replace(limit, processes=tuple(p for p in bound.processes if p.kind == "uid"))
-                place = self.facts.attachments.get(key)
-                at_home = place is not None and place.kind in {"host", "unit"}
-                if not at_home or not limit.processes:
-                    why = "control groups are not checked yet" if at_home else "it is not in the host's own namespace"
-                    self._note("plan.process", f"{key} cannot use {limit.ports} of rule {bound.rule}, which names a process: {why}")
+                limit = replace(limit, processes=self._checkable(key, limit))
+                if not limit.processes:
                     ports, sure = ports - limit.ports, sure - limit.ports
                     continue
             if limit.ports:
                 kept.append(limit)
         return ports, sure, tuple(kept)
+
+    def _checkable(self, key: InstanceKey, bound: Bound) -> tuple[Process, ...]:
+        """Those of its processes that this host can tell from others, running or not."""
+        place = self.facts.attachments.get(key)
+        if place is None or place.kind not in {"host", "unit"}:
+            self._note("plan.process", f"{key} cannot use {bound.ports} of rule {bound.rule}, which names a process: it is not in the host's own namespace")
+            return ()
+        kept = []
+        for process in bound.processes:
+            group = None if process.kind == "uid" else place.groups.get(process.value, "control groups are not known here")
+            if isinstance(group, str):
+                why = group
+            elif group is not None and group.ident is None:
+                why = "it is not there; is its unit running?"
+            else:
+                why = ""
+            if why:
+                self._note("plan.process", f"nobody in /{process.value} uses {bound.ports} of rule {bound.rule} as {key}: {why}")
+            if not isinstance(group, str):
+                kept.append(process)
+        return tuple(kept)
+
+    def _groups(self, key: InstanceKey, bounds: Iterable[Bound]) -> tuple[UnitPlan, ...]:
+        """The control groups that bounds name, each once."""
+        paths = sorted({p.value for bound in bounds for p in bound.processes if p.kind == "cgroup"})
+        found = (self.facts.attachments[key].groups.get(path) for path in paths)
+        return tuple(group for group in found if isinstance(group, UnitPlan))
 
     def _peer(self, name: str, instances: set[InstanceKey], others: Mapping[InstanceKey, PlacementRecord]) -> PeerPlan:
         record = self.endpoints[name]

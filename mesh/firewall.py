@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from mesh import idle_rules, nft, unit_rules, units
+from mesh import idle_rules, nft, process_rules, unit_rules, units
 from mesh.firewall_names import table_name
 from mesh.firewall_rules import NOTED, replacement
 from mesh.firewall_sets import LIMITS, Delta, Sets, all_sets, narrowing, sets_delta, statements
@@ -129,17 +129,21 @@ class Firewall:
         await self.widen(plan)
 
     @staticmethod
-    def _shape(plan: Plan | None) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What of the plan decides on the chains of the table: levels of control groups, idle timeouts."""
-        return ((), ()) if plan is None else (unit_rules.levels(plan.units), idle_rules.seconds(plan))
+    def _shape(plan: Plan | None) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """What of the plan decides on the chains of the table: levels of the control groups of units, idle timeouts, levels
+        of the control groups that rules name.
+        """
+        if plan is None:
+            return (), (), ()
+        return unit_rules.levels(plan.units), idle_rules.seconds(plan), process_rules.levels(plan)
 
     def _whole(self, plan: Plan | None) -> str:
         """A group that has gone since the plan was made may not keep the table from being put back."""
         sets = {} if plan is None else all_sets(plan)
         for name in [n for n in sets if n.startswith(unit_rules.GROUP)]:
             sets[name] = {e for e in sets[name] if units.exists(unit_rules.place_of(e))}
-        levels, idle = self._shape(plan)
-        return replacement(self.interface, sets, close_v6=self.close_v6, levels=levels, idle=idle)
+        levels, idle, named = self._shape(plan)
+        return replacement(self.interface, sets, close_v6=self.close_v6, levels=levels, idle=idle, named=named)
 
     async def _replace(self, plan: Plan) -> None:
         await self._commit(self._whole(plan))
@@ -204,7 +208,7 @@ class Firewall:
             if await nft.has(self.table, rest, ends) and not await nft.has(self.table, f"{prefix}except{family}", f"{ends} . {proto}"):
                 return rest
             if not prefix and port is not None and await nft.has(self.table, f"bound{family}", f"{ends} . {proto} . {port}-{port}"):
-                return f"uid{family}"
+                return f"bound{family}"
         return None
 
     async def verdicts(self) -> dict[str, int]:

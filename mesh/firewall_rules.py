@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from mesh import idle_rules, unit_rules
+from mesh import idle_rules, process_rules, unit_rules
 from mesh.firewall_names import accepted_mark, log_group, table_name
 from mesh.firewall_sets import statements
 
@@ -38,23 +38,26 @@ NOTED: Final = ("denied", "audited")
 
 def replacement(
     interface: str, sets: Mapping[str, set[str]], *, close_v6: bool = False, levels: tuple[int, ...] = (),
-    idle: tuple[int, ...] = (),
+    idle: tuple[int, ...] = (), named: tuple[int, ...] = (),
 ) -> str:  # fmt: skip
     """A transaction that puts the whole table in place of whatever stands under its name."""
     name = table_name(interface)
     return (
         f"add table inet {name}\ndelete table inet {name}\n"
-        + skeleton(interface, close_v6=close_v6, levels=levels, idle=idle)
+        + skeleton(interface, close_v6=close_v6, levels=levels, idle=idle, named=named)
         + statements(name, "add", {key: lines for key, lines in sets.items() if lines})
     )
 
 
-def skeleton(interface: str, *, close_v6: bool = False, levels: tuple[int, ...] = (), idle: tuple[int, ...] = ()) -> str:
+def skeleton(
+    interface: str, *, close_v6: bool = False, levels: tuple[int, ...] = (), idle: tuple[int, ...] = (),
+    named: tuple[int, ...] = (),
+) -> str:  # fmt: skip
     """The table without elements: sets, counters, chains. Everything that is not in a set is denied.
 
     close_v6: IPv6 forwarding of the whole host was switched on for our links' sake, so it is closed for all others.
     levels: of the control groups that hold an identity; without them the kernel is not asked for what it may not have.
-    idle: the idle timeouts in use, in seconds.
+    idle: the idle timeouts in use, in seconds. named: levels of the control groups that rules name.
     """
     closed = "meta nfproto ipv6 drop" if close_v6 else ""
     mark = f"0x{accepted_mark(interface):08x}"
@@ -66,6 +69,7 @@ def skeleton(interface: str, *, close_v6: bool = False, levels: tuple[int, ...] 
     parts.append("set taps { type ifname; }")
     for family in (4, 6):
         parts += _sets(family, f"ipv{family}_addr", (*NOTED, *((idle_rules.NOTED,) if idle else ())))
+    parts += process_rules.sets(named)
     parts += unit_rules.sets(levels) if levels else []
     parts += idle_rules.sets() if idle else []
     unit_in, unit_out = (unit_rules.INPUT, unit_rules.OUTPUT) if levels else ("", "")
@@ -103,7 +107,7 @@ chain watch {{
 chain unlogged {{
     counter name unlogged
 }}
-{_verdict(4, watched=bool(idle))}{_verdict(6, watched=bool(idle))}{_idle_chains(idle, group)}{unit_rules.chains(levels, mark) if levels else ""}
+{process_rules.CHAIN}{_verdict(4, named, watched=bool(idle))}{_verdict(6, named, watched=bool(idle))}{_idle_chains(idle, group)}{unit_rules.chains(levels, mark) if levels else ""}
 chain prerouting {{
     type filter hook prerouting priority mangle; policy accept;
     iifname "lo" accept
@@ -201,8 +205,6 @@ def _sets(family: int, address: str, kinds: tuple[str, ...]) -> list[str]:
             f"set {prefix}rest{family} {{ type {ends}; }}",
             f"set {prefix}except{family} {{ type {ends} . inet_proto; }}",
         )),
-        f"set uid{family} {{ type uid . {flow}; flags interval; }}",
-        f"set bound{family} {{ type {flow}; flags interval; }}",
         f"map rate{family} {{ type {flow} : limit; flags interval; }}",
         f"map back{family} {{ type {flow} : limit; flags interval; }}",
         f"set error{family} {{ type {ends} . {address}; }}",
@@ -260,8 +262,10 @@ chain {chain} {{
 """
 
 
-def _verdict(family: int, *, watched: bool) -> str:
-    """The chains of one family; `watched`: some flows end when they fall silent. Port 0 is never permitted, also not by a protocol that is allowed whole."""
+def _verdict(family: int, named: tuple[int, ...], *, watched: bool) -> str:
+    """The chains of one family; `watched`: some flows end when they fall silent. Port 0 is never permitted, also not by a
+    protocol that is allowed whole.
+    """
     ip = "ip" if family == 4 else "ip6"
     there, back = f"{ip} saddr . {ip} daddr", f"{ip} daddr . {ip} saddr"
     if family == 4:
@@ -274,9 +278,7 @@ def _verdict(family: int, *, watched: bool) -> str:
         floor = "icmpv6 type packet-too-big icmpv6 mtu < 1280 drop"
     lookups = ""
     for direction, ends, port in (("original", there, "th dport"), ("reply", back, "th sport")):
-        own = f"meta skuid . {ends} . meta l4proto . {port} @uid{family}" if direction == "original" else (
-            f"{ends} . meta l4proto . {port} @bound{family}"
-        )  # fmt: skip
+        own = process_rules.lookups(family, named) if direction == "original" else process_rules.answers(family)
         end = "watch" if direction == "original" else "pass"
         lookups += f"""
 chain {direction}{family} {{
@@ -285,7 +287,7 @@ chain {direction}{family} {{
     {ends} . meta l4proto @proto{family} goto pass
     {ends} . meta l4proto . {port} @range{family} goto pass
     {ends} @rest{family} {ends} . meta l4proto != @except{family} goto pass
-    {own} goto pass
+    {own}
     {ends} . meta l4proto . {port} @apair{family} goto {end}
     {ends} . meta l4proto @aproto{family} goto {end}
     {ends} . meta l4proto . {port} @arange{family} goto {end}

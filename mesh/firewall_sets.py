@@ -12,10 +12,9 @@ Sets, one of each per family (suffix 4 or 6):
     denied  src . dst . protocol . port    flows refused in the last minutes, with counters; bounded
 
 What only an audit lets through stands in sets of its own (apair, arange, aproto, arest, aexcept), looked up last. Ports
-that only some processes may reach from an instance on the host itself stand in `uid` (user . src . dst . protocol . port)
-instead of the others, and in `bound` for the answers. Ceilings are limit objects named by rate (packets of the first
-direction) and back (answers). With units there are sets of their addresses and control groups (mesh/unit_rules.py), with
-idle timeouts those of mesh/idle_rules.py.
+that only some processes may use stand in those of mesh/process_rules.py instead of the others. Ceilings are limit objects
+named by rate (packets of the first direction) and back (answers). With units there are sets of their addresses and
+control groups (mesh/unit_rules.py), with idle timeouts those of mesh/idle_rules.py.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from mesh import idle_rules, unit_rules
+from mesh import idle_rules, process_rules, unit_rules
 from mesh.plan import AttachmentPlan, Elements, PairPlan, Plan, diff, elements_of
 from policy.evaluate import Bound
 from policy.ports import ICMP, ICMPV6, NOTHING, PortMap, union
@@ -57,9 +56,9 @@ def pair_sets(pair: PairPlan) -> Sets:
 def _add_bound(out: Sets, family: int, ends: str, bound: Bound, pair: PairPlan) -> None:
     flows = [f"{ends} . {flow}" for flow in intervals(bound.ports, family)]
     if bound.processes:
-        out.setdefault(f"bound{family}", set()).update(flows)
-        users = [p.value for p in bound.processes if p.kind == "uid"]
-        out.setdefault(f"uid{family}", set()).update(f"{user} . {flow}" for user in users for flow in flows)
+        groups = {group.path: group for group in pair.groups}
+        for name, lines in process_rules.elements(bound.processes, groups, flows, family).items():
+            out.setdefault(name, set()).update(lines)
     if bound.idle_timeout is not None:
         out.setdefault(f"{idle_rules.MAP}{family}", set()).update(
             idle_rules.element(flow, family, bound.idle_timeout) for flow in flows

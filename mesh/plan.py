@@ -106,12 +106,12 @@ class PeerPlan:
 
 @dataclass(frozen=True, slots=True)
 class UnitPlan:
-    """A control group that holds an identity inside the host's own network namespace.
+    """A control group that holds an identity inside the host's own network namespace, or that a rule names.
 
     path:  from the root of the unified hierarchy, without a slash in front
     place: the same as nft has it, from /sys/fs/cgroup
-    ident: its id (cgroup_id in the kernel); another one under the same path is another group. None: it is not there,
-           and nobody may use the addresses
+    ident: its id (cgroup_id in the kernel, 64 bits, given once); another one under the same path is another group.
+           None: it is not there, and nobody may use the addresses
     uid:   the user whose connections choose the addresses by themselves
     """
 
@@ -161,6 +161,7 @@ class PairPlan:
 
     enforced: what of it policy permits; the rest is open only while something audits, and is recorded. None: all of it
     bounds:   ceilings, and processes that this host checks because the source is here
+    groups:   the control groups among those, as they are now; in one without an id there is nobody
     """
 
     src: InstanceKey
@@ -171,6 +172,7 @@ class PairPlan:
     why: str
     enforced: PortMap | None = None
     bounds: tuple[Bound, ...] = ()
+    groups: tuple[UnitPlan, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

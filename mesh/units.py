@@ -14,17 +14,18 @@ import os
 import re
 import stat
 import subprocess
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
-from identity.errors import BadInput, NotFound, Refused
+from identity.errors import BadInput, NotFound, Refused, RetinueError
 from mesh.plan import UnitPlan
+from policy.processes import group_of_unit as group_of_system_unit
 
 TREE: Final = Path("/sys/fs/cgroup")  # what nft takes paths from
 OWNER: Final = 0  # of everything above a group that holds an identity
 MAX_LEVEL: Final = 255  # nft's type of the level is a byte
-_CREATE, _DELETE, _DELETE_SELF, _ONLYDIR = 0x100, 0x200, 0x400, 0x0100_0000  # linux/inotify.h
+_ATTRIB, _CREATE, _DELETE, _DELETE_SELF, _ONLYDIR = 0x4, 0x100, 0x200, 0x400, 0x0100_0000  # linux/inotify.h
 _UNIT: Final = re.compile(r"[A-Za-z0-9:_.\\@-]{1,255}")  # systemd.unit(5)
 
 
@@ -51,11 +52,21 @@ def clean(path: str) -> str:
 
 def inspect(path: str) -> int:
     """Id of a control group that may hold an identity. Raises BadInput, NotFound, Refused ``attach.cgroup``."""
+    check_way(path)
+    ident = ident_of(path)
+    if ident is None:
+        raise NotFound("attach.cgroup", f"there is no control group /{clean(path)}", hint="start the unit first, or attach in its ExecStartPre")
+    return ident
+
+
+def check_way(path: str) -> None:
+    """Is all above a group root's alone? Then only root makes it anew and moves processes into it from outside (cgroups(7):
+    both need a directory above). Raises BadInput, NotFound, Refused ``attach.cgroup``.
+    """
     base, name = root(), clean(path)
-    place = base / name
-    for above in place.parents:
-        if above == base:
-            break
+    for above in reversed((base / name).parents):
+        if base not in above.parents:
+            continue
         try:
             found = above.lstat()
         except OSError:
@@ -65,10 +76,34 @@ def inspect(path: str) -> int:
                 "attach.cgroup", f"/{above.relative_to(base)} does not belong to root alone: its owner could make /{name} anew",
                 hint="attach a group that only root can make, such as a system service",
             )  # fmt: skip
-    ident = ident_of(path)
-    if ident is None:
-        raise NotFound("attach.cgroup", f"there is no control group /{name}", hint="start the unit first, or attach in its ExecStartPre")
-    return ident
+
+
+def named(path: str) -> UnitPlan | str:
+    """A group that policy names, as it is now, or why its members are not believed to be what policy means."""
+    try:
+        check_way(path)
+    except RetinueError as e:
+        return e.message
+    return unit_plan(path, None)
+
+
+class NamedGroups(Mapping[str, UnitPlan | str]):
+    """`named` by path, each looked up when it is first asked for and then kept. Iterating gives those asked for."""
+
+    def __init__(self, look: Callable[[str], UnitPlan | str] = named) -> None:
+        self._look = look
+        self._found: dict[str, UnitPlan | str] = {}
+
+    def __getitem__(self, path: str) -> UnitPlan | str:
+        if path not in self._found:
+            self._found[path] = self._look(path)
+        return self._found[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._found)
+
+    def __len__(self) -> int:
+        return len(self._found)
 
 
 def ident_of(path: str) -> int | None:
@@ -102,9 +137,10 @@ def group_of_unit(name: str) -> str:
         said = ""
     if said:
         return said
-    stem, at, _ = full.partition("@")
-    between = "/system-" + stem.replace("-", "\\x2d") + ".slice" if at else ""
-    return f"/system.slice{between}/{full}"
+    place = group_of_system_unit(full)
+    if place is None:
+        raise BadInput("attach.unit", f"not the name of a unit: {ascii(name)[:80]}", hint="such as nginx.service")
+    return f"/{place}"
 
 
 def join(path: str) -> str:
@@ -138,7 +174,7 @@ def within(group: str, path: str) -> bool:
 
 
 class GroupWatch:
-    """Calls `changed` when a directory appears or goes on the way to one of the groups. Needs a running loop."""
+    """Calls `changed` when a directory appears, goes or changes hands on the way to one of the groups. Needs a running loop."""
 
     def __init__(self, changed: Callable[[], None]) -> None:
         self._changed = changed
@@ -158,7 +194,7 @@ class GroupWatch:
             self._libc.inotify_rm_watch(self._fd, self._watched.pop(place))
         for place in wanted:
             # Again also where it is watched: the directory may be another one by now.
-            number = self._libc.inotify_add_watch(self._fd, os.fsencode(place), _CREATE | _DELETE | _DELETE_SELF | _ONLYDIR)
+            number = self._libc.inotify_add_watch(self._fd, os.fsencode(place), _ATTRIB | _CREATE | _DELETE | _DELETE_SELF | _ONLYDIR)
             if number >= 0:
                 self._watched[place] = number
             else:

@@ -36,6 +36,7 @@ from policy.model import (
     Service,
 )
 from policy.ports import ANYTHING, FLOWING, NAMES, PortMap, union
+from policy.processes import parse_process
 from policy.program import Action, Everything, Process, Selector
 from policy.selectors import (
     NAME,
@@ -63,8 +64,6 @@ _RATE_UNITS: Final = {"": 1, "k": 1_000, "M": 1_000_000, "G": 1_000_000_000}
 MIN_RATE: Final = 8_000  # bits a second
 MAX_RATE: Final = 1_000_000_000_000
 MAX_IDLE: Final = 30 * 86400  # seconds
-_CGROUP: Final = re.compile(r"[A-Za-z0-9:_.@\\-]{1,128}(?:/[A-Za-z0-9:_.@\\-]{1,128}){0,15}")
-_UID_MAX: Final = (1 << 32) - 2
 
 
 def digest(files: Sequence[tuple[str, str]]) -> str:
@@ -466,7 +465,7 @@ class _Loader:
         rest = {key: pair for key, pair in node.entries.items() if key != "process"}
         if not rest:
             raise node.bad("policy.empty_selector", "from names a process but no workload", hint="add a group or labels")
-        found = tuple(sorted({_process(one) for one in value.one_or_more("process")}))
+        found = tuple(sorted({parse_process(one) for one in value.one_or_more("process")}))
         return replace(node, entries=rest), found
 
     def _inside(self, scope: str, node: Node | None, selector: Selector | None) -> None:
@@ -569,25 +568,6 @@ def _one_of(node: Node, what: str, known: Collection[str]) -> str:
 
 def _boolean(node: Node) -> bool:
     return _one_of(node, "this", {"true", "false"}) == "true"
-
-
-def _process(node: Node) -> Process:
-    """``uid:1001``. Control groups and units are understood, and refused until hosts check them. Raises BadPolicy."""
-    text = node.scalar("process")
-    kind, colon, value = text.partition(":")
-    if kind == "uid" and value.isascii() and value.isdigit() and len(value) < 11 and int(value) <= _UID_MAX:
-        return Process("uid", str(int(value)))
-    good = bool(colon) and _CGROUP.fullmatch(value) is not None and not {".", ".."} & set(value.split("/"))
-    if good and (kind == "cgroup" or (kind == "unit" and "/" not in value and "." in value)):
-        raise node.bad("policy.not_enforced", f"no host checks a {kind} yet, so it is not accepted",
-                       hint="run it as a user of its own and write uid:N, or give it an identity of its own with `retinue run`")  # fmt: skip
-    if text.startswith("/"):
-        raise node.bad(
-            "policy.not_enforced", "the path of an executable is no barrier, so it is not accepted as one",
-            hint="name what the kernel can check: process: uid:1001",
-        )  # fmt: skip
-    raise node.bad("policy.process", f"not a process: {ascii(text)[:60]}",
-                   hint="write uid:1001")  # fmt: skip
 
 
 def _rate(node: Node) -> int:

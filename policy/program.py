@@ -69,7 +69,7 @@ class Subject:
 
 @dataclass(frozen=True, slots=True, order=True)
 class Process:
-    """Who may use an allow rule at the source: a uid (decimal) or a control group (path below the root)."""
+    """Who may use an allow rule at the source: a uid (decimal) or a control group (path below the root, no slash around)."""
 
     kind: Literal["uid", "cgroup"]
     value: str

@@ -110,7 +110,7 @@ def schema() -> dict[str, Any]:
         **_object(properties, ["meshpolicy"]),
         "$defs": {
             "selector": {
-                "description": 'a group name, "*" for everybody inside, labels such as {app: shop}, or not, any, all, workload, under; in `from` also spiffe://OTHER.EXAMPLE/PATH or /*, and in `from` of an allow also process: uid:N',
+                "description": 'a group name, "*" for everybody inside, labels such as {app: shop}, or not, any, all, workload, under; in `from` also spiffe://OTHER.EXAMPLE/PATH or /*, and in `from` of an allow also process: uid:N, unit:NAME or cgroup:/PATH',
                 "anyOf": [_TEXT, {"type": "object", "minProperties": 1}, {"type": "array", "minItems": 1, "items": _ref("selector")}],
             },
             "ports": _one_or_more(_TEXT | {"description": "tcp/443, tcp/8000-8010, udp, icmp, any, or a service name"}),

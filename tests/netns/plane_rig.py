@@ -104,7 +104,7 @@ class Host:
         key_file = self.dir / "key"
         key_file.write_bytes(self.key.private_bytes_raw())
         self.process = subprocess.Popen(
-            ["ip", "netns", "exec", self.ns, sys.executable, str(Path(__file__).with_name("plane_driver.py")),
+            ["nsenter", f"--net=/run/netns/{self.ns}", sys.executable, str(Path(__file__).with_name("plane_driver.py")),  # /sys stays, with the groups
              "--interface", self.interface, "--port", "51820", "--key", str(key_file), "--run-dir", str(self.dir / "run"),
              "--engine", str(self.engine), *extra],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY,

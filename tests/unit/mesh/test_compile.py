@@ -327,7 +327,7 @@ def test_a_process_is_checked_where_it_runs_or_not_let_through(place: str) -> No
     assert len([n for n in plan.notes if n.code == "plan.process"]) == {"host": 0, "netns": 2, "far": 0}[place]
 
 
-def test_a_process_that_no_host_checks_gets_nothing() -> None:
+def test_a_group_that_is_not_known_here_gets_nothing() -> None:
     rule = replace(allow("web", "api", "tcp/80"), processes=(Process("cgroup", "system.slice/x.service"),))
     plan = compile_plan(snapshot([WEB, API], endpoints=ENDPOINTS), facts(host=["web/0"]), program=program(rule))
     assert plan.pairs == {}

@@ -17,7 +17,9 @@ from identity.wire.local import Attach
 from mesh import units
 from mesh.attachments import Attachments
 from mesh.attestation import Caller
-from mesh.state import StateDir
+from mesh.plan import UnitPlan
+from mesh.snapshot import instance_key
+from mesh.state import SavedPlace, StateDir
 
 
 @pytest.fixture
@@ -153,6 +155,65 @@ async def test_a_group_that_goes_and_comes_again(tree: Path, private_dir: Path) 
         await heard.wait()
     assert other.local()["web/0"].unit is not None
     other.close()
+
+
+async def test_a_group_that_policy_names_is_followed(tree: Path, private_dir: Path) -> None:
+    """It need not be there yet, and nobody else's attachment has to be in it."""
+    heard = asyncio.Event()
+    made = Attachments(StateDir(private_dir), "boot", heard.set)
+    made.attach(Attach(name="web", kind="host"))
+    path, place = "system.slice/job.service", tree / "system.slice" / "job.service"
+
+    def ident() -> int | None:
+        found = made.local()["web/0"].groups[path]
+        assert isinstance(found, UnitPlan)
+        return found.ident
+
+    assert ident() is None
+    for step, there in ((place.mkdir, True), (place.rmdir, False), (place.mkdir, True)):
+        heard.clear()
+        step()
+        async with asyncio.timeout(5):
+            await heard.wait()
+        assert (ident() is not None) is there
+    heard.clear()
+    (tree / "system.slice").chmod(0o777)
+    async with asyncio.timeout(5):
+        await heard.wait()
+    view = made.local()["web/0"].groups
+    why = view.get(path)
+    assert isinstance(why, str)
+    assert "root alone" in why
+    (tree / "system.slice").chmod(0o755)
+    assert view[path] == why, "one plan sees one state"
+    assert list(view) == [path]
+    assert len(view) == 1
+    made.close()
+
+
+async def test_only_places_on_the_host_itself_know_groups(tree: Path, private_dir: Path) -> None:
+    made = Attachments(StateDir(private_dir), "boot", lambda: None)
+    made.attach(UNIT)
+    made.attach(Attach(name="api", kind="host"))
+    spaces = [SavedPlace(attach=Attach(name="job", kind="netns", netns="none"), inode=7)]
+    made._places |= {instance_key(one.attach.name, 0): one for one in spaces}
+    found = made.local()
+    assert found["web/0"].groups is found["api/0"].groups
+    assert "system.slice/web.service" in found["api/0"].groups
+    assert dict(found["job/0"].groups) == {}
+    made.close()
+
+
+def test_a_group_that_policy_names(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = units.named("system.slice/web.service")
+    assert isinstance(found, UnitPlan)
+    assert found.ident == units.ident_of("/system.slice/web.service")
+
+    def none() -> Path:
+        raise NotFound("attach.no_cgroups", "none here")
+
+    monkeypatch.setattr(units, "root", none)
+    assert units.named("system.slice/web.service") == "none here"
 
 
 async def test_one_place_at_a_time(tree: Path, private_dir: Path) -> None:
