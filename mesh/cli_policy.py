@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -48,6 +48,8 @@ At = Annotated[
     typer.Option("--at", metavar="INSTANT", help="Judge as of this instant, such as 2031-02-11T18:00Z (default: now)."),
 ]
 
+MAX_READ: Final = 64 * 1024 * 1024  # bytes of one file; the limits of each kind are lower
+
 
 @dataclass(slots=True)
 class Loaded:
@@ -62,13 +64,19 @@ class Loaded:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            data = file.read(MAX_READ + 1)
     except FileNotFoundError:
-        raise NotFound("file.missing", f"there is no file {path}") from None
-    except UnicodeDecodeError:
-        raise BadInput("file.encoding", f"{path} is not UTF-8 text") from None
+        raise NotFound("file.missing", f"there is no file {path}", hint="name policy files, or a folder of them") from None
     except OSError as error:
         raise BadInput("file.read", f"cannot read {path}: {error.strerror}") from None
+    if len(data) > MAX_READ:
+        raise BadInput("file.large", f"{path} is larger than {MAX_READ} bytes")
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
+    except UnicodeDecodeError as error:
+        line, column = data.count(b"\n", 0, error.start) + 1, error.start - data.rfind(b"\n", 0, error.start)
+        raise BadInput("file.encoding", f"{path}:{line}:{column}: not UTF-8 text", hint="save it as UTF-8") from None
 
 
 def _files(paths: list[Path]) -> list[tuple[str, str]]:

@@ -384,15 +384,17 @@ def bundle_show(
     path: Annotated[Path, typer.Argument(metavar="BUNDLE", help="The bundle.")],
     output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:
-    """Say what a bundle holds and who signed it. Exit status 1 when signatures are missing."""
-    from policy.bundle import states
-    from policy.signing import open_authority
+    """Say what a bundle holds and who signed it. Exit status 1 when signatures are missing, or its files are not the signed ones."""
+    from policy.bundle import check_contents, states
+    from policy.signing import open_authority, verify_bundle
 
     found = _bundle(path)
     authority = open_authority(found.authority, found.trust_domain)
+    check_contents(found)
     _show_states(found, authority, Output.JSON if as_json else output)
     if not all(s.complete for s in states(found, authority)):
         raise typer.Exit(1)
+    verify_bundle(authority, found.files, found.texts())
 
 
 # ---- the past

@@ -24,7 +24,7 @@ from identity.records_policy import (
     seal,
     signed_by,
 )
-from policy.signing import Authority, Files, file_scope, text_hash
+from policy.signing import Authority, Files, check_content, file_scope, text_hash
 
 KEY: Final = "retinue_policy_bundle"
 VERSION: Final = 1
@@ -85,7 +85,7 @@ def read_bundle(name: str, text: str) -> Bundle:
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 0)
         raise BadPolicy("bundle.form", "not a policy bundle: it is not readable as JSON", file=name, line=line,
-                        column=getattr(error, "colno", 0)) from None  # fmt: skip
+                        column=getattr(error, "colno", 0), hint="it may be cut off: ask for it again") from None  # fmt: skip
     try:
         if not isinstance(top, dict) or set(top) != {KEY, "trust_domain", "parts", "files", "authority"} or top[KEY] != VERSION:
             raise BadInput("bundle.form", "its keys are not those of a version 1 bundle")
@@ -178,8 +178,10 @@ def _by_scope(authority: Authority, files: Files) -> dict[str, list[tuple[str, s
 def sign_bundle(bundle: Bundle, authority: Authority, key: OperatorKey) -> tuple[Bundle, list[str]]:
     """The bundle with this key's signature on every part that its signer may sign and that lacks signatures.
 
-    Returns it with the scopes that were signed. Raises Refused ``policy.signer_scope`` when there is none.
+    Returns it with the scopes that were signed. Raises Refused ``policy.signer_scope`` when there is none, and NotVerified
+    ``policy.content`` when a text in it is not the one its part states: who signs has read the text.
     """
+    check_contents(bundle)
     public = b64(ed25519_public(key.public_key()))
     name = next((n for n, signer in authority.document.signers.items() if signer.key == public), None)
     if name is None:
@@ -198,6 +200,15 @@ def sign_bundle(bundle: Bundle, authority: Authority, key: OperatorKey) -> tuple
         scopes = ", ".join(sorted(repr(s.scope) for s in authority.document.scopes if name in s.signers)) or "nothing"
         raise Refused("policy.signer_scope", f"{name} may sign for {scopes}, and no part here is of that", hint="ask the owners of the part")
     return Bundle(bundle.trust_domain, bundle.files, tuple(parts), bundle.authority), signed
+
+
+def check_contents(bundle: Bundle) -> None:
+    """Every file is the one that its part states, and stands in one part. Says nothing about signatures. Raises NotVerified."""
+    texts = dict(bundle.files)
+    stated = [name for statement in bundle.statements().values() for name, _ in check_content(statement, texts)]
+    loose = [name for name, _ in bundle.files if stated.count(name) != 1]
+    if loose:
+        raise NotVerified("policy.files", f"the file {ascii(loose[0])[:80]} is in {'two parts' if loose[0] in stated else 'no part'} of the bundle")
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,28 @@ MAX_DEPTH: Final = 24
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _NULLS: Final = frozenset({"", "~", "null", "Null", "NULL"})
 _INT: Final = re.compile(r"[0-9]{1,15}")
+_HINTS: Final = {  # where the place of the fault has none of its own
+    "label.key": "small letters, digits, . _ and -, such as app; the words of the language are taken",
+    "label.value": "letters, digits, . _ / : and -, at most 63 of them, with a letter or digit at both ends",
+    "policy.alias": "use a named group or service instead",
+    "policy.cycle": "take one out of the other; what both need can be a group of its own",
+    "policy.duplicate": "rename one of the two, or remove it",
+    "policy.duplicate_id": "rename one of the two, or remove it",
+    "policy.duplicate_key": "remove one of the two",
+    "policy.empty": "an empty one never means all; remove it or fill it",
+    "policy.empty_selector": 'an empty selector never means everybody; write "*" for that',
+    "policy.grant_end": "a grant ends after it begins",
+    "policy.missing_key": "what belongs here: retinue policy schema",
+    "policy.name": "letters, digits, . _ and -",
+    "policy.number": "digits only, within the limits named",
+    "policy.outside_scope": "a flow between scopes needs offers: on one side and accepts: on the other",
+    "policy.tag": "leave out what begins with !",
+    "policy.too_complex": "split it: fewer groups within groups, or a label for what they list",
+    "policy.too_deep": "name the inner ones as groups",
+    "policy.type": "what belongs here: retinue policy schema",
+    "policy.unknown_value": "declare it under labels: {keys: {KEY: [VALUES]}}",
+    "policy.value": "what belongs here: retinue policy schema",
+}
 
 
 _NO_ENTRIES: Final[Mapping[str, tuple[Any, Any]]] = MappingProxyType({})  # shared by all scalars and lists
@@ -44,7 +66,7 @@ class Node:
 
     def bad(self, code: str, message: str, hint: str = "") -> BadPolicy:
         """The error at this node, to be raised."""
-        return BadPolicy(code, message, file=self.file, line=self.line, column=self.column, hint=hint)
+        return BadPolicy(code, message, file=self.file, line=self.line, column=self.column, hint=hint or _HINTS.get(code, ""))
 
     @property
     def null(self) -> bool:
@@ -131,7 +153,7 @@ def parse(file: str, text: str) -> Node:
         problem = getattr(error, "problem", None) or getattr(error, "reason", None) or "not readable as YAML"
         raise BadPolicy(
             "policy.syntax", f"not valid YAML: {problem}", file=file, line=mark.line + 1 if mark else _line(text, error),
-            column=mark.column + 1 if mark else 0, hint="check indentation, quotes and brackets near this position",
+            column=mark.column + 1 if mark else _column(text, error), hint="check indentation, quotes and brackets near this position",
         ) from None  # fmt: skip
     except UnicodeError:
         raise BadPolicy(
@@ -142,6 +164,11 @@ def parse(file: str, text: str) -> Node:
 def _line(text: str, error: yaml.YAMLError) -> int:
     position = getattr(error, "position", None)
     return text.count("\n", 0, position) + 1 if isinstance(position, int) and position >= 0 else 0
+
+
+def _column(text: str, error: yaml.YAMLError) -> int:
+    position = getattr(error, "position", None)
+    return position - text.rfind("\n", 0, position) if isinstance(position, int) and position >= 0 else 0
 
 
 def _build(file: str, text: str) -> Node:

@@ -27,6 +27,7 @@ from policy.program import AllOf, AnyOf, Everything, Exists, In, Named, Not, Sel
 
 WORDS: Final = frozenset({"not", "any", "all", "workload", "under", "group", "process"})
 NAME: Final = re.compile(r"[a-z][a-z0-9_-]{0,62}")
+_ADDRESS: Final = re.compile(r"[0-9]+(\.[0-9]+){1,3}(/[0-9]*)?|[0-9a-fA-F]*:[0-9a-fA-F:.]*(/[0-9]*)?")
 # Our limits: what a selector may grow to when its groups are written out.
 MAX_TERMS: Final = 5_000
 MAX_NESTING: Final = 40
@@ -229,7 +230,7 @@ class Names:
         if key is None:
             known = {n for s, n in self.group_nodes if s in set(ancestors(scope))}
             raise node.bad("policy.unknown_group", f"there is no group {ascii(name)[:60]}",
-                           hint=nearest(name, known) or "define it under groups:, or select by labels: {app: shop}")  # fmt: skip
+                           hint=_hint(name, known))  # fmt: skip
         self.used.add(key[1])
         selector = self.resolve(key, node).selector
         if key not in self.sizes:
@@ -295,3 +296,9 @@ def _any(terms: tuple[Selector, ...]) -> Selector:
 
 def _find(name: str, scope: str, known: Mapping[tuple[str, str], object]) -> tuple[str, str] | None:
     return next(((s, name) for s in ancestors(scope) if (s, name) in known), None)
+
+
+def _hint(name: str, known: set[str]) -> str:
+    if _ADDRESS.fullmatch(name):
+        return "addresses are no subjects inside the mesh: name a workload, or select it by labels: {app: shop}"
+    return nearest(name, known) or "define it under groups:, or select by labels: {app: shop}"

@@ -266,16 +266,22 @@ def _part(authority: Authority, sealed: Sealed, files: Mapping[str, str]) -> Par
     signers = signed_by(PartStatement, sealed, authority.keys(entry.signers))
     if len(signers) < entry.threshold:
         raise _too_few(authority, entry, sealed, signers, entry.threshold)
+    return Part(statement, sealed.hash, signers, 0, tuple(check_content(statement, files)))
+
+
+def check_content(statement: PartStatement, files: Mapping[str, str]) -> list[tuple[str, str]]:
+    """The files of a part, each with the text that it states. Raises NotVerified ``policy.content``, ``policy.files``."""
     mine = []
     for one in statement.files:
         if one.name not in files or text_hash(files[one.name]) != one.sha256:
             raise NotVerified(
-                "policy.content", f"the file {ascii(one.name)[:80]} is not the one that was signed for {_scope(statement.scope)}"
-            )
+                "policy.content", f"the file {ascii(one.name)[:80]} is not the one that was signed for {_scope(statement.scope)}",
+                hint="somebody changed it after it was signed: ask for the bundle again, or sign the files anew",
+            )  # fmt: skip
         mine.append((one.name, files[one.name]))
     if len({name for name, _ in mine}) != len(mine):
         raise NotVerified("policy.files", f"the part of {_scope(statement.scope)} names a file twice")
-    return Part(statement, sealed.hash, signers, 0, tuple(mine))
+    return mine
 
 
 def _too_few(

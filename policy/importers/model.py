@@ -17,7 +17,8 @@ class SourceRefused(Refused):
     """The configuration is one that the source system itself would reject; the message names the culprit."""
 
     def __init__(self, code: str, message: str, *, where: Where | str | None = None, hint: str = "") -> None:
-        super().__init__(f"import.{code}", f"{where}: {message}" if where else message, hint=hint)
+        said = f"{where}: {message}" if where else message
+        super().__init__(f"import.{code}", said, hint=hint or "its own system would refuse it, too: correct it there")
 
 
 @dataclass(frozen=True, slots=True)

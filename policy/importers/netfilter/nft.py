@@ -39,7 +39,7 @@ def import_nft(files: Files) -> Imported:
     try:
         document = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise SourceRefused("syntax", f"not valid JSON: {error}", where=file) from None
+        raise SourceRefused("syntax", f"not valid JSON: {error}", where=file, hint="list the rules with: nft -j list ruleset") from None
     items = document.get("nftables") if isinstance(document, dict) else None
     if not isinstance(items, list) or not all(isinstance(i, dict) for i in items):
         raise SourceRefused("syntax", 'a map with a list under "nftables" is wanted', where=file)

@@ -214,6 +214,7 @@ def test_bad_input_is_refused_with_code_and_position(text, code, line, column):
         _load(text)
     assert (caught.value.code, caught.value.line, caught.value.column) == (code, line, column)
     assert caught.value.file == "p.yaml"
+    assert caught.value.hint, "what to do about it"
 
 
 def test_hints_name_what_was_meant():

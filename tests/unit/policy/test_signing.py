@@ -8,7 +8,16 @@ from hypothesis import strategies as st
 
 from identity.errors import BadInput, BadPolicy, NotVerified, Refused
 from identity.records_policy import PolicySigner, ScopeSigners, Sealed, parse_sealed
-from policy.bundle import Bundle, compose, dump_bundle, is_bundle, read_bundle, sign_bundle, states
+from policy.bundle import (
+    Bundle,
+    check_contents,
+    compose,
+    dump_bundle,
+    is_bundle,
+    read_bundle,
+    sign_bundle,
+    states,
+)
 from policy.signing import PartMark, open_authority, verify_bundle
 from tests.unit.policy.operators import MAIL, MESH, NOW, PAY, TD, Operators, forge
 
@@ -102,6 +111,18 @@ def test_the_texts_are_covered_byte_by_byte() -> None:
     refused("policy.files", verify, Bundle(TD, (*FIRST.files, FIRST.files[0]), FIRST.parts))
 
 
+def test_nobody_signs_a_text_that_is_not_the_one_that_counts() -> None:
+    """A part states the hashes of its files; the second of two signers reads the texts that lie beside it."""
+    two = ops.authority(scopes=[ScopeSigners(scope="", signers=["alice", "bob"], threshold=2)])
+    one = ops.bundle(two, {"m.yaml": MESH}, "alice")
+    check_contents(one)
+    more, other = (*one.files, ("n.yaml", MESH)), ((one.files[0][0], one.files[0][1] + "# harmless\n"),)
+    for files, code in ((other, "policy.content"), ((), "policy.content"), (more, "policy.files")):
+        forged = Bundle(TD, files, one.parts, one.authority)
+        refused(code, check_contents, forged)
+        refused(code, sign_bundle, forged, two, ops.keys["bob"])
+
+
 def test_too_few_signatures_and_one_key_twice() -> None:
     two = ops.authority(scopes=[ScopeSigners(scope="", signers=["alice", "bob", "carol"], threshold=2)])
     one = ops.bundle(two, {"m.yaml": MESH}, "alice")
@@ -117,7 +138,8 @@ def test_an_owner_reaches_nothing_outside_its_scope() -> None:
     # carol signs a change of the mesh's guardrails
     loose = compose(AUTHORITY, FIRST, [("mesh.yaml", "meshpolicy: 1\n")], NOW)
     refused("policy.signer_scope", verify, forge(loose, ops, "carol"), marks=marks(FIRST))
-    refused("policy.signer_scope", sign_bundle, Bundle(TD, loose.files, (loose.parts[0],)), AUTHORITY, ops.keys["carol"])
+    mine = tuple(f for f in loose.files if f[0] == "mesh.yaml")
+    refused("policy.signer_scope", sign_bundle, Bundle(TD, mine, (loose.parts[0],)), AUTHORITY, ops.keys["carol"])
     # carol's part names a file of another scope
     stolen = _part_of("acme/payments", [("pay.yaml", MAIL)])
     error = refused("policy.signer_scope", verify, stolen)
