@@ -5,163 +5,45 @@ Exit status: 0 yes, 1 the answer is no (a test failed, a lint found an error, fo
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from identity import cliout
 from identity.cliout import Output
-from identity.errors import BadInput, NotFound
+from identity.errors import BadInput
+from mesh.cli_policy_ask import blast_radius, diff, explain, matrix, what_if, who_can_reach
+from mesh.policy_files import (
+    At,
+    Flows,
+    Format,
+    Given,
+    Inventory,
+    Json,
+    MaybeInventory,
+    MorePolicies,
+    Policies,
+    given_files,
+    load_policy,
+    own_policy,
+    read_inventory,
+    read_text,
+)
 
 if TYPE_CHECKING:
-    from policy.compile import Inactive
     from policy.lint import Flow
-    from policy.model import Policy
-    from policy.program import Program, Subject
-    from policy.questions import Difference, Row
 
 app = typer.Typer(
     no_args_is_help=True, help="Check, test, explain and question policy files.", add_completion=False
 )
-
-Policies = Annotated[
-    list[Path], typer.Option("--policy", "-p", metavar="FILE", help="Policy file, or folder of .yaml files; may be repeated.")
-]
-Inventory = Annotated[
-    Path, typer.Option("--inventory", "-i", metavar="FILE", help="Inventory file: the workloads and their labels.")
-]
-Given = Annotated[list[Path] | None, typer.Argument(metavar="FILE...", help="Policy files, or folders of .yaml files.")]
-MorePolicies = Annotated[list[Path] | None, typer.Option("--policy", "-p", metavar="FILE", help="The same, as an option.")]
-MaybeInventory = Annotated[
-    Path | None, typer.Option("--inventory", "-i", metavar="FILE", help="Inventory file: the workloads and their labels.")
-]
-Format = Annotated[Output, typer.Option("--output", "-o", help="How to print the result.")]
-Json = Annotated[bool, typer.Option("--json", help="The same as -o json.")]
-Flows = Annotated[
-    list[Path], typer.Option("--flows", metavar="FILE", help="Recorded flows, JSON lines; may be repeated.")
-]
-At = Annotated[
-    str | None,
-    typer.Option("--at", metavar="INSTANT", help="Judge as of this instant, such as 2031-02-11T18:00Z (default: now)."),
-]
-
-MAX_READ: Final = 64 * 1024 * 1024  # bytes of one file; the limits of each kind are lower
-
-
-@dataclass(slots=True)
-class Loaded:
-    """A policy read from files: ours with all its parts, or an imported one with its program only."""
-
-    program: Program
-    policy: Policy | None = None
-    asleep: tuple[Inactive, ...] = ()
-    now: int = 0
-    files: list[str] = field(default_factory=list)
-
-
-def _text(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_READ + 1)
-    except FileNotFoundError:
-        raise NotFound("file.missing", f"there is no file {path}", hint="name policy files, or a folder of them") from None
-    except OSError as error:
-        raise BadInput("file.read", f"cannot read {path}: {error.strerror}") from None
-    if len(data) > MAX_READ:
-        raise BadInput("file.large", f"{path} is larger than {MAX_READ} bytes")
-    try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except UnicodeDecodeError as error:
-        line, column = data.count(b"\n", 0, error.start) + 1, error.start - data.rfind(b"\n", 0, error.start)
-        raise BadInput("file.encoding", f"{path}:{line}:{column}: not UTF-8 text", hint="save it as UTF-8") from None
-
-
-def _files(paths: list[Path]) -> list[tuple[str, str]]:
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix in {".yaml", ".yml"})
-            if not inside:
-                raise NotFound("file.missing", f"the folder {path} holds no .yaml file")
-            found += inside
-        else:
-            found.append(path)
-    return [(str(path), _text(path)) for path in dict.fromkeys(found)]
-
-
-def _now(at: str | None) -> int:
-    import time
-
-    from policy.windows import parse_instant
-
-    return int(time.time()) if at is None else parse_instant(at)
-
-
-def _load(paths: list[Path], at: str | None = None) -> Loaded:
-    from policy.compile import compile_policy, inactive
-    from policy.imported import KEY, load_imported
-    from policy.language import load
-
-    files, now = _files(paths), _now(at)
-    foreign = [name for name, text in files if re.search(rf'^["\']?{KEY}["\']?\s*:', text, re.MULTILINE)]
-    if foreign:
-        if len(files) > 1:
-            raise BadInput(
-                "policy.mixed",
-                f"{foreign[0]} is an imported policy; it stands alone",
-                hint="give that one file only",
-            )
-        return Loaded(load_imported(*files[0]).program, now=now, files=foreign)
-    policy = load(files)
-    return Loaded(
-        compile_policy(policy, now), policy, inactive(policy, now), now, [name for name, _ in files]
-    )
-
-
-def _given(files: list[Path] | None, more: list[Path] | None) -> list[Path]:
-    given = [*(files or ()), *(more or ())]
-    if not given:
-        raise BadInput("usage", "no policy file", hint="name one, such as shop.yaml")
-    return given
-
-
-def _own(loaded: Loaded) -> Policy:
-    if loaded.policy is None:
-        raise BadInput("policy.imported", f"{loaded.files[0]} is an imported policy: it has no tests or lints of its own",
-                       hint="ask it with matrix, explain, who-can-reach, blast-radius, what-if or diff")  # fmt: skip
-    return loaded.policy
-
-
-def _subjects(path: Path | None) -> tuple[Subject, ...]:
-    from policy.inventory import load_inventory
-
-    return () if path is None else load_inventory(str(path), _text(path))
-
-
-def _find(subjects: tuple[Subject, ...], name: str) -> Subject:
-    from policy import foreign
-    from policy.document import nearest
-
-    for one in subjects:
-        if one.name == name or (one.spiffe_id and one.spiffe_id == name):
-            return one
-    if foreign.is_foreign(name):
-        return foreign.subject(name)
-    raise NotFound(
-        "policy.subject",
-        f"the inventory has no workload {ascii(name)[:80]}",
-        hint=nearest(name, [s.name for s in subjects]),
-    )
 
 
 @app.command(epilog="Example: retinue policy check shop.yaml")
 def check(files: Given = None, policy: MorePolicies = None, output: Format = Output.TABLE, as_json: Json = False) -> None:
     """Read the files and say whether they are a valid policy, and which."""
     output = Output.JSON if as_json else output
-    loaded = _load(_given(files, policy))
+    loaded = load_policy(given_files(files, policy))
     own = loaded.policy
     data: dict[str, Any] = {"valid": True, "digest": loaded.program.digest, "files": loaded.files,
                             "rules": sum(len(t.rules) for t in loaded.program.tiers)}  # fmt: skip
@@ -199,9 +81,9 @@ def run_file_tests(
     from policy.replay import Recording
     from policy.test import run_tests
 
-    loaded = _load(_given(files, policy), at)
+    loaded = load_policy(given_files(files, policy), at)
     recording = Recording.of(read_flow_files(flows), loaded.now) if flows else None
-    results = run_tests(_own(loaded), loaded.program, _subjects(inventory), None, recording)
+    results = run_tests(own_policy(loaded), loaded.program, read_inventory(inventory), None, recording)
     data = [
         {
             "passed": r.passed,
@@ -223,156 +105,12 @@ def run_file_tests(
         raise typer.Exit(1)
 
 
-@app.command(epilog="Example: retinue policy explain shop/web shop/api tcp/8080 -p shop.yaml -i inventory.yaml")
-def explain(
-    src: Annotated[str, typer.Argument(metavar="SRC", help="The workload that asks, or a SPIFFE ID of another trust domain.")],
-    dst: Annotated[str, typer.Argument(metavar="DST", help="The workload that is asked.")],
-    flow: Annotated[str, typer.Argument(metavar="PORT", help="tcp/443, 443 or icmp.")],
-    policy: Policies,
-    inventory: Inventory,
-    at: At = None,
-    output: Format = Output.TABLE, as_json: Json = False,
-) -> None:
-    """Say why SRC may or may not send to DST: the deciding rule, near misses, the smallest change."""
-    output = Output.JSON if as_json else output
-    from policy.explain import explain as explain_flow
-    from policy.explain import to_json
-
-    loaded, subjects = _load(policy, at), _subjects(inventory)
-    from policy.ports import parse_flow
-
-    proto, port = parse_flow(flow)
-    found = explain_flow(
-        loaded.program, _find(subjects, src), _find(subjects, dst), proto, port, asleep=loaded.asleep
-    )
-
-    def human() -> None:
-        print(f"{found.decision.verdict}: {cliout.clean(found.decision.reason)}")
-        for miss in found.near_misses:
-            print(
-                f"near miss: rule {cliout.clean(miss.rule.id)} ({miss.rule.where}): {cliout.clean(miss.failed)}"
-            )
-        if found.smallest_change is not None:
-            print(f"smallest change: {cliout.clean(found.smallest_change)}")
-            for line in found.smallest_change.snippet.splitlines():
-                print(f"    {cliout.clean(line)}")
-        print(f"policy: {found.decision.digest[:16]}")
-
-    cliout.emit(to_json(found), output, human=human)
-
-
-def _print_rows(rows: list[Row], output: Output) -> None:
-    from policy.questions import rows_json
-
-    cells = [(r.src + _net(r.src_net), r.dst + _net(r.dst_net), r.ports) for r in rows]
-    cliout.emit(rows_json(rows), output, columns=("from", "to", "ports"), rows=cells)
-
-
-def _net(text: str) -> str:
-    return f" [{text}]" if text else ""
-
-
-@app.command(epilog="Example: retinue policy matrix -p shop.yaml -i inventory.yaml")
-def matrix(policy: Policies, inventory: Inventory, at: At = None, output: Format = Output.TABLE, as_json: Json = False) -> None:
-    """List everything that is allowed between the workloads of the inventory."""
-    output = Output.JSON if as_json else output
-    from policy.questions import matrix as all_rows
-
-    _print_rows(all_rows(_load(policy, at).program, _subjects(inventory)), output)
-
-
-@app.command("who-can-reach", epilog="Example: retinue policy who-can-reach shop/db -p shop.yaml -i inventory.yaml --on tcp/5432")
-def who_can_reach(
-    dst: Annotated[str, typer.Argument(metavar="DST", help="The workload that is asked.")],
-    policy: Policies,
-    inventory: Inventory,
-    flow: Annotated[str | None, typer.Option("--on", metavar="PORT", help="Only on tcp/443, 443, icmp ...")] = None,
-    at: At = None,
-    output: Format = Output.TABLE, as_json: Json = False,
-) -> None:
-    """List who may send to DST directly."""
-    output = Output.JSON if as_json else output
-    from policy.questions import who_can_reach as sources
-
-    subjects = _subjects(inventory)
-    from policy.ports import parse_flow
-
-    proto, port = parse_flow(flow) if flow is not None else (None, None)
-    _print_rows(sources(_load(policy, at).program, subjects, _find(subjects, dst), proto, port), output)
-
-
-@app.command("blast-radius", epilog="Example: retinue policy blast-radius shop/web -p shop.yaml -i inventory.yaml")
-def blast_radius(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The workload in wrong hands.")],
-    policy: Policies,
-    inventory: Inventory,
-    depth: Annotated[int | None, typer.Option(metavar="N", min=1, help="At most so many steps.")] = None,
-    at: At = None,
-    output: Format = Output.TABLE, as_json: Json = False,
-) -> None:
-    """List all that whoever holds NAME could reach, step by step."""
-    output = Output.JSON if as_json else output
-    from policy.questions import blast_radius as reached
-
-    subjects = _subjects(inventory)
-    found = reached(_load(policy, at).program, subjects, _find(subjects, name).name, depth)
-    data = [{"name": r.name, "hops": r.hops, "chain": list(r.chain)} for r in found]
-    cliout.emit(
-        data,
-        output,
-        columns=("name", "hops", "by way of"),
-        rows=[(r.name, r.hops, " -> ".join(r.chain)) for r in found],
-    )
-
-
-def _print_differences(found: list[Difference], output: Output) -> None:
-    data = [{"kind": d.kind, "src": d.src, "dst": d.dst, "ports": str(d.ports)} for d in found]
-    cliout.emit(data, output, columns=("", "from", "to", "ports"),
-                rows=[("+" if d.kind == "gains" else "-", d.src, d.dst, d.ports) for d in found])  # fmt: skip
-
-
-@app.command("what-if", epilog="Example: retinue policy what-if shop/web role=batch -p shop.yaml -i inventory.yaml")
-def what_if(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The workload, there or not.")],
-    labels: Annotated[list[str], typer.Argument(metavar="KEY=VALUE...", help="KEY=VALUE to set, KEY= to take away.")],
-    policy: Policies,
-    inventory: Inventory,
-    at: At = None,
-    output: Format = Output.TABLE, as_json: Json = False,
-) -> None:
-    """Show what would change if the workload NAME had these labels; a new NAME is a new workload."""
-    output = Output.JSON if as_json else output
-    from policy.questions import what_if as changed
-
-    wanted: dict[str, str | None] = {}
-    for word in labels:
-        key, equals, value = word.partition("=")
-        if not equals or not key:
-            raise BadInput(
-                "label.form",
-                f"not key=value: {ascii(word)[:60]}",
-                hint="write role=web, or role= to take it away",
-            )
-        wanted[key] = value or None
-    _print_differences(changed(_load(policy, at).program, _subjects(inventory), name, wanted), output)
-
-
-@app.command(epilog="Example: retinue policy diff -p shop.yaml --against old.yaml -i inventory.yaml")
-def diff(
-    policy: Policies,
-    against: Annotated[
-        list[Path], typer.Option("--against", "-a", metavar="FILE", help="The policy files as they were before.")
-    ],
-    inventory: Inventory,
-    at: At = None,
-    output: Format = Output.TABLE, as_json: Json = False,
-) -> None:
-    """Show what the policy gives and takes compared with another one, pair by pair."""
-    output = Output.JSON if as_json else output
-    from policy.questions import difference
-
-    before, after = _load(against, at), _load(policy, at)
-    _print_differences(difference(before.program, after.program, _subjects(inventory)), output)
+app.command(epilog="Example: retinue policy explain shop/web shop/api tcp/8080 -p shop.yaml -i inventory.yaml")(explain)
+app.command(epilog="Example: retinue policy matrix -p shop.yaml -i inventory.yaml")(matrix)
+app.command("who-can-reach", epilog="Example: retinue policy who-can-reach shop/db -p shop.yaml -i inventory.yaml --on tcp/5432")(who_can_reach)
+app.command("blast-radius", epilog="Example: retinue policy blast-radius shop/web -p shop.yaml -i inventory.yaml")(blast_radius)
+app.command("what-if", epilog="Example: retinue policy what-if shop/web role=batch -p shop.yaml -i inventory.yaml")(what_if)
+app.command(epilog="Example: retinue policy diff -p shop.yaml --against old.yaml -i inventory.yaml")(diff)
 
 
 @app.command(epilog="Example: retinue policy lint shop.yaml -i inventory.yaml --strict")
@@ -392,8 +130,8 @@ def lint(
     output = Output.JSON if as_json else output
     from policy.lint import lint as findings
 
-    loaded = _load(_given(files, policy), at)
-    found = findings(_own(loaded), _subjects(inventory), loaded.now, _used(flows, inventory))
+    loaded = load_policy(given_files(files, policy), at)
+    found = findings(own_policy(loaded), read_inventory(inventory), loaded.now, _used(flows, inventory))
     data = [
         {
             "code": f.code,
@@ -440,9 +178,9 @@ def replay(
     from policy.replay import Recording
     from policy.replay import replay as judge
 
-    loaded = _load(_given(files, policy), at)
-    before = _load(against, at).program if against else None
-    found = judge(loaded.program, Recording.of(read_flow_files(flows), loaded.now).edges, _subjects(inventory), before)
+    loaded = load_policy(given_files(files, policy), at)
+    before = load_policy(against, at).program if against else None
+    found = judge(loaded.program, Recording.of(read_flow_files(flows), loaded.now).edges, read_inventory(inventory), before)
     data = {
         "flows": found.flows, "unknown": found.unknown, "broken": len(found.broken), "budget": budget,
         "denied": [
@@ -471,9 +209,9 @@ def segmentation(
     from mesh.cli_export import read_flow_files
     from policy.segmentation import OVER, numbers
 
-    loaded = _load(_given(files, policy), at)
+    loaded = load_policy(given_files(files, policy), at)
     seen = [(f.src, f.dst, f.proto, f.port) for f in read_flow_files(flows) if f.verdict == "allow"] if flows else None
-    found = numbers(_own(loaded), loaded.program, _subjects(inventory), seen)
+    found = numbers(own_policy(loaded), loaded.program, read_inventory(inventory), seen)
     rows = [
         (s.name, s.members, f"{s.rules} of {s.rules_budget}", s.pairs, "" if s.unused is None else f"{s.unused:.0%} of {s.unused_budget:.0%}",
          "over budget" if s.over or s.under else "")
@@ -508,7 +246,7 @@ def fmt(
 
 
 def _raw(path: Path) -> str:
-    _text(path)
+    read_text(path)
     return path.read_bytes().decode("utf-8")
 
 
@@ -573,7 +311,7 @@ def export_(
     output = Output.JSON if as_json else output
     from mesh.cli_export import export_policy
 
-    summary = export_policy(kind, _load(policy, at).program, _subjects(inventory), inside or [], out)
+    summary = export_policy(kind, load_policy(policy, at).program, read_inventory(inventory), inside or [], out)
     rows = [(k.replace("_", " "), _word(summary[k])) for k in ("files", "rules", "workloads", "pairs_compared")]
     cliout.emit(summary, output, columns=("what", "value"), rows=rows)
     for text in summary["notes"]:
@@ -614,7 +352,7 @@ def draft(
     from mesh.cli_export import draft_policy
 
     found = draft_policy(
-        flows, _subjects(inventory), by or [], similarity, accept or [], reject or [], decisions, out
+        flows, read_inventory(inventory), by or [], similarity, accept or [], reject or [], decisions, out
     )  # fmt: skip
 
     def human() -> None:

@@ -15,7 +15,8 @@ import typer
 from identity import cliout
 from identity.cliout import Output
 from identity.errors import BadInput, BadState, Conflict, NotFound
-from mesh.cli_policy import Format, Json, _files, _text, app
+from mesh.cli_policy import app
+from mesh.policy_files import Format, Json, read_files, read_text
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -93,7 +94,7 @@ def _public(key: str, output: Output) -> None:
 def _passphrase(path: Path | None) -> bytes | None:
     if path is None:
         return None
-    secret = _text(path).strip("\r\n").encode()
+    secret = read_text(path).strip("\r\n").encode()
     if not secret:
         raise BadInput("key.passphrase", f"{path} is empty")
     return secret
@@ -177,7 +178,7 @@ def _document(path: Path) -> Any:
     def words(node: Node, what: str) -> list[str]:
         return [one.scalar(what) for one in node.one_or_more(what)]
 
-    top = parse(str(path), _text(path)).mapping(
+    top = parse(str(path), read_text(path)).mapping(
         "the authority", {"trust_domain", "signers", "root", "scopes"}, {"trust_domain", "signers", "root", "scopes"}
     )
     signers = {}
@@ -221,7 +222,7 @@ def _chain(path: Path) -> list[str]:
     from identity.records_policy import parse_sealed
 
     try:
-        top = json.loads(_text(path))
+        top = json.loads(read_text(path))
     except ValueError:
         raise BadInput("authority.form", f"{path} is not a chain of authority documents", hint="see: retinue policy authority new") from None
     if isinstance(top, dict):
@@ -344,7 +345,7 @@ def sign(
     else:
         if not files and not withdraw:
             raise BadInput("usage", "nothing to sign", hint="name policy files, or --add BUNDLE")
-        texts = [(Path(name).name, text) for name, text in (_files(files) if files else [])]
+        texts = [(Path(name).name, text) for name, text in (read_files(files) if files else [])]
         made = compose(trusted, before, texts, int(time.time()), withdraw or ())
         if made.files:
             load(made.files)  # what cannot be compiled is not worth a signature
@@ -361,7 +362,7 @@ def sign(
 def _bundle(path: Path) -> Bundle:
     from policy.bundle import read_bundle
 
-    return read_bundle(str(path), _text(path))
+    return read_bundle(str(path), read_text(path))
 
 
 def _show_states(bundle: Bundle, authority: Authority, output: Output) -> None:
