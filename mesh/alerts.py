@@ -30,8 +30,8 @@ from urllib.parse import urlsplit
 import structlog
 
 from identity.errors import BadInput
+from policy.fields import SINKS
 from policy.flows import FlowRecord
-from policy.language import SINKS
 from policy.ports import proto_name
 from policy.program import Alert
 

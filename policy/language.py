@@ -8,25 +8,35 @@ is checked like the rest and then refused with ``policy.not_enforced``: never si
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final, Literal
 
-from identity.errors import BadInput, BadPolicy
+from identity.errors import BadPolicy
 from identity.labels import KEY, VALUE
 from identity.names import workload_path
 from policy.document import Node, parse
+from policy.fields import (
+    is_id,
+    one_of,
+    read_alert,
+    read_boolean,
+    read_budget,
+    read_duration,
+    read_idle_timeout,
+    read_instant,
+    read_mode,
+    read_rate,
+    read_window,
+)
+from policy.file_tests import read_test
 from policy.foreign import trust_domains
 from policy.model import (
-    AlertOn,
-    Budget,
     Consent,
     FlowTest,
     Grant,
     Guardrail,
     Idle,
-    Mode,
     Policy,
     PolicyRule,
     ReachTest,
@@ -35,7 +45,7 @@ from policy.model import (
     Segment,
     Service,
 )
-from policy.ports import ANYTHING, FLOWING, NAMES, PortMap, union
+from policy.ports import ANYTHING, FLOWING, NAMES, union
 from policy.processes import parse_process
 from policy.program import Action, Everything, Process, Selector
 from policy.selectors import (
@@ -48,7 +58,6 @@ from policy.selectors import (
     read_ports,
     where,
 )
-from policy.windows import Window, parse_duration, parse_instant
 
 VERSION: Final = 1
 MAX_FILES: Final = 1_000
@@ -57,13 +66,6 @@ TOP: Final = frozenset({
     "offers", "accepts", "idle", "tests",
 })  # fmt: skip
 RULE_KEYS: Final = frozenset({"id", "from", "to", "on", "why", "when", "mode", "max_rate", "idle_timeout"})
-SINKS: Final = frozenset({"page", "log", "webhook"})
-COLLAPSE: Final = 60  # seconds, without `collapse`
-_RATE: Final = re.compile(r"([0-9]{1,9})([kMG]?)bit(?:/s)?")
-_RATE_UNITS: Final = {"": 1, "k": 1_000, "M": 1_000_000, "G": 1_000_000_000}
-MIN_RATE: Final = 8_000  # bits a second
-MAX_RATE: Final = 1_000_000_000_000
-MAX_IDLE: Final = 30 * 86400  # seconds
 
 
 def digest(files: Sequence[tuple[str, str]]) -> str:
@@ -234,10 +236,10 @@ class _Loader:
             self.reviews.append(Review(scope, approvals, tuple(paths), where(top["review"])))
         if "idle" in top:
             fields = top["idle"].mapping("idle", {"keep_membership", "on_return"})
-            keep = _duration(fields["keep_membership"]) if "keep_membership" in fields else None
+            keep = read_duration(fields["keep_membership"]) if "keep_membership" in fields else None
             back = "reattest_then_current_policy"  # the only one: nobody comes back with an old policy
             if "on_return" in fields:
-                back = _one_of(fields["on_return"], "on_return", {back})
+                back = one_of(fields["on_return"], "on_return", {back})
             self.idle.append(Idle(scope, keep, back, where(top["idle"])))
         each: tuple[tuple[str, Callable[[str, Node], None]], ...] = (
             ("guardrails", self._guardrail), ("segments", self._segment), ("grants", self._grant),
@@ -258,7 +260,7 @@ class _Loader:
         kind, body = next(iter(outer.items()))
         fields = body.mapping(f"a guardrail {kind}", RULE_KEYS, {"from", "to"})
         label = fields.get("id") or fields.get("why")
-        if label is None or not _is_id(label):
+        if label is None or not is_id(label):
             raise (label or body).bad(
                 "policy.missing_key",
                 "a guardrail needs an id",
@@ -284,7 +286,7 @@ class _Loader:
             if "members" in fields
             else None
         )
-        mode, until = self._mode(fields["mode"]) if "mode" in fields else ("enforce", None)
+        mode, until = read_mode(fields["mode"]) if "mode" in fields else ("enforce", None)
         if mode == "audit" and members is None:
             raise node.bad(
                 "policy.audit_members",
@@ -293,18 +295,18 @@ class _Loader:
                      'write members: "*" for that',
             )  # fmt: skip
         rules = []
-        idle = _idle_timeout(fields["idle_timeout"], Action.ALLOW, ANYTHING) if "idle_timeout" in fields else None
+        idle = read_idle_timeout(fields["idle_timeout"], Action.ALLOW, ANYTHING) if "idle_timeout" in fields else None
         for kind in ("allow", "deny"):
             nodes = fields[kind].sequence(kind) if kind in fields and not fields[kind].null else []
             for one in nodes:
                 body = one.mapping(f"a rule of {name}", RULE_KEYS, {"id", "from", "to", "on"})
                 rule = self._rule(scope, one, body, Action(kind), body["id"])
                 rules.append(rule if idle is None else self._silenced(rule, idle, fields["idle_timeout"]))
-        alert = self._alert(fields["alert"]) if "alert" in fields else None
+        alert = read_alert(fields["alert"]) if "alert" in fields else None
         self.segments.append(
             Segment(
                 name, scope, members, mode, tuple(sorted(rules, key=lambda r: r.id)), where(fields["name"]), until,
-                self._budget(fields.get("budget")), "sensitive" in fields and _boolean(fields["sensitive"]), alert,
+                read_budget(fields.get("budget")), "sensitive" in fields and read_boolean(fields["sensitive"]), alert,
             )
         )  # fmt: skip
 
@@ -318,38 +320,8 @@ class _Loader:
                            hint="write idle_timeout into the other rules of the segment")  # fmt: skip
         return replace(rule, idle_timeout=seconds)
 
-    def _mode(self, node: Node) -> tuple[Mode, int | None]:
-        if node.kind == "scalar":
-            word = _one_of(node, "mode", {"draft", "audit", "enforce"})
-            if word == "audit":
-                raise node.bad(
-                    "policy.audit_end",
-                    "audit needs an end date",
-                    hint="write mode: {audit_until: 2031-03-01}",
-                )
-            return ("draft", None) if word == "draft" else ("enforce", None)
-        value = node.mapping("mode", {"audit_until"}, {"audit_until"})["audit_until"]
-        return "audit", _instant(value)
 
-    def _alert(self, node: Node) -> AlertOn:
-        fields = node.mapping("alert", {"on_deny", "collapse"}, {"on_deny"})
-        # A name, never an address: where it leads is said on each host alone.
-        sink = _one_of(fields["on_deny"], "on_deny", SINKS)
-        return AlertOn(sink, _duration(fields["collapse"]) if "collapse" in fields else COLLAPSE)
 
-    def _budget(self, node: Node | None) -> Budget:
-        if node is None:
-            return Budget()
-        fields = node.mapping("budget", {"rules", "unused_ratio"})
-        ratio = None
-        if "unused_ratio" in fields:
-            try:
-                ratio = float(fields["unused_ratio"].scalar("unused_ratio"))
-            except ValueError:
-                ratio = -1.0
-            if not 0 <= ratio <= 1:
-                raise fields["unused_ratio"].bad("policy.number", "unused_ratio must be from 0 to 1")
-        return Budget(fields["rules"].integer("rules", 1, 1_000_000) if "rules" in fields else None, ratio)
 
     def _grant(self, scope: str, node: Node) -> None:
         known = (RULE_KEYS - {"when", "mode"}) | {"not_before", "not_after", "until", "approved_by"}
@@ -358,8 +330,8 @@ class _Loader:
             raise node.bad(
                 "policy.grant_end", "a grant needs an end", hint="add not_after: 2031-02-11T18:00Z"
             )
-        before = _instant(fields["not_before"]) if "not_before" in fields else None
-        after = _instant(fields["not_after"]) if "not_after" in fields else None
+        before = read_instant(fields["not_before"]) if "not_before" in fields else None
+        after = read_instant(fields["not_after"]) if "not_after" in fields else None
         if before is not None and after is not None and before >= after:
             raise fields["not_after"].bad("policy.grant_end", "not_after is not later than not_before")
         ends = None
@@ -404,7 +376,7 @@ class _Loader:
         self, scope: str, node: Node, fields: dict[str, Node], action: Action, name: Node, prefix: str = ""
     ) -> PolicyRule:
         rule_id = name.scalar("id")
-        if not _is_id(name):
+        if not is_id(name):
             raise name.bad(
                 "policy.name",
                 f"not a rule id: {ascii(rule_id)[:60]}",
@@ -437,14 +409,14 @@ class _Loader:
             )
         ports = self.names.ports(fields["on"], scope, "on") if "on" in fields else ANYTHING
         why = fields["why"].scalar("why") if "why" in fields else ""
-        mode, until = self._mode(fields["mode"]) if "mode" in fields else ("enforce", None)
+        mode, until = read_mode(fields["mode"]) if "mode" in fields else ("enforce", None)
         rate = None
         if "max_rate" in fields:
-            rate = _rate(fields["max_rate"])
+            rate = read_rate(fields["max_rate"])
             if action is not Action.ALLOW:
                 raise fields["max_rate"].bad("policy.rate", f"a {action} has no rate", hint="a ceiling belongs to an allow")
-        idle = _idle_timeout(fields["idle_timeout"], action, ports) if "idle_timeout" in fields else None
-        window = self._window(fields["when"]) if "when" in fields else None
+        idle = read_idle_timeout(fields["idle_timeout"], action, ports) if "idle_timeout" in fields else None
+        window = read_window(fields["when"]) if "when" in fields else None
         words = (
             node_text(fields["from"]),
             node_text(fields["to"]),
@@ -473,76 +445,9 @@ class _Loader:
             raise node.bad("policy.outside_scope", f"this lies outside the scope {scope}",
                            hint="a flow between scopes needs offers: on one side and accepts: on the other")  # fmt: skip
 
-    def _window(self, node: Node) -> Window:
-        fields = node.mapping("when", {"cron", "for", "tz"}, {"cron", "for"})
-        zone = fields["tz"].scalar("tz") if "tz" in fields else "UTC"
-        try:
-            return Window.parse(fields["cron"].scalar("cron"), fields["for"].scalar("for"), zone)
-        except BadInput as error:
-            raise fields[{"time.cron": "cron", "time.zone": "tz"}.get(error.code, "for")].bad(
-                error.code, error.message, hint=error.hint
-            ) from None
-
-    # ---- tests
-
-    def _replay(self, node: Node) -> None:
-        fields = node.mapping("a replay test", {"replay", "max_new_denied", "why"}, {"replay"})
-        word = fields["replay"].scalar("replay")
-        if not word.startswith("last-"):
-            raise fields["replay"].bad("policy.value", f"replay cannot be {ascii(word)[:40]}", hint="write replay: last-30d")
-        try:
-            seconds = parse_duration(word.removeprefix("last-"))
-        except BadInput as error:
-            raise fields["replay"].bad(error.code, error.message, hint="write replay: last-30d") from None
-        limit = fields["max_new_denied"].integer("max_new_denied", 0, 1_000_000_000) if "max_new_denied" in fields else 0
-        self.tests.append(ReplayTest(seconds, limit, where(node), word))
 
     def _test(self, scope: str, node: Node) -> None:
-        if "replay" in node.mapping("a test"):
-            self._replay(node)
-            return
-        if "reach" in node.mapping("a test"):
-            fields = node.mapping("a reach test", {"reach", "depth", "never", "why"}, {"reach", "never"})
-            depth = fields.get("depth")
-            limit = None if depth is None or depth.text == "any" else depth.integer("depth", 1, 1_000_000)
-            self.tests.append(
-                ReachTest(
-                    self.names.selector(fields["reach"], scope, "reach"),
-                    self.names.selector(fields["never"], scope, "never"),
-                    limit, where(node), (node_text(fields["reach"]), node_text(fields["never"])),
-                )
-            )  # fmt: skip
-            return
-        fields = node.mapping(
-            "a test", {"from", "to", "on", "expect", "by", "at", "why"}, {"from", "to", "expect"}
-        )
-        expect: Literal["allow", "deny"] = (
-            "allow" if _one_of(fields["expect"], "expect", {"allow", "deny"}) == "allow" else "deny"
-        )
-        to = fields["to"]
-        on = fields.get("on")
-        if on is None:
-            # The short form: to: "api:tcp/80"
-            target, colon, rest = to.text.partition(":") if to.kind == "scalar" else ("", "", "")
-            if not colon or not rest:
-                raise node.bad(
-                    "policy.missing_key",
-                    "a test needs ports",
-                    hint='write to: "api:tcp/80", or add on: tcp/80',
-                )
-            word = rest.strip()
-            to = Node("scalar", to.file, to.line, to.column, target.strip(), plain=False)
-            on = Node("scalar", to.file, to.line, to.column + len(target) + 1, word)
-        self.tests.append(
-            FlowTest(
-                self.names.selector(fields["from"], scope, "from", foreign_too=True),
-                self.names.selector(to, scope, "to"),
-                self.names.ports(on, scope, "on"),
-                expect, where(node), fields["by"].scalar("by") if "by" in fields else "",
-                _instant(fields["at"]) if "at" in fields else None,
-                (node_text(fields["from"]), node_text(to), node_text(on)),
-            )
-        )  # fmt: skip
+        self.tests.append(read_test(self.names, scope, node))
 
 
 def provably_outside_path(path: str, scope: str) -> bool:
@@ -550,62 +455,15 @@ def provably_outside_path(path: str, scope: str) -> bool:
     return not (path == scope or path.startswith(scope + "/") or scope.startswith(path + "/"))
 
 
-def _is_id(node: Node) -> bool:
-    text = node.text
-    return node.kind == "scalar" and len(text) <= 100 and bool(text) and text.isascii() and (
-        text.replace("-", "").replace("_", "").replace(".", "").isalnum()
-    )  # fmt: skip
 
 
-def _one_of(node: Node, what: str, known: Collection[str]) -> str:
-    word = node.scalar(what)
-    if word not in known:
-        raise node.bad(
-            "policy.value", f"{what} cannot be {ascii(word)[:40]}", hint=f"one of: {', '.join(sorted(known))}"
-        )
-    return word
 
 
-def _boolean(node: Node) -> bool:
-    return _one_of(node, "this", {"true", "false"}) == "true"
 
 
-def _rate(node: Node) -> int:
-    """Bytes a second of ``50Mbit``. Raises BadPolicy."""
-    text = node.scalar("max_rate")
-    match = _RATE.fullmatch(text)
-    bits = int(match[1]) * _RATE_UNITS[match[2]] if match else 0
-    if not MIN_RATE <= bits <= MAX_RATE:
-        raise node.bad("policy.rate", f"not a rate: {ascii(text)[:40]}", hint="write 512kbit, 50Mbit or 10Gbit; from 8kbit to 1000Gbit")
-    return bits // 8
 
 
-def _idle_timeout(node: Node, action: Action, ports: PortMap) -> int:
-    """Seconds of ``10m``. Raises BadPolicy."""
-    seconds = _duration(node)
-    if action is not Action.ALLOW:
-        raise node.bad("policy.idle_timeout", f"a {action} has no idle timeout", hint="an idle timeout belongs to an allow")
-    if seconds > MAX_IDLE:
-        raise node.bad("policy.idle_timeout", f"an idle timeout of {node.text} is too long", hint="at most 30d")
-    if not ports & FLOWING:
-        raise node.bad("policy.idle_timeout", f"only TCP and UDP have flows that can be idle, and the rule allows {ports}",
-                       hint="leave idle_timeout out, or allow TCP or UDP ports")  # fmt: skip
-    return seconds
 
 
-def _instant(node: Node) -> int:
-    try:
-        return parse_instant(node.scalar("an instant"))
-    except BadPolicy:
-        raise
-    except BadInput as error:
-        raise node.bad(error.code, error.message, hint=error.hint) from None
 
 
-def _duration(node: Node) -> int:
-    try:
-        return parse_duration(node.scalar("a duration"))
-    except BadPolicy:
-        raise
-    except BadInput as error:
-        raise node.bad(error.code, error.message, hint=error.hint) from None

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from policy.language import RULE_KEYS, SINKS, TOP, VERSION
+from policy.fields import SINKS
+from policy.language import RULE_KEYS, TOP, VERSION
 from policy.selectors import NAME
 
 _TEXT: Final[dict[str, Any]] = {"type": "string", "minLength": 1}
