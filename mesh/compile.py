@@ -1,7 +1,7 @@
 """Verified state and local facts -> the plan of the data plane. Pure: no clock, no sockets, the same input the same plan.
 
-Who may talk is decided by policy.evaluate alone. Subjects are put into classes (equal under every selector of the
-program), and each pair of classes is evaluated once, so the cost does not grow with pairs of instances.
+Who may talk is decided by policy.evaluate alone, once for each pair of classes of subjects (mesh/verdicts.py), so the cost
+does not grow with pairs of instances.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from mesh.plan import (
     diff,
 )
 from mesh.snapshot import InstanceKey, Snapshot, instance_key
-from policy.evaluate import Bound, bounds, enforced, matches, permitted
-from policy.ports import NOTHING, PortMap
-from policy.program import Process, Program, Selector, Subject
+from mesh.verdicts import NO_VERDICT, Classes, Verdict
+from policy.evaluate import Bound
+from policy.ports import PortMap
+from policy.program import Process, Program
 
 if TYPE_CHECKING:
     from policy.rollout import Staged
@@ -87,86 +88,6 @@ def veth_name(interface: str, place: LocalAttachment) -> str:
     """Name of the host side of the pair of a namespace: ``rt`` and 12 hex digits, the same after every restart."""
     identity = str(place.inode) if place.inode is not None else f"netns {place.netns}"
     return "rt" + hashlib.sha256(f"{interface}\0{identity}".encode()).hexdigest()[:12]
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What one class may send to another: all that is forwarded, what of it is enforced, and on which conditions."""
-
-    ports: PortMap
-    enforced: PortMap
-    bounds: tuple[Bound, ...] = ()
-
-    def __bool__(self) -> bool:
-        return bool(self.ports)
-
-
-_NONE: Final = Verdict(NOTHING, NOTHING)
-
-
-class Classes:
-    """Verdicts of one program, computed once per pair of subject classes."""
-
-    def __init__(self, program: Program) -> None:
-        self.program = program
-        self._selectors = tuple(_selectors(program))
-        self._class_of: dict[tuple[str, str, tuple[tuple[str, str], ...]], int] = {}
-        self._subjects: list[Subject] = []
-        self._by_signature: dict[int, int] = {}
-        self._verdicts: dict[tuple[int, int], Verdict] = {}
-        rules = [rule for tier in program.tiers for rule in tier.rules]
-        self._audits = bool(program.audits) or any(rule.audit for rule in rules)
-        self._bound = any(rule.max_rate is not None or rule.processes or rule.idle_timeout is not None for rule in rules)
-
-    def class_of(self, record: PlacementRecord) -> int:
-        """Number of the class of the identity of a placement."""
-        key = (record.name, record.spiffe_id, tuple(sorted(record.labels.items())))
-        if (known := self._class_of.get(key)) is not None:
-            return known
-        subject = Subject(record.name, dict(record.labels), record.spiffe_id)
-        signature = 0
-        for bit, selector in enumerate(self._selectors):
-            if matches(selector, subject):
-                signature |= 1 << bit
-        number = self._by_signature.setdefault(signature, len(self._subjects))
-        if number == len(self._subjects):
-            self._subjects.append(subject)
-        self._class_of[key] = number
-        return number
-
-    def permitted(self, src: PlacementRecord, dst: PlacementRecord) -> PortMap:
-        """All that is forwarded from `src` to `dst`."""
-        return self.verdict(src, dst).ports
-
-    def verdict(self, src: PlacementRecord, dst: PlacementRecord) -> Verdict:
-        """The same with what of it is enforced, and bounds."""
-        pair = (self.class_of(src), self.class_of(dst))
-        if (known := self._verdicts.get(pair)) is None:
-            one, other = self._subjects[pair[0]], self._subjects[pair[1]]
-            ports = permitted(self.program, one, other)
-            sure = enforced(self.program, one, other) if self._audits else ports
-            limits = bounds(self.program, one, other) if self._bound else ()
-            known = self._verdicts[pair] = Verdict(ports, sure, limits)
-        return known
-
-    @property
-    def count(self) -> int:
-        """Classes seen so far."""
-        return len(self._subjects)
-
-
-def _selectors(program: Program) -> Iterable[Selector]:
-    found: dict[Selector, None] = {}
-    for tier in program.tiers:
-        for rule in tier.rules:
-            found.update(dict.fromkeys((rule.src, rule.dst)))
-            if rule.concerns is not None:
-                found[rule.concerns] = None
-        found.update(dict.fromkeys(tier.isolates.values()))
-    for audit in program.audits:
-        found.update(dict.fromkeys(s for s in (audit.members, audit.within, audit.concerns) if s is not None))
-    found[program.held] = None
-    return found
 
 
 def _load(record: PolicyRecord) -> Staged:
@@ -385,7 +306,7 @@ class _Compilation:
         return False
 
     def _verdict(self, src: PlacementRecord, dst: PlacementRecord) -> Verdict:
-        return _NONE if self.classes is None else self.classes.verdict(src, dst)
+        return NO_VERDICT if self.classes is None else self.classes.verdict(src, dst)
 
     def _pair(
         self, pairs: dict[tuple[InstanceKey, InstanceKey], PairPlan], src_key: InstanceKey, src: PlacementRecord,

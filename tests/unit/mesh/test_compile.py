@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from identity.errors import BadPolicy
-from mesh.compile import Classes, Compiler, LocalAttachment, compile_plan, veth_name
+from mesh.compile import Compiler, LocalAttachment, compile_plan, veth_name
 from mesh.plan import AES, CHACHA, Plan, elements_of
 from mesh.snapshot import InstanceKey, Snapshot
+from mesh.verdicts import Classes
 from policy.evaluate import evaluate
 from policy.ports import PORTED
 from policy.program import Action, Audit, Named, Nothing, Process, Program, Rule, Subject, Tier
