@@ -5,12 +5,12 @@ In a namespace of its own an identity is kept apart by its link. Here all proces
     output   a packet with a unit's address has to come from a socket of its group; others are refused at once
     input    a packet for a unit's address is given to a socket of its group only, and only with our mark
 
-Sockets belong to the group in which they were made, also after their process has ended (orphans that still flush). What
-has no such socket, because the kernel sent it: answers to a SYN carry the listener, which was compared when the SYN came in;
-acknowledgements of a connection in TIME_WAIT and ICMP belong to a flow that the group began or took. In the other
-direction the packets of a handshake and of TIME_WAIT find no whole socket to compare; the rules for output hold whoever
-that turns out to be. A reset that we sent ourselves reaches whom it is for. Who is refused on input looks like nobody there. Anything but TCP, UDP and ICMP is not given to units: the
-kernel finds no socket for it here.
+Sockets belong to the group in which they were made, also after their process has ended (orphans that still flush).
+What has no such socket, because the kernel sent it: answers to a SYN carry the listener, which was compared when the
+SYN came in; acknowledgements of a connection in TIME_WAIT and ICMP belong to a flow that the group began or took. In
+the other direction the packets of a handshake and of TIME_WAIT find no whole socket to compare; the rules for output
+hold whoever that turns out to be. A reset that we sent ourselves reaches whom it is for. Who is refused on input looks
+like nobody there. Anything but TCP, UDP and ICMP is not given to units: the kernel finds no socket for it here.
 
 Sets:  unit4, unit6      the addresses of units
        group<L>_4, _6    group at level L below the root . address; the comment names the id of the group that is meant

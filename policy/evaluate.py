@@ -1,7 +1,8 @@
 """The one evaluator. Pure and total: a program, two subjects, a protocol and a port in; a decision with its reason out.
 
 `evaluate` decides one flow and names what decided; `permitted` gives everything a pair may use, by set algebra over
-the same matching rules. Tests, simulation, audit, explain, the gateway and the compiled firewall all stand on these two.
+the same matching rules. Tests, simulation, audit, explain, the gateway and the compiled firewall all stand on these
+two.
 
 Who a selector matches:
     an inside subject (no `nets`)  Everything, Named, Under, In, Exists by its name and labels; never Nets
@@ -14,8 +15,9 @@ permitted to every part, and a denial names the first part that is denied.
 
 Audit. What enforcement would say comes first (`strict`). A denial of it is only recorded, and the flow is allowed, when
     the rules that are not in audit allow the flow, or
-    they deny it by default alone and an audit covers the pair (`covered`): both ends are members of one auditing segment,
-    or one end is and the rules permit the two something already; and neither end is a member of an enforcing segment.
+    they deny it by default alone and an audit covers the pair (`covered`): both ends are members of one auditing
+    segment, or one end is and the rules permit the two something already; and neither end is a member of an enforcing
+    segment.
 So an audit never makes two workloads acquainted of which neither rules nor a common segment say anything.
 """
 
@@ -93,7 +95,7 @@ class Decision:
 
     @property
     def by(self) -> str:
-        """What decided, in one word: the rule's id, ``tier NAME`` or ``default``; for an audited flow what would deny it."""
+        """What decided, in one word: the rule's id, ``tier NAME`` or ``default``; for an audited flow its denial's."""
         one = self.would or self
         return one.rule.id if one.rule is not None else f"tier {one.tier}" if one.tier else "default"
 
@@ -126,7 +128,7 @@ def matches(selector: Selector, subject: Subject) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class TierMatch:
-    """The rules of one tier that select a pair in one direction, in order, and whether the tier isolates its subject."""
+    """The rules of one tier that select a pair in one direction, in order; whether the tier isolates its subject."""
 
     tier: Tier
     rules: tuple[Rule, ...]
@@ -190,7 +192,7 @@ def ports_of(found: Iterable[TierMatch], default: Action) -> PortMap:
 
 
 def permitted(program: Program, src: Subject, dst: Subject) -> PortMap:
-    """Everything that is forwarded from `src` to `dst`: both directions must allow it, or only an audit holds it open."""
+    """All that is forwarded from `src` to `dst`: both directions must allow it, or only an audit holds it open."""
     firm = in_force(program)
     out = _permitted(firm, src, dst, firm.default)
     if program.audits and covered(program, src, dst):
@@ -266,8 +268,8 @@ def _audited(tier: Tier) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Bound:
-    """A condition on part of what a pair may use: a ceiling in bytes a second, processes at the source, or the seconds of
-    silence after which a flow is ended (of TCP and UDP only).
+    """A condition on part of what a pair may use: a ceiling in bytes a second, processes at the source, or the seconds
+    of silence after which a flow is ended (of TCP and UDP only).
     """
 
     rule: str
@@ -280,8 +282,8 @@ class Bound:
 def bounds(program: Program, src: Subject, dst: Subject) -> tuple[Bound, ...]:
     """Conditions on what `permitted` gives. The ports of each kind are disjoint.
 
-    The lowest ceiling of the rules that allow a port holds, and the shortest idle timeout. A port that some rule allows to every process is bound to
-    none, otherwise to the processes of all its rules together.
+    The lowest ceiling of the rules that allow a port holds, and the shortest idle timeout. A port that some rule allows
+    to every process is bound to none, otherwise to the processes of all its rules together.
     """
     found = [
         r
@@ -373,7 +375,8 @@ def evaluate(program: Program, src: Subject, dst: Subject, proto: int, port: int
     # Denied now by default alone? Then nothing but the default keeps it from being allowed.
     open_end = None if now.rule or now.tier else _evaluate(replace(firm, default=Action.ALLOW), src, dst, proto, port)
     if open_end is not None and open_end.allowed and (audit := covered(program, src, dst)) is not None:
-        reason = f"audit of segment {audit.segment} until {show_instant(audit.until)}: would be denied: {verdict.reason}"
+        until = show_instant(audit.until)
+        reason = f"audit of segment {audit.segment} until {until}: would be denied: {verdict.reason}"
         return Decision("allow", None, reason, program.digest, now.direction, "", verdict)
     return now
 
