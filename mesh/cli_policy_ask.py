@@ -40,6 +40,8 @@ def explain(
 
     def human() -> None:
         print(f"{found.decision.verdict}: {cliout.clean(found.decision.reason)}")
+        for one in found.conditions:
+            print(f"condition: {cliout.clean(one)}")
         for miss in found.near_misses:
             print(
                 f"near miss: rule {cliout.clean(miss.rule.id)} ({miss.rule.where}): {cliout.clean(miss.failed)}"

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from identity.errors import BadInput, RetinueError
 from identity.records import PlacementRecord
-from policy.evaluate import bounds, evaluate
+from policy.evaluate import evaluate
+from policy.explain import conditions
 from policy.ports import ICMP, ICMPV6, PORTED, proto_name, proto_number
 from policy.program import Subject
 
@@ -90,8 +91,7 @@ def _policy(agent: Agent, one: PlacementRecord, other: PlacementRecord, proto: i
     program = agent.compiler.classes(snapshot.policy, int(time.time()), running(snapshot.placements)).program
     src, dst = (Subject(r.name, dict(r.labels), r.spiffe_id) for r in (one, other))
     decision = evaluate(program, src, dst, proto, port)
-    silent = (b for b in bounds(program, src, dst) if b.idle_timeout is not None and b.ports.allows(proto, port))
-    ends = next((f"; ended after {b.idle_timeout} s of silence by {b.rule}" for b in silent), "") if decision.allowed else ""
+    ends = "".join(f"; {one}" for one in conditions(program, src, dst, proto, port))
     return _step("policy", OK if decision.allowed else BAD, f"{decision.verdict}: {decision.reason}{ends} (digest {decision.digest[:12]})")
 
 

@@ -13,7 +13,7 @@ from typing import Literal
 from policy import foreign
 from policy.compile import GUARDRAILS, SEGMENTS, Inactive
 from policy.document import quote
-from policy.evaluate import Decision, evaluate, matches, possible, show_flow, strict
+from policy.evaluate import Decision, bounds, evaluate, matches, possible, show_flow, strict
 from policy.ports import ICMP, ICMPV6, PortMap, single
 from policy.program import (
     BOTH,
@@ -93,11 +93,12 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """A decision with what surrounds it. `changes` are all verified, smallest first."""
+    """A decision with what surrounds it. `changes` are all verified, smallest first; `conditions` bind an allowed flow."""
 
     decision: Decision
     near_misses: tuple[NearMiss, ...]
     changes: tuple[Change, ...]
+    conditions: tuple[str, ...] = ()
 
     @property
     def smallest_change(self) -> Change | None:
@@ -140,7 +141,22 @@ def explain(
             seen.add(change.edits)
             kept.append(change)
     kept.sort(key=lambda c: (len(c.edits), [_WEIGHT[type(e)] for e in c.edits]))
-    return Explanation(decision, tuple(near[:MAX_NEAR_MISSES]), tuple(kept))
+    return Explanation(decision, tuple(near[:MAX_NEAR_MISSES]), tuple(kept), conditions(program, src, dst, proto, port))
+
+
+def conditions(program: Program, src: Subject, dst: Subject, proto: int, port: int | None) -> tuple[str, ...]:
+    """On what an allowed flow depends besides its ends, for people: who may use it at the source, how fast, how silent."""
+    if not evaluate(strict(program), src, dst, proto, port).allowed:
+        return ()
+    said = []
+    for bound in (b for b in bounds(program, src, dst) if b.ports.allows(proto, port)):
+        if bound.processes:
+            said.append(f"only {' or '.join(map(str, bound.processes))} at the source by {bound.rule}")
+        if bound.max_rate is not None:
+            said.append(f"at most {8 * bound.max_rate} bit/s each way by {bound.rule}")
+        if bound.idle_timeout is not None:
+            said.append(f"ended after {bound.idle_timeout} s of silence by {bound.rule}")
+    return tuple(said)
 
 
 _WEIGHT = {ChangePorts: 0, SetLabel: 1, DropRule: 2, AddRule: 3}
@@ -409,6 +425,7 @@ def to_json(found: Explanation) -> dict[str, object]:
         "audited": decision.audited,
         "would_be_denied_by": decision.by if decision.audited else None,
         "digest": decision.digest,
+        "conditions": list(found.conditions),
         "near_misses": [
             {"rule": m.rule.id, "where": str(m.rule.where) if m.rule.where else None, "failed": m.failed}
             for m in found.near_misses

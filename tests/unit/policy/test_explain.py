@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from policy.compile import compile_policy, inactive
 from policy.evaluate import evaluate
-from policy.explain import MAX_NEAR_MISSES, DropRule, SetLabel, apply, explain, show, to_json
+from policy.explain import MAX_NEAR_MISSES, DropRule, SetLabel, apply, conditions, explain, show, to_json
 from policy.language import load
 from policy.ports import TCP, UDP
 from policy.program import (
@@ -195,3 +195,27 @@ def test_json_form():
     assert data["near_misses"][0]["where"] == "p.yaml:8"
     assert data["changes"][0]["text"].startswith("give shop/batch")
     assert to_json(_explain(WEB, API, 8443))["where"] == "p.yaml:8"
+
+
+BOUND = """\
+meshpolicy: 1
+labels: {keys: [role]}
+segments:
+  - name: s
+    allow:
+      - {id: a, from: {role: web, process: [unit:nginx, uid:7]}, to: {role: api}, on: tcp/80-81, max_rate: 1Mbit, idle_timeout: 5m}
+      - {id: b, from: {role: web}, to: {role: api}, on: [tcp/81, tcp/82]}
+"""
+
+
+def test_what_an_allowed_flow_depends_on_is_said() -> None:
+    program = compile_policy(load([("p.yaml", BOUND)]), 0)
+    web, api = Subject("w", {"role": "web"}), Subject("a", {"role": "api"})
+    slow, silent = "at most 1000000 bit/s each way by a", "ended after 300 s of silence by a"
+    found = explain(program, web, api, 6, 80)
+    assert set(found.conditions) == {"only cgroup system.slice/nginx.service or uid 7 at the source by a", slow, silent}
+    assert to_json(found)["conditions"] == list(found.conditions)
+    assert set(conditions(program, web, api, 6, 81)) == {slow, silent}, "another rule opens it to every process"
+    assert conditions(program, web, api, 6, 82) == ()
+    assert conditions(program, api, web, 6, 80) == (), "nothing binds what is denied"
+    assert conditions(program, web, api, 6, 70_000) == ()
