@@ -22,7 +22,7 @@ def read_test(names: Names, scope: str, node: Node) -> FlowTest | ReachTest | Re
         limit = None if depth is None or depth.text == "any" else depth.integer("depth", 1, 1_000_000)
         return ReachTest(
             names.selector(fields["reach"], scope, "reach"), names.selector(fields["never"], scope, "never"), limit, where(node),
-            (node_text(fields["reach"]), node_text(fields["never"])),
+            (node_text(fields["reach"]), node_text(fields["never"])), scope,
         )  # fmt: skip
     fields = node.mapping(
         "a test", {"from", "to", "on", "expect", "by", "at", "why"}, {"from", "to", "expect"}
@@ -48,6 +48,7 @@ def read_test(names: Names, scope: str, node: Node) -> FlowTest | ReachTest | Re
         names.selector(fields["from"], scope, "from", foreign_too=True), names.selector(to, scope, "to"),
         names.ports(on, scope, "on"), expect, where(node), fields["by"].scalar("by") if "by" in fields else "",
         read_instant(fields["at"]) if "at" in fields else None, (node_text(fields["from"]), node_text(to), node_text(on)),
+        scope,
     )  # fmt: skip
 
 

@@ -152,6 +152,7 @@ class FlowTest:
     by: str = ""
     at: int | None = None
     words: tuple[str, str, str] = ("", "", "")
+    scope: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +164,7 @@ class ReachTest:
     depth: int | None
     where: Where
     words: tuple[str, str] = ("", "")
+    scope: str = ""
 
 
 @dataclass(frozen=True, slots=True)

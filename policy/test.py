@@ -18,7 +18,7 @@ from policy.compile import compile_policy
 from policy.evaluate import Decision, evaluate, matches, permitted, show_flow, strict
 from policy.model import FlowTest, Policy, ReachTest, ReplayTest
 from policy.ports import PORTED, TCP, UDP, PortMap, ranges
-from policy.program import Action, AllOf, Program, Selector, Subject, Where
+from policy.program import Action, AllOf, Program, Selector, Subject, Under, Where
 from policy.replay import Recording, replay
 
 _STAND_INS = 8  # made-up subjects for each end of a rule
@@ -77,8 +77,8 @@ def _replay(
 
 
 def _flow(test: FlowTest, classes: Classes, subjects: Sequence[Subject]) -> TestResult:
-    sources, made_source = _who(test.src, subjects, "source")
-    targets, made_target = _who(test.dst, subjects, "destination")
+    sources, made_source = _who(test.src, subjects, "source", test.scope)
+    targets, made_target = _who(test.dst, subjects, "destination", test.scope)
     title = f"{test.words[0]} -> {test.words[1]} on {test.words[2]}: {test.expect}"
     stand_in = made_source or made_target
     covers = len(sources) * len(targets) - len({s.name for s in sources} & {s.name for s in targets})
@@ -168,8 +168,8 @@ def _samples(ports: PortMap) -> Iterator[tuple[int, int | None]]:
 
 
 def _reach(test: ReachTest, program: Program, subjects: Sequence[Subject]) -> TestResult:
-    sources, made_source = _who(test.src, subjects, "source")
-    targets, made_target = _who(test.never, subjects, "destination")
+    sources, made_source = _who(test.src, subjects, "source", test.scope)
+    targets, made_target = _who(test.never, subjects, "destination", test.scope)
     title = f"{test.words[0]} never reaches {test.words[1]}"
     stand_in = made_source or made_target
     forbidden = {s.name for s in targets}
@@ -201,9 +201,15 @@ def _between(program: Program, taken: Iterable[str]) -> dict[str, Subject]:
     return out
 
 
-def _who(selector: Selector, subjects: Sequence[Subject], end: str) -> tuple[list[Subject], bool]:
+def _who(selector: Selector, subjects: Sequence[Subject], end: str, scope: str) -> tuple[list[Subject], bool]:
+    """Those whom the selector selects, or one made up for them: inside the scope of the test's file, when that can be."""
     found = [s for s in subjects if matches(selector, s)]
     if found:
         return found, False
-    one = witness(selector, f"(any {end})", {s.name for s in subjects})
+    taken = {s.name for s in subjects}
+    name = f"{scope}/(any {end})" if scope else f"(any {end})"
+    one = witness(AllOf((selector, Under(scope))), name, taken) if scope else None
+    if one is not None and matches(selector, replace(one, name=name)):
+        one = replace(one, name=name)  # two ends are never one workload
+    one = one or witness(selector, f"(any {end})", taken)
     return ([one], True) if one is not None else ([], False)

@@ -105,3 +105,25 @@ def test_tests_with_a_time_use_the_running_workloads_given():
     policy = load([("p.yaml", BASE + "  - {from: web, to: db, on: tcp/22, at: 2030-01-01, expect: allow}\n")])
     (result,) = run_tests(policy, Program(()), ALL, running=["x"])
     assert result.passed
+
+
+SCOPED = """\
+meshpolicy: 1
+scope: acme/pay
+guardrails: [{deny: {id: apart, from: {env: dev}, to: {env: prod}}}]
+segments: [{name: s, allow: [{id: a, from: {role: web}, to: {role: api}, on: tcp/80}]}]
+tests:
+  - {from: {env: dev}, to: {env: prod}, on: tcp/80, expect: deny, by: apart}
+  - {from: {under: acme/mail, env: dev}, to: {workload: acme/mail/x}, on: tcp/80, expect: deny, by: default}
+  - {from: {role: web}, to: {role: api}, on: tcp/80, expect: allow}
+  - {reach: {role: db}, never: {role: web}}
+"""
+
+
+def test_made_up_subjects_stand_in_the_scope_of_the_file_that_asks() -> None:
+    policy = load([("p.yaml", SCOPED)])
+    results = run_tests(policy, compile_policy(policy, 0), ())
+    assert [(r.passed, r.stand_in, r.message) for r in results if not r.passed] == []
+    assert all(r.stand_in for r in results)
+    opened = load([("p.yaml", SCOPED.replace("from: {role: web}, to: {role: api}, on: tcp/80}]", "from: {role: db}, to: {role: web}, on: tcp/80}]"))])
+    assert [r.passed for r in run_tests(opened, compile_policy(opened, 0), ())] == [True, True, False, False]
