@@ -20,6 +20,7 @@ from ca import audit, grant_ends, leases, membership, postgres, processes, succe
 from ca.admins import Admins
 from ca.attestors import attestor_for
 from ca.authority import Authority, Issuing, Lifetimes
+from ca.callers import Callers
 from ca.desk import Desk
 from ca.enroll import Admitted, Challenges, admit
 from ca.enroll import TokenRow as TokenEvidence
@@ -120,6 +121,7 @@ class Plane:
         self._ticked: int | None = None  # the moment `tick` acted on last
         self._noted = (0, 0)  # (minute, refusals audited in it)
         self._trust: TrustBundle | None = None
+        self._callers = Callers()
         self.moving: Counter[str] = Counter()  # instances that this process is moving now
         self._blocks: str | None = None  # how often the block list changed, as far as the bundle shows it
         self.targets: dict[str, str] = {}  # of moves being prepared, by any process (shared stores only)
@@ -603,11 +605,11 @@ class Plane:
 
     def caller(self, chain: list[bytes]) -> tuple[EndpointRow, int]:
         """Who presented this chain (DER, leaf first), and when its certificate ends. Raises NotVerified, Refused."""
-        shown = certs.parse_der_chain(chain)
         try:
-            svid = self.trust.verify_svid(shown, self.clock())
+            svid = self._callers.verify(chain, self.trust, self.clock())
         except NotVerified as e:
             if e.code == "cert.revoked":  # the registry may know why
+                shown = certs.parse_der_chain(chain)
                 svid = certs.verify_chain(shown, self.trust.roots, self.trust_domain, self.clock())
                 self.registry.caller(svid.spiffe_id, svid.serial, certs.not_before(svid.leaf))
             raise
@@ -624,7 +626,7 @@ class Plane:
     def believes(self, chain: Sequence[bytes]) -> bool:
         """Would this chain (DER, leaf first) be accepted now?"""
         try:
-            self.trust.verify_svid(certs.parse_der_chain(chain), self.clock())
+            self._callers.verify(chain, self.trust, self.clock())
         except NotVerified:
             return False
         return True
