@@ -10,6 +10,7 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import TYPE_CHECKING, Final
 
@@ -224,7 +225,7 @@ class _Compilation:
         if key != instance_key(record.name, record.instance):
             self._note("plan.key", f"the placement of {record.name} stands under {key}; ignored")
             return False
-        if not self._in_overlay(record.addresses):
+        if not in_overlay(tuple(record.addresses), self.overlay):
             self._note("plan.address", f"the addresses of {key} are not overlay addresses; ignored")
             return False
         if record.endpoint == self.facts.endpoint:
@@ -237,16 +238,6 @@ class _Compilation:
             self._note("plan.stale_key", f"{key} is placed on another tunnel key than {record.endpoint} has; not served")
             return False
         return True
-
-    def _in_overlay(self, addresses: Iterable[str]) -> bool:
-        """One IPv4 and one IPv6 overlay address, in this order and in canonical form."""
-        try:
-            v4, v6 = (ip_address(a) for a in addresses)
-        except ValueError:
-            return False
-        inside = isinstance(v4, IPv4Address) and v4 in self.overlay.v4
-        inside = inside and isinstance(v6, IPv6Address) and v6 in self.overlay.v6
-        return inside and [str(v4), str(v6)] == list(addresses)
 
     # ---- the run
 
@@ -438,6 +429,18 @@ class _Compilation:
             why=why,
             unit=place.unit,
         )
+
+
+@lru_cache(maxsize=65_536)
+def in_overlay(addresses: tuple[str, ...], overlay: Overlay) -> bool:
+    """One IPv4 and one IPv6 overlay address, in this order and in canonical form."""
+    try:
+        v4, v6 = (ip_address(a) for a in addresses)
+    except ValueError:
+        return False
+    inside = isinstance(v4, IPv4Address) and v4 in overlay.v4
+    inside = inside and isinstance(v6, IPv6Address) and v6 in overlay.v6
+    return inside and (str(v4), str(v6)) == addresses
 
 
 def _both(record: PlacementRecord) -> tuple[str, str]:

@@ -30,14 +30,15 @@ from mesh.firewall_names import log_group
 from mesh.host import HostNet
 from mesh.inside import Places
 from mesh.netfilter import Handler, Listener, Tracked, forget, listing
-from mesh.nft import Watcher
+from mesh.netlink_watch import NETWORK, RULESETS, Watcher
 from mesh.plan import Changes, Note, Plan, diff, elements_of
 from mesh.snapshot import InstanceKey
 from policy.ports import NOTHING
 
 log = logging.getLogger(__name__)
 
-CHECK_EVERY: Final = 2.0  # seconds between two verifications without a reason
+CHECK_EVERY: Final = 2.0  # seconds between two verifications of device and firewall without a reason
+HOST_EVERY: Final = 20.0  # the same for links, routes and rules, whose changes the kernel tells of
 HOST_SHARE: Final = 50  # reading all routes and rules may take one part in so many of the time
 RETRY: Final = 1.0  # seconds after a failed repair
 Denied = DeniedFlow
@@ -108,11 +109,12 @@ class DataPlane:
         self._gone: set[InstanceKey] = set()
         self._lock = asyncio.Lock()
         self._suspicion = asyncio.Event()
-        self._watcher = Watcher(self._suspicion.set)
+        self._watchers = (Watcher(RULESETS, self._suspicion.set), Watcher(NETWORK, self._network_changed))
         self._guard: asyncio.Task[None] | None = None
         self._lost_device = False
         self._arp = False  # is the table for the taps there?
-        self._host_due = 0.0
+        self._moved = False  # did links, addresses, routes or rules change since they were last compared?
+        self._host_soon = self._host_due = 0.0  # when they are compared next: after such a change, and without
 
     @property
     def device(self) -> Device | None:
@@ -142,7 +144,8 @@ class DataPlane:
                 with contextlib.suppress(RetinueError):
                     await self.stop(clean=True)
             raise
-        self._watcher.start()
+        for watcher in self._watchers:
+            watcher.start()
         self._guard = asyncio.create_task(self._guarding(), name="data plane guard")
 
     async def _choose_device(self) -> None:
@@ -164,7 +167,8 @@ class DataPlane:
             self._guard.cancel()
             await asyncio.gather(self._guard, return_exceptions=True)
             self._guard = None
-        self._watcher.stop()
+        for watcher in self._watchers:
+            watcher.stop()
         async with self._lock:
             if self._device is None and clean:
                 await self._choose_device()
@@ -275,6 +279,10 @@ class DataPlane:
             return True
         return False
 
+    def _network_changed(self) -> None:
+        self._moved = True
+        self._suspicion.set()
+
     async def _guarding(self) -> None:
         while True:
             try:
@@ -283,8 +291,11 @@ class DataPlane:
             except TimeoutError:
                 pass
             self._suspicion.clear()
+            now = time.monotonic()
+            if self._moved and now < self._host_soon:
+                asyncio.get_running_loop().call_later(self._host_soon - now, self._suspicion.set)
             try:
-                await self._verify(host=time.monotonic() >= self._host_due)
+                await self._verify(host=now >= (self._host_soon if self._moved else self._host_due))
             except RetinueError as e:
                 self._tell("plane.repair", f"cannot repair the data plane: {e.message}")
                 await asyncio.sleep(RETRY)
@@ -298,9 +309,18 @@ class DataPlane:
         return await self._verify(host=True)
 
     async def _verify(self, *, host: bool) -> tuple[Note, ...]:
+        gone: list[InstanceKey] | None = None
+        if host:
+            # Reading all routes and rules takes its time, and no change shall wait for that: under the lock they are read
+            # again only where something seems wrong, which a change that came in between explains.
+            started, doubtful, self._moved = time.monotonic(), self.host.layout is None, False
+            wrong, gone = await self.host.verify()
+            now = time.monotonic()
+            self._host_soon = now + HOST_SHARE * (now - started)
+            self._host_due = max(self._host_soon, now + HOST_EVERY)
+            host = bool(wrong) or doubtful
         async with self._lock:
             notes: list[Note] = []
-            gone: list[InstanceKey] | None = None
             # The firewall first: it is what others flush, and what must be back soonest.
             if await self.firewall.verify():
                 notes.append(Note("firewall.restored", "somebody else had changed our firewall table; it is back"))
@@ -316,12 +336,9 @@ class DataPlane:
                 if self.plan is not None:
                     await self._carry_out(self.plan)
             if host:
-                started = time.monotonic()
                 wrong, gone = await self.host.verify()
                 if self.host.layout is None:
                     wrong = ["an earlier change was not carried out whole"]
-                now = time.monotonic()
-                self._host_due = now + max(CHECK_EVERY, HOST_SHARE * (now - started))
                 if wrong and self.plan is not None:
                     self.host.layout = None
                     await self.host.device_up(self.config.mtu)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
@@ -50,6 +51,7 @@ STALE_SAID: Final = 5.0  # seconds without a heartbeat until `status` calls the 
 RETRY: Final = 1.0  # seconds until a failed apply is tried again
 RETRY_PLACES: Final = 5.0  # seconds until a place that could not be set up is tried again
 MAX_SKEW: Final = 30.0  # seconds between our wall clock and a heartbeat just received
+APPLY_FIRST: Final = 0.25  # seconds that the disk lets the data plane go ahead: its syncs are slower than a fence may be
 TICK: Final = 1.0  # longest sleep while something ends by time: timers stand still during suspend, deadlines do not
 
 _SURVIVABLE: Final = frozenset({"state.snapshot", "state.rollback", "state.attachments"})  # start with nothing from it
@@ -122,7 +124,8 @@ class Agent:
         self.changed = asyncio.Condition()
         self.clean = config.clean_on_exit
         self._held: set[InstanceKey] = set()
-        self._wake = asyncio.Event()
+        self._wake, self._tried = asyncio.Event(), asyncio.Event()
+        self._serving = False
         self._saved = True
         self._heartbeat_saved = 0.0
         self._ready = False
@@ -153,6 +156,9 @@ class Agent:
         await self.plane.start()
         self.recorder.start()
         await self._apply()
+        self._serving = True
+        gc.collect()
+        gc.freeze()  # what is there now stays: no later collection, in the middle of a change, has to walk it
         tasks = [
             asyncio.create_task(self._recording(), name="recorder"),
             asyncio.create_task(self._applying(), name="apply"),
@@ -211,8 +217,15 @@ class Agent:
 
     async def _on_events(self, events: list[Event]) -> None:
         if any(isinstance(e, Accepted) for e in events) or not self._saved:
-            await self._save()
+            # Applied at once, for it may be a fence; reported only when it is on disk, too.
+            self._saved = False
             self.touch()
+            if self._serving:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(APPLY_FIRST):
+                        await self._tried.wait()
+            await self._save()
+            self.uplink.tell()
         elif boottime() - self._heartbeat_saved > self.config.lease / 3:
             await self._save()
         for event in events:
@@ -223,8 +236,7 @@ class Agent:
 
     async def _save(self) -> None:
         try:
-            await asyncio.to_thread(self.state.save_snapshot, self.machine, self.boot)
-            await asyncio.to_thread(self.state.save_marks, self.machine)
+            await asyncio.to_thread(self._write)
             self._saved, self._heartbeat_saved = True, boottime()
             self.health.clear("state.write")
             for code in _SURVIVABLE - {"state.attachments"}:
@@ -233,6 +245,10 @@ class Agent:
             # What came is still applied, since it may be a removal; but it is not reported until it is on disk.
             self._saved = False
             self.health.put("state.write", "error", f"{e.message}; {e.hint}")
+
+    def _write(self) -> None:
+        self.state.save_snapshot(self.machine, self.boot)
+        self.state.save_marks(self.machine)
 
     def _check_policy(self, record: PolicyRecord) -> None:
         """Does a signed policy say what its digest names, and does it compile here? Raises RetinueError."""
@@ -251,6 +267,7 @@ class Agent:
 
     def touch(self) -> None:
         """Something changed: compile and apply again."""
+        self._tried.clear()
         self._wake.set()
 
     def _process_ended(self) -> None:
@@ -265,6 +282,8 @@ class Agent:
             if self._wake.is_set() or self._due():
                 self._wake.clear()
                 await self._apply()
+                if not self._wake.is_set():
+                    self._tried.set()
             self._say_age()
 
     def _until_due(self) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -102,7 +103,18 @@ class HostNet:
         Returns pair name -> reason for the namespaces that could not be set up.
         """
         want = layout(plan)
+        if self._stands(want):
+            return {}
         return await self._run(lambda nl: self._narrow(nl, want))
+
+    def _stands(self, want: Layout) -> bool:
+        """Is it carried out whole already, with every link in its place? Most changes are to peers alone."""
+        if self.layout != want or self._failed:
+            return False
+        try:
+            return all(socket.if_nametoindex(name) for name in (want.interface, *want.pairs))
+        except OSError:
+            return False
 
     def _narrow(self, nl: Netlink, want: Layout) -> dict[str, str]:
         known, self.layout = self.layout, None
@@ -241,6 +253,9 @@ class HostNet:
     async def widen(self, plan: Plan, skip: Iterable[str] = ()) -> dict[str, str]:
         """Addresses and routes of the plan; `skip` names pairs that could not be made."""
         want = layout(plan)
+        if self.layout == want and not skip:
+            self._early_demux(off=bool(want.host_addresses))
+            return {}
         leave = set(skip)
         return await self._run(lambda nl: self._widen(nl, want, leave))
 

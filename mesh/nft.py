@@ -11,7 +11,6 @@ import json
 import shutil
 import socket
 import struct
-from collections.abc import Callable
 from typing import Any, Final
 
 from identity.errors import Bug, NoPrivilege, NotFound, TimedOut
@@ -23,9 +22,6 @@ _NFNL_SUBSYS_NFTABLES: Final = 10
 _NFT_MSG_NEWGEN: Final = 15
 _NFT_MSG_GETGEN: Final = 16
 _NFTA_GEN_ID: Final = 1
-_NFNLGRP_NFTABLES: Final = 7
-_SOL_NETLINK: Final = 270
-_NETLINK_ADD_MEMBERSHIP: Final = 1
 _NETLINK_NETFILTER: Final = 12
 _NLM_F_REQUEST: Final = 1
 _NLMSG_ERROR: Final = 2
@@ -133,41 +129,3 @@ def generation() -> int:
             break
         offset += (size + 3) & ~3
     raise Bug("firewall.generation", "the kernel did not tell the nftables generation")
-
-
-class Watcher:
-    """Calls `changed` on the event loop whenever a rule-set commit happens in this namespace, ours included."""
-
-    def __init__(self, changed: Callable[[], None]) -> None:
-        self._changed = changed
-        self._sock: socket.socket | None = None
-
-    def start(self) -> None:
-        """Subscribe. Raises NoPrivilege."""
-        sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, _NETLINK_NETFILTER)
-        try:
-            sock.bind((0, 0))
-            sock.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, _NFNLGRP_NFTABLES)
-        except PermissionError:
-            sock.close()
-            raise NoPrivilege("firewall.privilege", "may not watch nftables", hint="run as root") from None
-        asyncio.get_running_loop().add_reader(sock.fileno(), self._readable)
-        self._sock = sock
-
-    def _readable(self) -> None:
-        assert self._sock is not None
-        while True:
-            try:
-                self._sock.recv(65536)
-            except BlockingIOError:
-                break
-            except OSError:
-                break  # ENOBUFS: notifications were lost, and something certainly changed
-        self._changed()
-
-    def stop(self) -> None:
-        """Unsubscribe."""
-        if self._sock is not None:
-            asyncio.get_running_loop().remove_reader(self._sock.fileno())
-            self._sock.close()
-            self._sock = None

@@ -37,6 +37,8 @@ AT_ONCE: Final = 256  # in one turn of the event loop
 READ_SETS: Final = 2.0  # seconds, while something is refused; IDLE_SETS otherwise
 IDLE_SETS: Final = 10.0
 WRITE: Final = 5.0  # seconds between two writes to disk, and until the CA is told
+MEASURE_SHARE: Final = 1000  # listing the tracked connections may take one part in so many of the time: the kernel walks its
+MEASURE_MOST: Final = 60.0  # whole table, sized by the machine's memory, for however few; seconds between two, at most
 LISTED: Final = 20_000  # connections measured while they go on; with more, only their ends are
 LOOKUPS: Final = 20  # searches for a process, a second
 KINDS: Final[Mapping[str, Verdict]] = {"denied": "deny", "audited": "audit", "idled": "deny"}  # what the firewall notes
@@ -257,9 +259,13 @@ class Recorder:
     # ---- for others
 
     async def _writing(self) -> None:
+        due = 0.0
         while True:
             await asyncio.sleep(WRITE)
-            await self._measure()
+            if (began := time.monotonic()) >= due:
+                await self._measure()
+                now = time.monotonic()
+                due = now + min(MEASURE_MOST, MEASURE_SHARE * (now - began))
             records = self.table.take()
             await asyncio.to_thread(self.store.append, records)
 

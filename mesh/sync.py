@@ -565,9 +565,9 @@ class SyncMachine:
         )
 
     def _commit(self, held: dict[str, Held], trust: TrustBundle) -> None:
+        self.rules.note({key: one for key, one in held.items() if self._held.get(key) is not one})
         self._held = held
         self.trust = trust
-        self.rules.note(held)
 
 
 def _beat_of(held: Held) -> Heartbeat:

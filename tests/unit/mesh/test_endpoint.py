@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 
 import pytest
@@ -137,6 +138,24 @@ async def test_a_failed_apply_leaves_what_is_in_force_and_is_tried_again(agent, 
     await agent._apply()
     assert agent.report().revision == 2
     assert "apply.failed" not in agent.health
+
+
+async def test_what_came_is_in_force_before_it_is_on_disk_and_reported_after(agent, live, monkeypatch):
+    await tell(agent, live.snapshot())
+    disk, save = threading.Event(), agent.state.save_snapshot
+    monkeypatch.setattr(agent.state, "save_snapshot", lambda *given: disk.wait() and save(*given))
+    line = live.delta(removes=["placement/shop/api/0"])
+    agent._wake.clear()
+    saving = asyncio.create_task(agent._on_events(agent.machine.receive(line, wall=time.time(), mono=boottime())))
+    try:
+        await agent._wake.wait()
+        await agent._apply()
+        assert agent.plane.plans[-1].peers == {}
+        assert agent.report() is None
+    finally:
+        disk.set()
+        await saving
+    assert agent.report().revision == 2
 
 
 async def test_what_cannot_be_saved_is_applied_but_not_reported(agent, live, monkeypatch):

@@ -1,0 +1,62 @@
+"""Notices what changes in a network namespace, by whomever, so that nobody has to look all the time."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from typing import Final
+
+from identity.errors import NoPrivilege
+
+_SOL_NETLINK: Final = 270
+_NETLINK_ADD_MEMBERSHIP: Final = 1
+# linux/netlink.h, linux/netfilter/nfnetlink.h
+_NETLINK_ROUTE: Final = 0
+_NETLINK_NETFILTER: Final = 12
+_NFNLGRP_NFTABLES: Final = 7
+# linux/rtnetlink.h: links, addresses, routes and rules of both families, and what is forwarded
+_RTNLGRP: Final = (1, 5, 7, 8, 9, 11, 19, 24, 25)
+
+RULESETS: Final = (_NETLINK_NETFILTER, (_NFNLGRP_NFTABLES,))  # every commit of nftables
+NETWORK: Final = (_NETLINK_ROUTE, _RTNLGRP)
+
+
+class Watcher:
+    """Calls `changed` on the event loop whenever one of the groups tells of a change, ours included."""
+
+    def __init__(self, what: tuple[int, tuple[int, ...]], changed: Callable[[], None]) -> None:
+        self._protocol, self._groups = what
+        self._changed = changed
+        self._sock: socket.socket | None = None
+
+    def start(self) -> None:
+        """Subscribe. Raises NoPrivilege."""
+        sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, self._protocol)
+        try:
+            sock.bind((0, 0))
+            for group in self._groups:
+                sock.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, group)
+        except PermissionError:
+            sock.close()
+            raise NoPrivilege("netlink.watch", "may not watch the network's settings", hint="run as root") from None
+        asyncio.get_running_loop().add_reader(sock.fileno(), self._readable)
+        self._sock = sock
+
+    def _readable(self) -> None:
+        assert self._sock is not None
+        while True:
+            try:
+                self._sock.recv(65536)
+            except BlockingIOError:
+                break
+            except OSError:
+                break  # ENOBUFS: notifications were lost, and something certainly changed
+        self._changed()
+
+    def stop(self) -> None:
+        """Unsubscribe."""
+        if self._sock is not None:
+            asyncio.get_running_loop().remove_reader(self._sock.fileno())
+            self._sock.close()
+            self._sock = None
