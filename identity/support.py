@@ -8,13 +8,10 @@ have been printed in; where one is found nothing is written at all.
 from __future__ import annotations
 
 import base64
-import contextlib
 import io
-import os
 import re
 import tarfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Final
 
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -25,11 +22,9 @@ from cryptography.hazmat.primitives.serialization import (
     load_pem_private_key,
 )
 
-from identity.errors import BadInput, BadState
+from identity.errors import BadState
 
 GONE: Final = "[removed]"
-MAX_LOG: Final = 2 << 20  # bytes of the end of each log
-MAX_KEY_FILE: Final = 65536
 MIN_SECRET: Final = 16  # bytes; shorter ones would be found everywhere
 
 _PATTERNS: Final = (
@@ -43,17 +38,8 @@ _PATTERNS: Final = (
 )  # fmt: skip
 
 
-def secrets_of(directory: Path) -> list[bytes]:
-    """The secret bytes of every key file below a directory (``*.key``): the key itself, and as its file shows it."""
-    found: list[bytes] = []
-    for path in sorted(directory.rglob("*.key")):
-        with contextlib.suppress(OSError):
-            if not path.is_symlink() and path.is_file():
-                found += _secrets(path.read_bytes()[:MAX_KEY_FILE])
-    return found
-
-
-def _secrets(data: bytes) -> list[bytes]:
+def secrets_in(data: bytes) -> list[bytes]:
+    """The secret bytes of a key file: the key itself, and as the file shows it."""
     try:
         key = load_pem_private_key(data, None)
     except (ValueError, TypeError):
@@ -101,29 +87,6 @@ def _forms(secret: bytes) -> set[bytes]:
     return out
 
 
-def tail(path: Path, limit: int = MAX_LOG) -> str:
-    """The end of a file, from the beginning of a line. Raises BadInput ``support.log``."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - limit))
-            data = file.read(limit)
-    except OSError as e:
-        raise BadInput("support.log", f"cannot read {path}: {e.strerror}") from None
-    return (data if size <= limit else data.partition(b"\n")[2]).decode(errors="replace")
-
-
-def listing(directory: Path) -> str:
-    """Names, modes, owners and sizes below a directory; never a content."""
-    lines = []
-    with contextlib.suppress(OSError):
-        for path in sorted(directory.rglob("*")):
-            with contextlib.suppress(OSError):
-                at = path.lstat()
-                lines.append(f"{at.st_mode:06o} {at.st_uid:>5} {at.st_gid:>5} {at.st_size:>10} {path.relative_to(directory)}")
-    return "\n".join(lines) + "\n"
-
-
 def pack(members: Mapping[str, str], redactor: Redactor, *, now: float) -> bytes:
     """A gzipped tar of redacted texts. Raises BadState ``support.secret`` when a key of this machine is still in one."""
     buffer = io.BytesIO()
@@ -140,13 +103,3 @@ def pack(members: Mapping[str, str], redactor: Redactor, *, now: float) -> bytes
             entry.size, entry.mtime, entry.mode = len(data), int(now), 0o600
             archive.addfile(entry, io.BytesIO(data))
     return buffer.getvalue()
-
-
-def write(path: Path, data: bytes) -> None:
-    """A new file of mode 0600. Raises BadInput ``support.file`` when there is one, or it cannot be written."""
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(fd, "wb") as file:
-            file.write(data)
-    except OSError as e:
-        raise BadInput("support.file", f"cannot write {path}: {e.strerror}", hint="name a new file with --out") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import platform
@@ -16,8 +17,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Final
 
-from identity import support
-from identity.errors import RetinueError
+from identity.errors import BadInput, RetinueError
+from identity.support import Redactor, pack, secrets_in
 from mesh.doctor import examine
 from mesh.local_client import LocalClient
 
@@ -30,12 +31,14 @@ COMMANDS: Final = {
     "net/nft.txt": ("nft", "list", "ruleset"), "net/sockets.txt": ("ss", "-lunp"),
 }  # fmt: skip
 COMMAND_S: Final = 10.0
+MAX_LOG: Final = 2 << 20  # bytes of the end of each log
+MAX_KEY_FILE: Final = 65536
 PACKAGES: Final = ("retinue", "cryptography", "pydantic", "aiohttp", "pyroute2", "structlog", "typer")
 
 
 async def collect(state_dir: Path, socket: Path, logs: Sequence[Path]) -> dict[str, str]:
     """Name -> text, not yet redacted. What cannot be had says so in its place. Raises BadInput for a log that is not there."""
-    members = {"versions.json": json.dumps(versions(), indent=1), "state/listing.txt": support.listing(state_dir)}
+    members = {"versions.json": json.dumps(versions(), indent=1), "state/listing.txt": listing(state_dir)}
     members["doctor.json"] = json.dumps([asdict(c) for c in await examine(state_dir, socket)], indent=1)
     members |= await _agent(socket)
     for name in STATE_FILES:
@@ -47,7 +50,7 @@ async def collect(state_dir: Path, socket: Path, logs: Sequence[Path]) -> dict[s
     for name, command in COMMANDS.items():
         members[name] = await asyncio.to_thread(said, command)
     if logs:
-        members |= {f"logs/{n}-{path.name}": support.tail(path) for n, path in enumerate(logs)}
+        members |= {f"logs/{n}-{path.name}": tail(path) for n, path in enumerate(logs)}
     else:
         journal = ("journalctl", "--no-pager", "-n", "5000", *(word for unit in UNITS for word in ("-u", unit)))
         members["logs/journal.txt"] = await asyncio.to_thread(said, journal)
@@ -104,12 +107,55 @@ def said(command: Sequence[str]) -> str:
         done = subprocess.run([program, *command[1:]], capture_output=True, check=False, timeout=COMMAND_S, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired) as e:
         return f"{command[0]}: {type(e).__name__}\n"
-    return (done.stdout + done.stderr)[-support.MAX_LOG :].decode(errors="replace")
+    return (done.stdout + done.stderr)[-MAX_LOG :].decode(errors="replace")
+
+
+def secrets_of(directory: Path) -> list[bytes]:
+    """The secret bytes of every key file below a directory (``*.key``): the key itself, and as its file shows it."""
+    found: list[bytes] = []
+    for path in sorted(directory.rglob("*.key")):
+        with contextlib.suppress(OSError):
+            if not path.is_symlink() and path.is_file():
+                found += secrets_in(path.read_bytes()[:MAX_KEY_FILE])
+    return found
+
+
+def tail(path: Path, limit: int = MAX_LOG) -> str:
+    """The end of a file, from the beginning of a line. Raises BadInput ``support.log``."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - limit))
+            data = file.read(limit)
+    except OSError as e:
+        raise BadInput("support.log", f"cannot read {path}: {e.strerror}") from None
+    return (data if size <= limit else data.partition(b"\n")[2]).decode(errors="replace")
+
+
+def listing(directory: Path) -> str:
+    """Names, modes, owners and sizes below a directory; never a content."""
+    lines = []
+    with contextlib.suppress(OSError):
+        for path in sorted(directory.rglob("*")):
+            with contextlib.suppress(OSError):
+                at = path.lstat()
+                lines.append(f"{at.st_mode:06o} {at.st_uid:>5} {at.st_gid:>5} {at.st_size:>10} {path.relative_to(directory)}")
+    return "\n".join(lines) + "\n"
+
+
+def write(path: Path, data: bytes) -> None:
+    """A new file of mode 0600. Raises BadInput ``support.file`` when there is one, or it cannot be written."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+    except OSError as e:
+        raise BadInput("support.file", f"cannot write {path}: {e.strerror}", hint="name a new file with --out") from None
 
 
 async def bundle(state_dir: Path, socket: Path, logs: Sequence[Path], out: Path) -> list[str]:
     """Write it; the names in it. Raises BadInput ``support.file``/``support.log``, BadState ``support.secret``."""
     members = await collect(state_dir, socket, logs)
-    redactor = support.Redactor(support.secrets_of(state_dir))
-    support.write(out, support.pack(members, redactor, now=time.time()))
+    redactor = Redactor(secrets_of(state_dir))
+    write(out, pack(members, redactor, now=time.time()))
     return sorted(members)

@@ -19,8 +19,9 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from identity.enrollment import JoinToken
 from identity.errors import RetinueError
 from identity.keys import private_pem
-from identity.support import Redactor, secrets_of
+from identity.support import Redactor
 from mesh.lab_process import ProcessFailed
+from mesh.support import secrets_of
 from tests.chaos.registry import Run, row
 from tests.chaos.stage import Stage
 
