@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 
 PYTHON=${PYTHON:-python3}
 STAMPS=.venv/stamps
-MIN_RUST=1.85
+MIN_RUST=1.87
 
 say() { printf '\033[2m%s\033[0m\n' "$*" >&2; }
 die() { printf 'error[setup.%s]: %s\nhint: %s\n' "$1" "$2" "$3" >&2; exit "${4:-1}"; }

@@ -80,6 +80,37 @@ mod imb {
             )
         }
 
+        /// The library's verdict; `tag` is written, not compared.
+        ///
+        /// # Safety
+        /// `src` is readable and `dst` writable for `length` bytes; they are equal or do not overlap.
+        unsafe fn run(
+            &self,
+            opening: bool,
+            (key, nonce, ad): (&Key, &[u8; 12], &[u8]),
+            src: *const u8,
+            dst: *mut u8,
+            length: usize,
+            tag: &mut [u8; TAG_LEN],
+        ) -> bool {
+            // SAFETY: what the caller promises of `src` and `dst`; the others are whole; the manager is this thread's own.
+            let done = unsafe {
+                retinue_imb_chacha20poly1305(
+                    self.0.as_ptr(),
+                    i32::from(opening),
+                    key.as_ptr(),
+                    nonce.as_ptr(),
+                    ad.as_ptr(),
+                    ad.len(),
+                    src,
+                    dst,
+                    length,
+                    tag.as_mut_ptr(),
+                )
+            };
+            done == 1
+        }
+
         fn seal(
             &self,
             key: &Key,
@@ -88,25 +119,14 @@ mod imb {
             plain: &[u8],
             out: &mut [u8],
         ) -> Option<usize> {
-            assert!(!plain.is_empty() && out.len() >= plain.len() + TAG_LEN);
+            assert!(!plain.is_empty());
             let (body, rest) = out.split_at_mut(plain.len());
-            // SAFETY: pointers with their slices' lengths; `out` has room for text and tag (asserted) and does not overlap
-            // `plain`; the manager is this thread's own.
+            let tag = rest.first_chunk_mut().expect("room for the tag");
+            // SAFETY: two slices of one length, one of them borrowed mutably.
             let done = unsafe {
-                retinue_imb_chacha20poly1305(
-                    self.0.as_ptr(),
-                    0,
-                    key.as_ptr(),
-                    nonce.as_ptr(),
-                    ad.as_ptr(),
-                    ad.len(),
-                    plain.as_ptr(),
-                    body.as_mut_ptr(),
-                    plain.len(),
-                    rest.as_mut_ptr(),
-                )
+                self.run(false, (key, nonce, ad), plain.as_ptr(), body.as_mut_ptr(), plain.len(), tag)
             };
-            (done == 1).then_some(plain.len() + TAG_LEN)
+            done.then_some(plain.len() + TAG_LEN)
         }
 
         fn open(
@@ -119,25 +139,13 @@ mod imb {
             assert!(data.len() > TAG_LEN);
             let (body, sent) = data.split_at_mut(data.len() - TAG_LEN);
             let mut tag = [0u8; TAG_LEN];
-            // SAFETY: in place, which the library allows; the tag has its 16 bytes; the manager is this thread's own.
-            let done = unsafe {
-                retinue_imb_chacha20poly1305(
-                    self.0.as_ptr(),
-                    1,
-                    key.as_ptr(),
-                    nonce.as_ptr(),
-                    ad.as_ptr(),
-                    ad.len(),
-                    body.as_ptr(),
-                    body.as_mut_ptr(),
-                    body.len(),
-                    tag.as_mut_ptr(),
-                )
-            };
+            let text = body.as_mut_ptr();
+            // SAFETY: in place, which the library allows.
+            let done = unsafe { self.run(true, (key, nonce, ad), text, text, body.len(), &mut tag) };
             // SAFETY: both are 16 bytes.
             let same = unsafe { lc::CRYPTO_memcmp(tag.as_ptr().cast(), sent.as_ptr().cast(), TAG_LEN) == 0 };
             tag.zeroize();
-            if done == 1 && same {
+            if done && same {
                 return Some(Ok(body.len()));
             }
             body.zeroize(); // nobody reads what nobody vouches for

@@ -195,6 +195,9 @@ pub fn main(args: &[String]) -> i32 {
             Ok(0)
         }
         Command::Version => {
+            if all.iter().any(|word| word == "--no-avx512") {
+                accelerated::turn_off();
+            }
             let chacha = if accelerated::usable() { "AVX-512" } else { "AWS-LC" };
             print_out(&format!(
                 "retinue-engine {} (ChaCha20-Poly1305: {chacha})\n",
