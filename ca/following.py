@@ -75,8 +75,8 @@ class Following:
         if authority.root not in trust.roots:
             why = f"{ring.active('root').name} is a root no more"
             return why, why
-        for role in ("records", "policy"):
-            name = ring.active("records" if role == "records" else "policy").name
+        for role in RECORD_KEYS:
+            name = ring.active(role).name
             if authority.signer(name).public_key not in trust.keys.get(role, ()):
                 why = f"{name} signs no more"
                 return why, why

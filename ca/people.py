@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ca import approvals
+from ca import approvals, audit
 from ca.admins import Admins
 from ca.roles import Principal
 from identity import certs
@@ -38,8 +38,6 @@ class People:
 
         Raises NotFound, Refused ``admin.revoked``, BadInput.
         """
-        from ca import audit
-
         certs.csr_key(csr)
         with self._plane.store.write() as tx:
             self._admins.living(tx, name)
@@ -50,8 +48,6 @@ class People:
         """One's own certificate anew. Raises Refused ``admin.local`` over the socket, where nobody has one; BadInput."""
         if who.local:
             raise Refused("admin.local", "root has no administrator's certificate", hint="retinue-ca admin certify NAME")
-        from ca import audit
-
         certs.csr_key(csr)
         with self._plane.store.write() as tx:
             self._admins.living(tx, who.name)

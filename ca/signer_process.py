@@ -227,11 +227,12 @@ class SignerDesk:
         if kind != "jwt":
             raise Refused("signer.key", f"{name} signs no tokens")
         signer, text = self._keys.open(name), request.get("text")
+        if not isinstance(text, str):
+            raise Refused("signer.token", "there is no text to sign")
         try:
-            subject = jwt.unsigned(text, kid=kid, trust_domain=self._trust_domain, now=self._clock())  # type: ignore[arg-type]  # it refuses what is no text
+            subject = jwt.unsigned(text, kid=kid, trust_domain=self._trust_domain, now=self._clock())
         except NotVerified as e:
             raise Refused("signer.token", e.message) from None
-        assert isinstance(text, str)
         self.log({"op": "token", "name": name, "by": who, "subject": str(subject)})
         return {"signature": _b64(signer.sign(text.encode("ascii")))}
 

@@ -195,7 +195,7 @@ def show_status(s: Status, now: float) -> None:
     if s.attachments:
         cliout.table(
             ("instance", "state", "epoch", "place", "addresses"),
-            [(f"{a.name}/{a.instance}", a.state, a.epoch, a.netns or a.device or (a.cgroup if a.running else f"{a.cgroup} (not running)") or a.kind, " ".join(a.addresses)) for a in s.attachments],
+            [(f"{a.name}/{a.instance}", a.state, a.epoch, _place(a), " ".join(a.addresses)) for a in s.attachments],
         )
     else:
         print("No instance is attached here.")
@@ -213,6 +213,13 @@ def show_status(s: Status, now: float) -> None:
         )  # fmt: skip
     else:
         print("No tunnels: policy permits no pair with another host.")
+
+
+def _place(a: Attachment) -> str:
+    """Where an instance has its place on this host, in a word or two."""
+    if a.cgroup:
+        return a.cgroup if a.running else f"{a.cgroup} (not running)"
+    return a.netns or a.device or a.kind
 
 
 def duration(seconds: float) -> str:

@@ -23,25 +23,14 @@ from pathlib import Path
 
 from identity.errors import NoPrivilege
 from mesh.lab import Lab
-from tests.chaos import (
-    rows_attack,
-    rows_control,
-    rows_crowd,
-    rows_disk,
-    rows_held,
-    rows_move,
-    rows_network,
-    rows_postgres,
-    rows_secrets,
-    soak,
-)
-from tests.chaos.registry import ROWS, Result, Row, Run, order, play, table
+from tests.chaos.registry import Result, Row, Run, order, play, table
+from tests.chaos.rows import ROWS
+from tests.chaos.rows_crowd import Crowd
 from tests.chaos.stage import Stage
 
 OUT = Path(__file__).resolve().parents[2] / "out" / "chaos.json"
 DOC = OUT.parents[1] / "docs" / "FAILURES.md"
 CROWD = 50
-__all__ = ["rows_attack", "rows_control", "rows_crowd", "rows_disk", "rows_held", "rows_move", "rows_network", "rows_postgres", "rows_secrets", "soak"]
 
 
 async def go(rows: Sequence[Row], seed: int, seconds: float | None) -> list[Result]:
@@ -61,7 +50,7 @@ async def go(rows: Sequence[Row], seed: int, seconds: float | None) -> list[Resu
             await stage.begin()
             await each(stage, "small")
     if any(r.stage == "crowd" for r in rows):
-        async with rows_crowd.Crowd(CROWD) as crowd:
+        async with Crowd(CROWD) as crowd:
             await crowd.settle()
             await each(crowd, "crowd")
     return sorted(results, key=lambda r: order(r.row))

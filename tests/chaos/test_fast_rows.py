@@ -4,22 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.chaos import (
-    rows_attack,
-    rows_control,
-    rows_crowd,
-    rows_disk,
-    rows_held,
-    rows_move,
-    rows_network,
-    rows_postgres,
-    rows_secrets,
-    soak,
-)
-from tests.chaos.registry import ROWS, Run, order, play
+from tests.chaos.registry import Run, order, play
+from tests.chaos.rows import MODULES, ROWS
 from tests.chaos.stage import Stage
 
-MODULES = (rows_attack, rows_control, rows_crowd, rows_disk, rows_held, rows_move, rows_network, rows_postgres, rows_secrets, soak)
 # Together about a minute on an idle machine; the other fast rows come with `make chaos ARGS=--fast`.
 CHOSEN = ("F2", "F11", "F12", "F14", "F19", "F24", "M1", "M2", "N1")
 
