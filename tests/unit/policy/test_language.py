@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 
 import pytest
@@ -306,3 +307,17 @@ def test_a_mutated_file_loads_or_is_refused(data):
         return
     assert refusal.code
     assert refusal.message
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_is_left_as_it_was(enabled):
+    before = gc.isenabled()
+    (gc.enable if enabled else gc.disable)()
+    try:
+        _load(HEAD)
+        assert gc.isenabled() is enabled
+        with pytest.raises(BadPolicy):
+            _load("meshpolicy: 2\n")
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if before else gc.disable)()
