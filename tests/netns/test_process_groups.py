@@ -176,6 +176,22 @@ def test_members_alone_get_through(rig: PolicyRig, client: Client, job: Group) -
         deep.place.rmdir()
 
 
+def test_names_as_systemd_escapes_them(rig: PolicyRig, client: Client) -> None:
+    odd = Group(f"test-{rig.tag}.slice/job-a\\x2db@1:2.service")
+    try:
+        assert len(put(rig, odd)) == 1
+        ready(client)
+        assert child_of(client, odd)
+        assert not child_of(client, None)
+        assert rig.hosts["a"].ask("verify") == []
+    finally:
+        odd.remove()
+
+
+def child_of(client: Client, group: Group | None) -> bool:
+    return client.child(lambda: client.through(OWN), group)
+
+
 def test_datagrams_and_pings(rig: PolicyRig, client: Client, job: Group) -> None:
     put(rig, job)
     ready(client)
