@@ -26,6 +26,7 @@ from policy.model import Policy, Segment
 from policy.ports import PortMap, whole
 from policy.program import Action, Everything, Program, Rule, Selector, Subject, Where
 from policy.segmentation import OVER, RULES, numbers
+from policy.selector_index import SelectorIndex, SubjectIndex
 from policy.selectors import both
 from policy.test import run_tests
 from policy.windows import DAY, show_instant
@@ -110,8 +111,9 @@ def _binds(rule: Rule, other: Rule) -> bool:
 
 def _shadowed(program: Program) -> Iterator[Finding]:
     rules = list(_rules(program))
+    index = SelectorIndex([rule.src for _, rule in rules])
     for tier, rule in rules:
-        for other_tier, other in rules:
+        for other_tier, other in (rules[number] for number in index.implied_by(rule.src)):
             if other is rule or not _covers(other, rule):
                 continue
             above = other_tier == GUARDRAILS and tier != GUARDRAILS
@@ -141,8 +143,9 @@ def _empty(policy: Policy, program: Program, subjects: Sequence[Subject]) -> Ite
     places += [(f"members of {s.name}", s.members, s.where) for s in policy.segments if s.members is not None]
     for _, rule in _rules(program):
         places += [(f"from of {rule.id}", rule.src, rule.where), (f"to of {rule.id}", rule.dst, rule.where)]
+    known = SubjectIndex(subjects)
     for what, selector, where in places:
-        if witness(selector, "any") is None and not any(matches(selector, s) for s in subjects):
+        if witness(selector, "any") is None and not known.any(selector):
             yield Finding(
                 "L03",
                 "warning",
@@ -150,7 +153,7 @@ def _empty(policy: Policy, program: Program, subjects: Sequence[Subject]) -> Ite
                 where,
                 "it asks for things that exclude each other",
             )
-        elif subjects and not trust_domains(selector) and not any(matches(selector, s) for s in subjects):
+        elif subjects and not trust_domains(selector) and not known.any(selector):
             yield Finding(
                 "L03",
                 "info",

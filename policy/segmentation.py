@@ -112,22 +112,15 @@ def numbers(
 def _rights(classes: Classes) -> dict[int, int]:
     """Class -> a number that is equal for classes with equal rights: the same ports from and to the same classes.
 
-    Twins may do with each other what each may do with its own.
+    Twins may do with each other what each may do with its own; so their rows and columns are the same throughout.
     """
-    living = [n for n, members in enumerate(classes.members) if members]
+    living = frozenset(n for n, members in enumerate(classes.members) if members)
+    known: dict[object, int] = {}
     out: dict[int, int] = {}
-    known: dict[tuple[object, ...], int] = {}
-    for one in living:
-        for other, number in out.items():
-            rest = [n for n in living if n not in (one, other)]
-            if all(
-                classes.between(one, n) == classes.between(other, n) and classes.between(n, one) == classes.between(n, other)
-                for n in rest
-            ) and classes.between(one, one) == classes.between(other, other) == classes.between(one, other) == classes.between(other, one):
-                out[one] = number
-                break
-        else:
-            out[one] = known.setdefault((one,), len(known))
+    for one in sorted(living):
+        there = frozenset((n, held) for n in classes.targets(one) if n in living and (held := classes.between(one, n)))
+        back = frozenset((n, held) for n in classes.sources(one) if n in living and (held := classes.between(n, one)))
+        out[one] = known.setdefault((there, back), len(known))
     return out
 
 
