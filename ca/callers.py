@@ -5,12 +5,22 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 from identity import certs
 from identity.bundle import TrustBundle
+from identity.names import SpiffeId
 
-KEPT: Final = 16_384  # chains; a few kilobytes each
+KEPT: Final = 16_384  # chains
+
+
+class Caller(NamedTuple):
+    """What a verified leaf says; the parsed chain would be a hundred times as large. Times are seconds since the epoch."""
+
+    spiffe_id: SpiffeId
+    serial: int
+    not_before: int
+    not_after: int
 
 
 class Callers:
@@ -22,9 +32,9 @@ class Callers:
 
     def __init__(self) -> None:
         self._trust: TrustBundle | None = None
-        self._known: OrderedDict[bytes, tuple[certs.Svid, int, int]] = OrderedDict()
+        self._known: OrderedDict[bytes, tuple[Caller, int, int]] = OrderedDict()
 
-    def verify(self, chain: Sequence[bytes], trust: TrustBundle, now: float) -> certs.Svid:
+    def verify(self, chain: Sequence[bytes], trust: TrustBundle, now: float) -> Caller:
         """`chain` in DER, leaf first. Raises NotVerified."""
         if trust is not self._trust:
             self._trust = trust
@@ -35,7 +45,8 @@ class Callers:
         svid = trust.verify_svid(certs.parse_der_chain(chain), now)
         begins = max(certs.not_before(cert) for cert in svid.chain)
         ends = min(certs.not_after(cert) for cert in svid.chain)
-        self._known[key] = svid, begins, ends
+        caller = Caller(svid.spiffe_id, svid.serial, svid.not_before, svid.not_after)
+        self._known[key] = caller, begins, ends
         while len(self._known) > KEPT:
             self._known.popitem(last=False)
-        return svid
+        return caller

@@ -606,22 +606,22 @@ class Plane:
     def caller(self, chain: list[bytes]) -> tuple[EndpointRow, int]:
         """Who presented this chain (DER, leaf first), and when its certificate ends. Raises NotVerified, Refused."""
         try:
-            svid = self._callers.verify(chain, self.trust, self.clock())
+            caller = self._callers.verify(chain, self.trust, self.clock())
         except NotVerified as e:
             if e.code == "cert.revoked":  # the registry may know why
                 shown = certs.parse_der_chain(chain)
                 svid = certs.verify_chain(shown, self.trust.roots, self.trust_domain, self.clock())
                 self.registry.caller(svid.spiffe_id, svid.serial, certs.not_before(svid.leaf))
             raise
-        if svid.spiffe_id.kind not in {"host", "sidecar"}:
+        if caller.spiffe_id.kind not in {"host", "sidecar"}:
             raise Refused(
                 "caller.kind",
-                f"{svid.spiffe_id} is not an endpoint",
+                f"{caller.spiffe_id} is not an endpoint",
                 hint="use the endpoint's own certificate",
             )
-        row = self.registry.caller(svid.spiffe_id, svid.serial, certs.not_before(svid.leaf))
+        row = self.registry.caller(caller.spiffe_id, caller.serial, caller.not_before)
         self.returns.check(row.name)
-        return row, svid.not_after
+        return row, caller.not_after
 
     def believes(self, chain: Sequence[bytes]) -> bool:
         """Would this chain (DER, leaf first) be accepted now?"""

@@ -37,6 +37,7 @@ from identity import cliout
 from identity.cliout import clean
 from identity.confine import Bounds, enter
 from identity.errors import BadInput, BadState, Conflict, NoPrivilege
+from identity.signals import heed
 
 log = structlog.get_logger("retinue.ca")
 
@@ -387,8 +388,7 @@ async def serve(options: Options, ready: Any) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     sys.setswitchinterval(SWITCH_S)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    heed(loop, (signal.SIGTERM, signal.SIGINT), stop.set)
     async with running(options) as server:
         ready(server)
         notify(f"READY=1\nSTATUS=listening on {server.listen}")

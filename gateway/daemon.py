@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from identity import cliout
 from identity.errors import BadInput, Conflict, NoPrivilege, RetinueError
+from identity.signals import heed
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -174,10 +175,9 @@ class Gateway:
         health = await self._health(config, ingress, link)
         following = asyncio.create_task(link.run())
         loop = asyncio.get_running_loop()
-        loop.add_signal_handler(signal.SIGTERM, self._stop.set)
-        loop.add_signal_handler(signal.SIGINT, self._stop.set)
+        heed(loop, (signal.SIGTERM, signal.SIGINT), self._stop.set)
         reload = asyncio.Event()
-        loop.add_signal_handler(signal.SIGHUP, reload.set)
+        heed(loop, [signal.SIGHUP], reload.set)
         refreshing = asyncio.create_task(self._refresher(ingress, server))
         reloading = asyncio.create_task(self._reloader(reload, ingress, server, link))
         notify("READY=1")

@@ -22,6 +22,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 
 from identity.errors import BadInput, BadState, NotFound, RetinueError
 from identity.records import PolicyRecord
+from identity.signals import heed
 from identity.wire.enroll import Cipher
 from identity.wire.feed import Report
 from identity.wire.local import Attach
@@ -476,8 +477,7 @@ async def serve(config: AgentConfig, *, beside: Callable[[Agent], Coroutine[Any,
             state.forget_marks()
         agent = Agent(config, enrollment, state)
         stop = asyncio.Event()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        heed(asyncio.get_running_loop(), (signal.SIGTERM, signal.SIGINT), stop.set)
         async with LocalApi(agent, stop), WorkloadApi(agent):
             await agent.run(stop, (lambda: beside(agent)) if beside is not None else None)
     finally:
