@@ -111,10 +111,15 @@ def who_can_reach(
 ) -> list[Row]:
     """Who may send to `dst` directly, on this protocol and port (None: on anything)."""
     wanted = None if proto is None else whole(proto) if port is None else single(proto, port)
+    inner = [s for s in subjects if not s.nets]
+    classes = Classes(program, inner) if dst in inner else None
     rows = []
     for src in subjects:
         if src.name != dst.name:
-            ports = permitted(program, src, dst)
+            if classes is None or src.nets:
+                ports = permitted(program, src, dst)
+            else:
+                ports = classes.between(classes.class_of(src.name), classes.class_of(dst.name))
             ports = ports if wanted is None else ports & wanted
             if ports:
                 rows.append(Row(src.name, dst.name, ports))

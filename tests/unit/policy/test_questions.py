@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from policy.compile import compile_policy
+from policy.evaluate import permitted
 from policy.language import load
 from policy.ports import ANYTHING, parse_ports
 from policy.program import Action, Everything, In, Nets, Program, Rule, Subject, Tier
@@ -115,3 +116,21 @@ def test_a_difference_added_to_before_gives_after(one, two):
         old = held.get((d.src, d.dst), parse_ports("tcp/1") - parse_ports("tcp/1"))
         held[d.src, d.dst] = old | d.ports if d.kind == "gains" else old - d.ports
     assert {k: v for k, v in held.items() if v} == {(r.src, r.dst): r.ports for r in matrix(PROGRAM, after)}
+
+
+def test_who_can_reach_is_the_column_of_the_matrix() -> None:
+    """Classes decide for the workloads of the inventory, the evaluator for anybody else: they never differ."""
+    text = "meshpolicy: 1\nsegments:\n  - name: s\n    allow:\n" + "".join(
+        f"      - {{id: r{n}, from: {{role: r{n % 3}}}, to: {{role: r{(n * 7 + 1) % 3}, zone: z{n % 2}}}, on: tcp/{80 + n}}}\n" for n in range(12)
+    ) + "    deny:\n      - {id: d, from: {zone: z1}, to: {zone: z0}, on: tcp/82-84}\n"
+    program = compile_policy(load([("p.yaml", text)]), 0)
+    known = [Subject(f"w{n}", {"role": f"r{n % 3}", "zone": f"z{n % 2}"}) for n in range(12)]
+    rows = matrix(program, known)
+    assert rows
+    for dst in known:
+        column = [row for row in rows if row.dst == dst.name]
+        assert who_can_reach(program, known, dst) == column
+        stranger = Subject("elsewhere", dict(dst.labels))
+        assert {r.src: r.ports for r in who_can_reach(program, known, stranger)} == {
+            one.name: held for one in known if (held := permitted(program, one, stranger))
+        }
