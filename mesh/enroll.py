@@ -106,8 +106,8 @@ class Enrollment:
 
     @property
     def tunnel_public(self) -> str:
-        """The tunnel's public key as in records, b64."""
-        return b64(x25519_public(self.tunnel_key))
+        """The tunnel's public key as in records, b64; the record was verified to hold that of `tunnel_key`."""
+        return self.record.tunnel_key
 
     def client(self, bundle: TrustBundle | None = None, *, clock: Clock = time.time) -> ControlClient:
         """A control-plane client with this identity; `bundle` is the newest known trust (default: the one stored)."""

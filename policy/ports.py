@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Final
 
 from identity.errors import BadInput
@@ -147,6 +148,7 @@ def single(proto: int, port: int | None) -> PortMap:
     return whole(proto) if port is None or proto not in PORTED else PortMap({proto: mask(port, port)})
 
 
+@lru_cache(maxsize=4096)
 def show_ports(bits: int) -> str:
     """``*`` or ``80,443,8000-8100``."""
     if bits == ALL_PORTS:
