@@ -93,13 +93,15 @@ class BlockList:
 
     def check(self, path: Sequence[x509.Certificate], spiffe_id: SpiffeId | None = None) -> None:
         """Is no certificate of a verified path (leaf first) blocked? Raises NotVerified ``cert.revoked``."""
-        if not self:
-            return
-        for cert in path:
-            named = certs.revocation_id(cert)
+        if self:
+            self.check_named([certs.revocation_id(cert) for cert in path], spiffe_id, certs.not_before(path[0]))
+
+    def check_named(self, path: Sequence[certs.RevocationId], spiffe_id: SpiffeId | None, issued: int) -> None:
+        """The same by what names the certificates of a path; `issued` is when the leaf begins, in seconds since the epoch."""
+        for named in path:
             if named.spki in self.keys:
                 raise NotVerified("cert.revoked", "a key in the certificate chain was revoked")
             if (named.issuer, named.serial) in self.serials:
                 raise NotVerified("cert.revoked", "a certificate in the chain was revoked")
-        if spiffe_id is not None and certs.not_before(path[0]) < self.identities.get(str(spiffe_id), 0):
+        if spiffe_id is not None and issued < self.identities.get(str(spiffe_id), 0):
             raise NotVerified("cert.revoked", f"what {spiffe_id} was given before was revoked")

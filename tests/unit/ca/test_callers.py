@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from ca.callers import Callers
 from ca.plane import Plane
+from identity import certs
 from identity.bundle import TrustBundle
 from identity.errors import NotVerified
+from identity.revocation import BlockList
 
 
 @pytest.fixture
@@ -43,18 +47,40 @@ def test_cut_swapped_and_changed_chains_are_verified_anew(plane: Plane, enrol, c
             known.verify(chain, trust, clock())
 
 
-def test_time_and_another_bundle_end_it(plane: Plane, enrol, clock, count) -> None:
+def test_time_and_other_roots_end_it(plane: Plane, enrol, clock, count) -> None:
     a, known, trust = enrol(plane, "a"), Callers(), plane.trust
-    svid = known.verify(a.der, trust, clock())
+    caller = known.verify(a.der, trust, clock())
     count.clear()
-    for now in (svid.not_after + 1, svid.not_before - 3600):
+    for now in (caller.not_after + 1, caller.not_before - 3600):
         with pytest.raises(NotVerified):
             known.verify(a.der, trust, now)
     assert len(count) == 2
-    plane._trust = None
-    assert plane.trust is not trust
-    known.verify(a.der, plane.trust, clock())
+    with pytest.raises(NotVerified):
+        known.verify(a.der, replace(trust, roots=()), clock())
     assert len(count) == 3
+
+
+@pytest.mark.parametrize("what", ["key", "serial", "issuer", "identity"])
+def test_what_is_revoked_is_out_without_verifying_anew(plane: Plane, enrol, clock, count, what: str) -> None:
+    a, b, known, trust = enrol(plane, "a"), enrol(plane, "b"), Callers(), plane.trust
+    caller = known.verify(a.der, trust, clock())
+    known.verify(b.der, trust, clock())
+    leaf, issuer = map(certs.revocation_id, certs.parse_der_chain(a.der)[:2])
+    blocked = {
+        "key": BlockList(keys=frozenset({leaf.spki})), "issuer": BlockList(keys=frozenset({issuer.spki})),
+        "serial": BlockList(serials=frozenset({(leaf.issuer, leaf.serial)})),
+        "identity": BlockList(identities={str(caller.spiffe_id): caller.not_before + 1}),
+    }[what]  # fmt: skip
+    count.clear()
+    later = replace(trust, blocked=blocked)
+    with pytest.raises(NotVerified) as e:
+        known.verify(a.der, later, clock())
+    assert e.value.code == "cert.revoked"
+    with pytest.raises(NotVerified):
+        later.verify_svid(certs.parse_der_chain(a.der), clock())  # what it stands for says the same
+    if what != "issuer":
+        assert known.verify(b.der, later, clock()).spiffe_id.name == "b"
+    assert len(count) == 1
 
 
 def test_a_revoked_host_is_out_at_once(plane: Plane, enrol) -> None:
