@@ -15,7 +15,7 @@ from policy.compile import compile_policy
 from policy.language import load
 from policy.program import Subject
 
-IDENTITIES, RULES, APPS, ROUNDS = 10_000, 10_000, 500, 5
+IDENTITIES, INSTANCES, RULES, APPS, ROUNDS = 10_000, 100_000, 10_000, 500, 5
 ROLES = ("web", "api", "db", "job")
 
 
@@ -50,7 +50,7 @@ def _timed(measure: str, call: Callable[[], object], rounds: int = ROUNDS) -> No
         start = time.perf_counter()
         call()
         took.append((time.perf_counter() - start) * 1000)
-    print(f"{measure:34} {statistics.median(took):10.2f} ms  n={rounds} min={min(took):.2f} max={max(took):.2f}", flush=True)
+    print(f"{measure:46} {statistics.median(took):10.2f} ms  n={rounds} min={min(took):.2f} max={max(took):.2f}", flush=True)
 
 
 def main() -> None:
@@ -64,6 +64,16 @@ def main() -> None:
     _timed("read and check the file", lambda: load([("bench.yaml", source)]), 3)
     _timed("policy to program", lambda: compile_policy(policy, 0))
     _timed("program to classes (full compile)", lambda: Classes(program, subjects))
+
+    instances = [subjects[n % IDENTITIES].name for n in range(INSTANCES)]
+
+    def whole() -> None:
+        made = Classes(compile_policy(policy, 0), subjects)
+        by_class: dict[int, list[int]] = {}
+        for n, name in enumerate(instances):
+            by_class.setdefault(made.class_of(name), []).append(n)
+
+    _timed(f"both, and {INSTANCES} instances in their classes", whole)
 
     def change() -> None:
         number = classes.put(Subject(f"w{rng.randrange(IDENTITIES)}", {"app": f"app{rng.randrange(APPS)}", "role": rng.choice(ROLES), "env": "prod"}))
