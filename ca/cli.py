@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from identity.wire.admin import PolicyFileIn, PolicyReply, Workload
 
 DEFAULT_DIR = Path("/var/lib/retinue-ca")
+MAX_POLICY = 12 << 20  # bytes of a file
 START_S = 3.0  # seconds a starting server is waited for
 
 app = typer.Typer(
@@ -499,16 +500,16 @@ def print_difference(gained: list[dict[str, Any]], lost: list[dict[str, Any]]) -
 
 
 def _read(path: Path) -> str:
+    from policy.texts import decode
+
     try:
         with path.open("rb") as f:
-            data = f.read(12 * 1024 * 1024 + 1)
-        if len(data) > 12 * 1024 * 1024:
-            raise BadInput("policy.file", f"{path} is larger than 12 MB")
-        return data.decode()
+            data = f.read(MAX_POLICY + 1)
     except OSError as e:
-        raise BadInput("policy.file", f"cannot read {path}: {e.strerror}") from None
-    except UnicodeDecodeError:
-        raise BadInput("policy.file", f"{path} is not UTF-8 text") from None
+        raise BadInput("policy.file", f"cannot read {path}: {e.strerror}", hint="name policy files, or one signed bundle") from None
+    if len(data) > MAX_POLICY:
+        raise BadInput("policy.file", f"{path} is larger than {MAX_POLICY} bytes", hint="split the policy into files by scope")
+    return decode(data, str(path))
 
 
 @policy_app.command("show", epilog="Example: retinue-ca policy show --revision 3")

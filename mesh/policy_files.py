@@ -11,6 +11,7 @@ import typer
 
 from identity.cliout import Output
 from identity.errors import BadInput, NotFound
+from policy.texts import decode
 
 if TYPE_CHECKING:
     from policy.compile import Inactive
@@ -63,11 +64,7 @@ def read_text(path: Path) -> str:
         raise BadInput("file.read", f"cannot read {path}: {error.strerror}") from None
     if len(data) > MAX_READ:
         raise BadInput("file.large", f"{path} is larger than {MAX_READ} bytes")
-    try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
-    except UnicodeDecodeError as error:
-        line, column = data.count(b"\n", 0, error.start) + 1, error.start - data.rfind(b"\n", 0, error.start)
-        raise BadInput("file.encoding", f"{path}:{line}:{column}: not UTF-8 text", hint="save it as UTF-8") from None
+    return decode(data, str(path))
 
 
 def read_files(paths: list[Path]) -> list[tuple[str, str]]:

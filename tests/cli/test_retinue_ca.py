@@ -222,8 +222,11 @@ def test_a_bad_policy_names_its_place(shared: CA, tmp_path: Path) -> None:
     assert error["hint"]
     people = shared.run("policy", "apply", str(bad))
     assert "bad.yaml:6:" in people.stderr
-    bad.write_bytes(b"\xff\xfe")
-    assert shared.fails("policy", "apply", str(bad))[1]["code"] == "policy.file"
+    bad.write_bytes(b"meshpolicy: 1\n# \xff\xfe")
+    status, error = shared.fails("policy", "apply", str(bad))
+    assert (status, error["code"]) == (2, "file.encoding")
+    assert "bad.yaml:2:3" in error["message"]
+    assert error["hint"]
 
 
 @pytest.mark.parametrize("args", [["info"], ["host", "list"], ["token", "create", "--host", "a"]])
