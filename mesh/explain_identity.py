@@ -89,14 +89,14 @@ def _of_process(agent: Agent, key: InstanceKey, pid: int, shown: list[EntryExpla
     try:
         given = {one.key: one for one in identities(agent, with_it, own_namespace())}
     except RetinueError as e:
-        return False, f"process {pid} is given nothing: {e.message}", []
+        return False, f"process {pid} is given nothing: {e.message}{_keeps_out(agent, key)}", []
     finally:
         with_it.close()
     one = given.get(key)
     if one is None:
         failed = [f"{e.id}: {f.selector}" for e in shown for f in e.findings if not f.ok]
         why = f"no entry holds ({', '.join(failed)})" if shown else "it is not in the network namespace of the instance"
-        return False, f"process {pid} is not given it: {why}", []
+        return False, f"process {pid} is not given it: {why}{_keeps_out(agent, key)}", []
     how = f"entry {one.entry} holds" if one.entry else "it is in the network namespace of the instance"
     return True, f"process {pid} is given it: {how}", [how, f"hint {one.hint}"]
 
@@ -144,9 +144,23 @@ def _certificate(agent: Agent, key: InstanceKey) -> CertificateShown | None:
     )  # fmt: skip
 
 
+def _ended(agent: Agent, name: str) -> list[Entry]:
+    """Entries of a workload that give nothing any more."""
+    now = agent.in_force
+    return [e for e in agent.machine.entries if e.name == name and now is not None and e not in now.view.snapshot.entries]
+
+
+def _keeps_out(agent: Agent, key: InstanceKey) -> str:
+    ended = ", ".join(e.id for e in _ended(agent, instance_order(key)[0]))
+    return f"; entry {ended} has ended, and keeps others out until it is deleted" if ended else ""
+
+
 def _fences(agent: Agent, now: InForce, key: InstanceKey) -> list[str]:
     """What keeps others, or an earlier holder, from it."""
-    out = []
+    out = [
+        f"entry {e.id} ended{'' if e.ends is None else f' {_when(e.ends)}'}: it gives nothing, and keeps others out until it is deleted"
+        for e in _ended(agent, instance_order(key)[0])
+    ]
     mark = agent.machine.marks.get(key)
     if mark is not None:
         out.append(f"epochs below {mark.number} are refused here for ever")

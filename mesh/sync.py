@@ -189,6 +189,12 @@ class SyncMachine:
         held = self._held.get(f"placement/{key}")
         return held.payload if held is not None and isinstance(held.payload, PlacementRecord) else None
 
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """The registration entries of this endpoint, those that have ended included."""
+        held = self._held.get(str(ENTRIES))
+        return tuple(held.payload.entries) if held is not None and isinstance(held.payload, EntriesRecord) else ()
+
     def age(self, mono: float) -> float | None:
         """Seconds since the newest heartbeat was received; None when there never was one."""
         return None if self.heartbeat is None else max(0.0, mono - self.heard)

@@ -96,6 +96,17 @@ async def test_a_process_and_the_selector_that_failed(agent, live):
     assert "labels" in "\n".join(lines(explain_identity(agent, "cart", 0, os.getpid())))
 
 
+async def test_an_entry_that_has_ended_is_named(agent, live):
+    await tell(agent, live.delta({"entries": entries(live, entry(id="e-7", ends=live.time + 100))}))
+    assert not any("e-7 ended" in f for f in explain_identity(agent, "cart", 0).fences)
+    await tell(agent, live.beat(time=live.time + 200))
+    found = explain_identity(agent, "cart", 0)
+    assert any(f.startswith("entry e-7 ended ") and "until it is deleted" in f for f in found.fences)
+    of_us = explain_identity(agent, "cart", 0, os.getpid())
+    assert not of_us.holds
+    assert "entry e-7 has ended, and keeps others out" in of_us.reason
+
+
 async def test_a_process_that_is_not_there(agent):
     ended = subprocess.Popen(["/bin/true"])
     ended.wait()
