@@ -240,6 +240,7 @@ class AlertDesk:
         self._sources: dict[tuple[str, str, str], int] = {}
         self._held: set[str] = set()  # spooled, not to be sent yet
         self._wake = {name: asyncio.Event() for name in self.sinks}
+        self._any = asyncio.Event()  # is there an incident to look after?
         self._unsent = 0
 
     def attempt(self, alert: Alert, record: FlowRecord, count: int) -> None:
@@ -262,6 +263,7 @@ class AlertDesk:
                 made.process = {"executable": record.src_process.executable, "unit": record.src_process.unit, "uid": record.src_process.uid}
             name = self.spools[alert.sink].key(made.id)
             self._incidents[key] = made, name
+            self._any.set()
             self._sources[source] = self._sources.get(source, 0) + 1
             self._held.add(name)
             made.add(record, count, self.mono())
@@ -304,6 +306,9 @@ class AlertDesk:
 
     async def _ticking(self) -> None:
         while True:
+            self._any.clear()
+            if not self._incidents:
+                await self._any.wait()
             await asyncio.sleep(self.settle / 4)
             self.tick()
 
