@@ -12,6 +12,7 @@ from typing import Any, Final
 from identity.wire.admin import WorkloadAdd, WorkloadMove, WorkloadRef
 from mesh.lab import Lab
 from tests.chaos.registry import Run, row
+from tests.chaos.rows_move import Handing
 from tests.chaos.stage import Flow, Samples, Stage
 
 POLICY: Final = """\
@@ -23,6 +24,7 @@ segments:
       - {id: asks, from: {role: web}, to: {role: api}, on: [udp/9000, tcp/9001]}
 """
 PACE: Final = 20.0  # messages a second on each flow of old and new holder to each receiver
+STREAMS: Final = 8  # receivers that have a TCP connection to api open, too
 
 
 class Crowd(Stage):
@@ -76,15 +78,19 @@ class Crowd(Stage):
             for side in ("old", "new"):
                 self.flow(f"{side}-{host}", "udp", self.mesh.addresses[host][family], 9002, bind=api[family], rate=PACE)
             self.flow(f"ask-{host}", "udp", api[family], 9000, bind=self.mesh.addresses[host][family], rate=PACE)
+            mine = [f"ask-{host}"]
+            if n < STREAMS:
+                self.flow(f"tcp-{host}", "tcp", api[family], 9001, bind=self.mesh.addresses[host][family], rate=PACE)
+                mine.append(f"tcp-{host}")
             self.receive(f"w-{host}", self.spaces["web", host], [self.flows[f"old-{host}"].spec, self.flows[f"new-{host}"].spec])
-            self.send(f"w-{host}", self.spaces["web", host], [self.flows[f"ask-{host}"].spec])
-        asks = [f.spec for t, f in self.flows.items() if t.startswith("ask-")]
+            self.send(f"w-{host}", self.spaces["web", host], [self.flows[tag].spec for tag in mine])
+        asks = [f.spec for t, f in self.flows.items() if t.startswith(("ask-", "tcp-"))]
         for side, host in (("old", self.hosts[0]), ("new", self.hosts[1])):
             self.receive(side, self.spaces["api", host], asks)
             self.send(side, self.spaces["api", host], [f.spec for t, f in self.flows.items() if t.startswith(side)])
 
     def permitted(self, *prefixes: str) -> list[Flow]:
-        return [f for t, f in self.flows.items() if t.startswith(prefixes or ("old-", "ask-"))]
+        return [f for t, f in self.flows.items() if t.startswith(prefixes or ("old-", "ask-", "tcp-"))]
 
     async def settle(self) -> None:
         await self.flowing(timeout=120, count=10)
@@ -97,17 +103,24 @@ async def move_timed(lab: Lab, to: str) -> tuple[float, dict[str, Any]]:
     return began + reply["committed_ms"] / 1000, reply
 
 
-@row("M50", "Planned move before 48 receivers (50 agents)", "commit -> last reachable receiver fenced p99 <= 250 ms, 0 from the old holder after its fence, gap <= 100 ms", stage="crowd")
+@row("M50", "Planned move before 48 receivers (50 agents)", "commit -> last reachable receiver fenced p99 <= 250 ms, 0 from the old holder after its fence, 0 lost TCP connections, gap <= 100 ms", stage="crowd")
 async def crowd_move(stage: Crowd, run: Run) -> None:
     rounds = 4 if run.seconds is None else 20
     fenced, told, mixed, lost, gaps, sent = Samples(), Samples(), 0, 0, Samples(), 0
+    broken, stalls = stage.connections()[1], Samples()
     for k in range(rounds):
         here, there = (("old", "new") if k % 2 == 0 else ("new", "old"))
         to = stage.hosts[1] if there == "new" else stage.hosts[0]
         began = time.time()
-        committed, reply = await move_timed(stage.lab, to)
+        places = {"old": ("old", stage.hosts[0]), "new": ("new", stage.hosts[1])}
+        handing = Handing(stage, places[here], places[there])
+        try:
+            (committed, reply), _ = await asyncio.gather(move_timed(stage.lab, to), handing.run())
+        finally:
+            await asyncio.to_thread(handing.over)
+        run.check(f"handed over: {handing.said}", handing.said.startswith("thawed"))
         told.values.append((reply["released_ms"] or float("inf")) - reply["committed_ms"])
-        await stage.flowing(f"{there}-", "ask-", timeout=60, count=10)
+        await stage.flowing(f"{there}-", "ask-", "tcp-", timeout=60, count=10)
         await asyncio.sleep(0.6)
         for host in stage.receivers:
             old, new = stage.flows[f"{here}-{host}"], stage.flows[f"{there}-{host}"]
@@ -119,8 +132,13 @@ async def crowd_move(stage: Crowd, run: Run) -> None:
         lost += sum(t.lost for t in asks)
         sent += sum(t.sent for t in asks)
         gaps.values.append(max(t.gap_ms for t in asks))
+        streams = stage.tallies(began, time.time() - 0.5, "tcp-")
+        lost += sum(t.lost for t in streams)
+        stalls.values.append(max(t.delay_ms for t in streams))
     run.note(agents=len(stage.hosts), moves=rounds, fenced_p50_ms=fenced.p(50), fenced_p99_ms=fenced.p(99), acknowledged_p99_ms=told.p(99),
              old_after_new=mixed, sent=sent, lost=lost, gap_ms=max(gaps.values))  # fmt: skip
+    run.note(tcp_connections=len(stage.permitted("tcp-")), tcp_broken=stage.connections()[1] - broken, tcp_longest_stall_ms=max(stalls.values))
+    run.check("0 TCP connections lost", run.figures["tcp_broken"] == 0)
     run.check("fenced p99 250 ms", fenced.p(99) <= 250)
     run.check("0 accepted from the old holder after its fence", mixed == 0)
     run.check("0 lost", lost == 0)

@@ -30,10 +30,11 @@ class Handing:
 
     LOCK = "table inet pause { chain in { type filter hook input priority 0; tcp dport 9001 drop; }; chain out { type filter hook output priority 0; tcp sport 9001 drop; }; }"
 
-    def __init__(self, stage: Stage, old: str, new: str) -> None:
-        self.stage, self.old, self.new = stage, f"api-{old[-1]}", f"api-{new[-1]}"
-        self.spaces = {self.old: stage.spaces["api", old], self.new: stage.spaces["api", new]}
-        self.host = new
+    def __init__(self, stage: Stage, old: tuple[str, str], new: tuple[str, str]) -> None:
+        """`old` and `new`: the name of the receiver in api's place, and its host."""
+        self.stage, self.old, self.new = stage, old[0], new[0]
+        self.spaces = {name: stage.spaces["api", host] for name, host in (old, new)}
+        self.host = new[1]
         self.said = ""
 
     def lock(self, place: str) -> None:
@@ -72,7 +73,7 @@ async def planned(stage: Stage, run: Run) -> None:
     for k in range(rounds):
         old, new = ("host-b", "host-c") if k % 2 == 0 else ("host-c", "host-b")
         began = time.time()
-        handing = Handing(stage, old, new)
+        handing = Handing(stage, (f"api-{old[-1]}", old), (f"api-{new[-1]}", new))
         try:
             moved, _ = await asyncio.gather(stage.move(new), handing.run())
         finally:
