@@ -119,7 +119,7 @@ def main() -> None:
         (root / "sqlite").mkdir()
         ours("SQLite", root / "sqlite", None, rows, asked.rounds, asked.seconds, asked.machines)
         if (postgres := programs()) is not None:
-            versions["PostgreSQL"] = subprocess.run([postgres / "postgres", "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]
+            versions["PostgreSQL"] = subprocess.run([postgres / "postgres", "--version"], capture_output=True, text=True, check=True).stdout.split()[2]
             (root / "postgresql").mkdir()
             with server() as one:
                 ours("PostgreSQL", root / "postgresql", one.database(), rows, asked.rounds, asked.seconds, asked.machines)
