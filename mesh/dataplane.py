@@ -281,7 +281,8 @@ class DataPlane:
 
     def _network_changed(self) -> None:
         self._moved = True
-        self._suspicion.set()
+        if time.monotonic() >= self._host_soon:  # a flood of changes wakes nobody; they are looked at within CHECK_EVERY
+            self._suspicion.set()
 
     async def _guarding(self) -> None:
         while True:
@@ -292,8 +293,6 @@ class DataPlane:
                 pass
             self._suspicion.clear()
             now = time.monotonic()
-            if self._moved and now < self._host_soon:
-                asyncio.get_running_loop().call_later(self._host_soon - now, self._suspicion.set)
             try:
                 await self._verify(host=now >= (self._host_soon if self._moved else self._host_due))
             except RetinueError as e:
@@ -310,15 +309,6 @@ class DataPlane:
 
     async def _verify(self, *, host: bool) -> tuple[Note, ...]:
         gone: list[InstanceKey] | None = None
-        if host:
-            # Reading all routes and rules takes its time, and no change shall wait for that: under the lock they are read
-            # again only where something seems wrong, which a change that came in between explains.
-            started, doubtful, self._moved = time.monotonic(), self.host.layout is None, False
-            wrong, gone = await self.host.verify()
-            now = time.monotonic()
-            self._host_soon = now + HOST_SHARE * (now - started)
-            self._host_due = max(self._host_soon, now + HOST_EVERY)
-            host = bool(wrong) or doubtful
         async with self._lock:
             notes: list[Note] = []
             # The firewall first: it is what others flush, and what must be back soonest.
@@ -335,7 +325,17 @@ class DataPlane:
                 notes.append(Note("device.restarted", "the tunnel device had gone; a new one is there"))
                 if self.plan is not None:
                     await self._carry_out(self.plan)
-            if host:
+        if host:
+            # Reading all routes and rules takes its time, and no change shall wait for that: under the lock they are read
+            # again only where something seems wrong, which a change that came in between explains.
+            started, doubtful, self._moved = time.monotonic(), self.host.layout is None, False
+            wrong, gone = await self.host.verify()
+            now = time.monotonic()
+            self._host_soon = now + HOST_SHARE * (now - started)
+            self._host_due = max(self._host_soon, now + HOST_EVERY)
+            host = bool(wrong) or doubtful
+        if host:
+            async with self._lock:
                 wrong, gone = await self.host.verify()
                 if self.host.layout is None:
                     wrong = ["an earlier change was not carried out whole"]

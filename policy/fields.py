@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Final
 
 from identity.errors import BadInput, BadPolicy
@@ -47,18 +47,17 @@ def is_id(node: Node) -> bool:
 
 def read_instant(node: Node) -> int:
     """Seconds since the epoch. Raises BadPolicy."""
-    try:
-        return parse_instant(node.scalar("an instant"))
-    except BadPolicy:
-        raise
-    except BadInput as error:
-        raise node.bad(error.code, error.message, hint=error.hint) from None
+    return _read(node, "an instant", parse_instant)
 
 
 def read_duration(node: Node) -> int:
     """Seconds. Raises BadPolicy."""
+    return _read(node, "a duration", parse_duration)
+
+
+def _read(node: Node, what: str, parse: Callable[[str], int]) -> int:
     try:
-        return parse_duration(node.scalar("a duration"))
+        return parse(node.scalar(what))
     except BadPolicy:
         raise
     except BadInput as error:

@@ -162,7 +162,7 @@ def test_members_alone_get_through(rig: PolicyRig, client: Client, job: Group) -
             (name, port)
             for name, (group, uid) in who.items()
             for port in (OPEN, OWN, USERS, NESTED)
-            if client.child(lambda port=port: client.through(port), group, uid)  # type: ignore[misc]
+            if client.child(lambda port=port: client.through(port), group, uid)  # type: ignore[misc]  # a default binds the loop's value
         }
         assert got == {
             *((name, OPEN) for name in who), *((name, OWN) for name in ("job", "job's user", "deep")),
@@ -327,7 +327,7 @@ def test_a_group_that_somebody_else_could_make_lets_nothing_through(rig: PolicyR
     os.chown(job.place.parent, STRANGER, STRANGER)
     try:
         assert len(put(rig, job)) == 3
-        assert not any(client.child(lambda port=port: client.through(port), job) for port in (OWN, USERS, NESTED))  # type: ignore[misc]
+        assert not any(client.child(lambda port=port: client.through(port), job) for port in (OWN, USERS, NESTED))  # type: ignore[misc]  # a default binds the loop's value
         assert client.child(lambda: client.through(USERS), uid=7001), "the other process of the same rule is not concerned"
     finally:
         os.chown(job.place.parent, 0, 0)
@@ -426,9 +426,9 @@ def test_a_flow_of_a_member_is_not_taken_over(rig: PolicyRig, client: Client, jo
     ready(client)
     for number, proto in enumerate((0, MPTCP)):
         source = 40_000 + number
-        assert client.child(lambda proto=proto, source=source: client.through(OWN, client.sock(proto=proto), source), job)  # type: ignore[misc]
+        assert client.child(lambda proto=proto, source=source: client.through(OWN, client.sock(proto=proto), source), job)  # type: ignore[misc]  # a default binds the loop's value
         for kind in (0, MPTCP):
-            took = client.child(lambda kind=kind, source=source: client.through(OWN, client.sock(proto=kind), source))  # type: ignore[misc]
+            took = client.child(lambda kind=kind, source=source: client.through(OWN, client.sock(proto=kind), source))  # type: ignore[misc]  # a default binds the loop's value
             assert not took, (proto, kind)
     assert client.child(lambda: client.through(OWN, client.sock(proto=MPTCP)), job)
 

@@ -10,7 +10,7 @@ from ca.callers import Callers
 from ca.plane import Plane
 from identity import certs
 from identity.bundle import TrustBundle
-from identity.errors import NotVerified
+from identity.errors import NotVerified, RetinueError
 from identity.revocation import BlockList
 
 
@@ -88,5 +88,5 @@ def test_a_revoked_host_is_out_at_once(plane: Plane, enrol) -> None:
     assert plane.caller(a.der)[0].name == "a"
     assert plane.believes(a.der)
     plane.registry.revoke("a", plane.now, "test")
-    with pytest.raises(Exception, match="revoked"):
+    with pytest.raises(RetinueError, match="revoked"):
         plane.caller(a.der)
