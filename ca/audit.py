@@ -23,5 +23,5 @@ def append(
 
 
 def entries(tx: Connection, *, after: int = 0, limit: int = 1000, subject: str | None = None) -> list[Entry]:
-    """Acts and certificates with a sequence number above `after`, oldest first."""
-    return transparency.entries(tx, after=after, limit=limit, subject=subject, kinds=(transparency.ACT, transparency.CERTIFICATE))
+    """Acts, certificates and tokens with a sequence number above `after`, oldest first."""
+    return transparency.entries(tx, after=after, limit=limit, subject=subject, kinds=transparency.TOLD)

@@ -36,7 +36,7 @@ def watch(
     every: Annotated[float, typer.Option(metavar="SECONDS", min=0.1, help="How often to look.")] = 5.0,
     root_fp: RootFp = None, directory: Dir = DEFAULT_DIR,
 ) -> None:  # fmt: skip
-    """Stream every certificate, placement, entry and act about a name, one JSON object a line.
+    """Stream every certificate, JWT-SVID, placement, entry and act about a name, one JSON object a line.
 
     The whole log is read and its tree made anew; each head has to be signed by this trust domain's record key. What was
     left out, changed or put in later, and a head that is not signed, end it with an error.
@@ -73,12 +73,13 @@ def prove(
     leaf: Annotated[str | None, typer.Option("--leaf", metavar="HASH", help="A leaf hash.")] = None,
     certificate: Annotated[Path | None, typer.Option("--certificate", metavar="FILE", help="A certificate of this CA (PEM).")] = None,
     record: Annotated[Path | None, typer.Option("--record", metavar="FILE", help="A signed record, as an endpoint keeps it.")] = None,
+    token: Annotated[Path | None, typer.Option("--jwt", metavar="FILE", help="A JWT-SVID; only the hash of its leaf leaves this machine.")] = None,
     root_fp: RootFp = None, directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Prove that something is in the log: its entry, place and path, verified here against the head that the CA signed."""
     from identity.merkle import verify_inclusion
 
-    wanted = _leaf(leaf, certificate, record)
+    wanted = _leaf(leaf, certificate, record, token)
     pins = _pins(directory, root_fp, None)
     found: dict[str, Any] = client(directory).raw("GET", "/v1/log/proof", query={"leaf": wanted})
     head = pins.head(found["bundle"], found["head"], time.time())
@@ -122,17 +123,19 @@ def _pins(directory: Path, root_fp: str | None, seen: Seen | None) -> Pins:
     return Pins(ring.trust_domain, certs.parse_chain(pem))
 
 
-def _leaf(leaf: str | None, certificate: Path | None, record: Path | None) -> str:
-    from identity import certs
-    from identity.transparency import about_certificate, certificate_leaf, record_leaf
+def _leaf(leaf: str | None, certificate: Path | None, record: Path | None, token: Path | None) -> str:
+    from identity import certs, jwt
+    from identity.transparency import about_certificate, certificate_leaf, jwt_leaf, record_leaf
 
-    if sum(x is not None for x in (leaf, certificate, record)) != 1:
-        raise BadInput("log.what", "one of --leaf, --certificate and --record says what to prove")
+    if sum(x is not None for x in (leaf, certificate, record, token)) != 1:
+        raise BadInput("log.what", "one of --leaf, --certificate, --record and --jwt says what to prove")
     if leaf is not None:
         return leaf.strip().lower()
     try:
         if record is not None:
             return record_leaf(record.read_text("ascii").strip()).hex()
+        if token is not None:
+            return jwt_leaf(jwt.about(token.read_text("ascii").strip())).hex()
         assert certificate is not None
         shown = certs.parse_chain(certificate.read_text("ascii"))[0]
     except (OSError, UnicodeDecodeError) as e:

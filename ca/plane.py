@@ -45,7 +45,7 @@ from ca.rows import EndpointRow, InstanceRow, TokenRow
 from ca.scope import Touched
 from ca.store import Store
 from ca.transparency import Head, Log
-from identity import certs
+from identity import certs, jwt
 from identity.bundle import TrustBundle
 from identity.enrollment import SECRET_LEN, JoinToken
 from identity.errors import BadInput, BadState, Conflict, NotVerified, Refused, RetinueError
@@ -666,7 +666,10 @@ class Plane:
             raise Refused("svid.ended", f"{row.key} is over")
 
     def jwt_svid(self, caller: EndpointRow, request: JwtRequest) -> JwtReply:
-        """A JWT-SVID of an instance that the calling endpoint holds. Raises Refused, BadInput ``jwt.audience``."""
+        """A JWT-SVID of an instance that the calling endpoint holds, in the log before it is given out.
+
+        Raises Refused, BadInput ``jwt.audience``, and what the store raises: what cannot be logged is not issued.
+        """
         row = self.placements.get(request.workload, request.instance)
         if caller.name != row.endpoint or row.state not in {"active", "moving"}:
             raise Refused("svid.not_here", f"{row.key} is not placed on {caller.name}")
@@ -674,6 +677,8 @@ class Plane:
         if self.following is not None:
             self.following.check_token(self.jwt.kid(self.clock()))
         token, expires = self.jwt.sign(SpiffeId.parse(row.spiffe_id), request.audience, self.clock(), row.ends_at)
+        with self.store.record() as tx:
+            transparency.record_jwt(tx, self.now, caller.name, jwt.about(token))
         return JwtReply(spiffe_id=row.spiffe_id, token=token, expires=expires)
 
     def explain_for(

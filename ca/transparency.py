@@ -1,9 +1,9 @@
-"""The ledger: every act, certificate and published record, append-only, and the Merkle tree over it.
+"""The ledger: every act, certificate, JWT-SVID and published record, append-only, and the Merkle tree over it.
 
 An entry is written in the transaction of what it tells of. Its place in the tree is given by `seal`, under the writer's
 lock and at most once a heartbeat, so issuing needs no global order and a head costs one batch of inserts. Complete
 subtrees are stored once (`ledger_nodes`); a proof reads about log2(size) of them, and they never change, so they are
-kept in memory as well. Secrets never come here: callers pass names, serials and codes.
+kept in memory as well. Secrets never come here: callers pass names, serials and codes, and of a token what it says.
 """
 
 from __future__ import annotations
@@ -20,10 +20,20 @@ from sqlalchemy import Connection, RowMapping, func, insert, select, update
 from ca.schema import ledger, ledger_heads, ledger_nodes
 from identity.errors import BadInput, BadState, NotFound, NotVerified
 from identity.merkle import Tree, grow
-from identity.transparency import CERTIFICATE_FIELDS, act_leaf, canonical, certificate_leaf, record_leaf
+from identity.transparency import (
+    CERTIFICATE_FIELDS,
+    JWT_FIELDS,
+    act_leaf,
+    canonical,
+    certificate_leaf,
+    jwt_leaf,
+    record_leaf,
+)
 
 ACT: Final = "act"
 CERTIFICATE: Final = "certificate"
+JWT: Final = "jwt"
+TOLD: Final = frozenset({ACT, CERTIFICATE, JWT})  # kinds whose detail is JSON; of any other it is a signed record
 BATCH: Final = 20_000  # leaves placed in one transaction at most
 _INSERT: Final = insert(ledger)
 CACHE: Final = 200_000  # subtrees kept in memory, about 100 bytes each
@@ -46,7 +56,7 @@ class Entry:
 
     @classmethod
     def of(cls, row: RowMapping) -> Entry:
-        detail = json.loads(row["detail"]) if row["kind"] in {ACT, CERTIFICATE} else row["detail"]
+        detail = json.loads(row["detail"]) if row["kind"] in TOLD else row["detail"]
         return cls(**{**row, "detail": detail})
 
     def as_dict(self) -> dict[str, Any]:
@@ -89,6 +99,14 @@ def record_certificate(tx: Connection, at: int, endpoint: str | None, about: Map
     )  # fmt: skip
 
 
+def record_jwt(tx: Connection, at: int, endpoint: str, about: Mapping[str, Any]) -> None:
+    """Log a JWT-SVID that is about to be handed out (identity.transparency.JWT_FIELDS)."""
+    _append(
+        tx, jwt_leaf(about), kind=JWT, at=at, actor=endpoint, action="issue", subject=str(about["spiffe_id"])[:320],
+        outcome="ok", detail=canonical(about),
+    )  # fmt: skip
+
+
 def is_logged(tx: Connection, kind: str, subject: str, envelope: str) -> bool:
     """Is this very record an entry, placed or waiting?"""
     c = ledger.c
@@ -122,11 +140,12 @@ def placed(tx: Connection, first: int, limit: int) -> list[Entry]:
 
 
 def computed(entry: Entry) -> bytes:
-    """The leaf hash of what an entry says. Raises NotVerified ``log.entry`` for a certificate's that names none."""
-    if entry.kind == CERTIFICATE:
-        if not isinstance(entry.detail, dict) or not set(CERTIFICATE_FIELDS) <= entry.detail.keys():
-            raise NotVerified("log.entry", f"entry {entry.leaf} does not say which certificate it is of")
-        return certificate_leaf(entry.detail)
+    """The leaf hash of what an entry says. Raises NotVerified ``log.entry`` for a certificate's or token's that names none."""
+    if entry.kind in {CERTIFICATE, JWT}:
+        fields, leaf = (CERTIFICATE_FIELDS, certificate_leaf) if entry.kind == CERTIFICATE else (JWT_FIELDS, jwt_leaf)
+        if not isinstance(entry.detail, dict) or not set(fields) <= entry.detail.keys():
+            raise NotVerified("log.entry", f"entry {entry.leaf} does not say which {entry.kind} it is of")
+        return leaf(entry.detail)
     if entry.kind == ACT:
         return act_leaf(entry.at, entry.actor, entry.action, entry.subject, entry.outcome, canonical(entry.detail))
     return record_leaf(str(entry.detail))

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 from cryptography import x509
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ca.transparency import ACT, CERTIFICATE, Entry, computed
+from ca.transparency import ACT, CERTIFICATE, JWT, TOLD, Entry, computed
 from identity import certs
 from identity.bundle import TrustBundle, open_bundle
 from identity.errors import BadInput, BadState, NotVerified
@@ -146,12 +146,12 @@ def entry_of(data: Mapping[str, Any]) -> Entry:
 
 
 def about(entry: Entry) -> frozenset[str]:
-    """The names an entry is about, from what its leaf hash covers: subjects of acts, identities of certificates, and what
+    """The names an entry is about, from what its leaf hash covers: subjects of acts, identities of certificates and tokens, and what
     the envelope of a record says. Nothing for a record that cannot be read (no endpoint could either).
     """
     if entry.kind == ACT:
         return _with_workload(entry.subject)
-    if entry.kind == CERTIFICATE:
+    if entry.kind in {CERTIFICATE, JWT}:
         assert isinstance(entry.detail, dict)
         named = str(entry.detail.get("spiffe_id"))
         path = named.partition("://")[2].partition("/")[2]
@@ -177,7 +177,7 @@ def concerns(entry: Entry, name: str) -> bool:
 
 def told(entry: Entry) -> dict[str, Any]:
     """What is shown of an entry."""
-    detail: Any = entry.detail if entry.kind in {ACT, CERTIFICATE} else payload(entry) or entry.detail
+    detail: Any = entry.detail if entry.kind in TOLD else payload(entry) or entry.detail
     return {"leaf": entry.leaf, "at": entry.at, "kind": entry.kind, "actor": entry.actor, "action": entry.action,
             "subject": entry.subject, "outcome": entry.outcome, "detail": detail}  # fmt: skip
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,27 @@ def sign(
     text = ".".join(b64(json.dumps(part, separators=(",", ":")).encode()) for part in (head, claims))
     r, s = decode_dss_signature(signature(text.encode()))
     return f"{text}.{b64(r.to_bytes(_NUMBER, 'big') + s.to_bytes(_NUMBER, 'big'))}"
+
+
+def about(token: str) -> dict[str, Any]:
+    """What a token says of itself, for a record that it was issued; times are seconds since the epoch. Nothing is verified.
+
+    sha256 (lower hex) is of the JWS signing input (RFC 7515 section 2), header and claims: whoever has a token can turn an
+    ECDSA signature into another valid one, and the token would have a hash that nobody knows. Raises NotVerified ``jwt.*``
+    for what is no token by our profile.
+    """
+    parts = token.split(".") if isinstance(token, str) and len(token) <= MAX_TOKEN and token.isascii() else []
+    if len(parts) != 3:
+        raise NotVerified("jwt.form", "not a JWT-SVID")
+    head, claims = _json(parts[0]), _json(parts[1])
+    signed = f"{parts[0]}.{parts[1]}".encode()
+    kid, issued, expires = head.get("kid"), claims.get("iat"), claims.get("exp")
+    if not isinstance(kid, str) or type(issued) is not int or type(expires) is not int:
+        raise NotVerified("jwt.header", "the token does not name its key, its beginning and its end")
+    return {
+        "kid": kid, "spiffe_id": str(_subject(claims)), "audience": list(_audience(claims)), "issued": issued,
+        "expires": expires, "sha256": hashlib.sha256(signed).hexdigest(),
+    }  # fmt: skip
 
 
 def unsigned(text: str, *, kid: str, trust_domain: TrustDomain, now: float) -> SpiffeId:

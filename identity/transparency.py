@@ -1,14 +1,15 @@
 """What stands in the transparency log, and what an endpoint remembers of it.
 
-The log is a Merkle tree (identity/merkle.py) over every certificate, signed record and administrative act. Its leaves:
+The log is a Merkle tree (identity/merkle.py) over every certificate, JWT-SVID, signed record and administrative act. Its leaves:
 
     record       ``record`` 0x00 envelope           whoever holds the envelope can make the leaf
     certificate  ``certificate`` 0x00 JSON          of issuer, serial, profile, spiffe_id, spki, not_after: from the certificate
+    JWT-SVID     ``jwt`` 0x00 JSON                  of kid, spiffe_id, audience, issued, expires, sha256: from the token
     act          ``act`` 0x00 JSON                  of at, actor, action, subject, outcome, detail
 
 JSON is with sorted keys and no spaces. A certificate is logged before it is signed (its serial is reserved in the same
-transaction), a record in the transaction that publishes it. Places in the tree are given out with the next head, at most
-one heartbeat later.
+transaction), a record in the transaction that publishes it, a token before anybody has it, without its signature, which
+is what makes it a secret. Places in the tree are given out with the next head, at most one heartbeat later.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from identity.merkle import leaf_hash, verify_consistency
 from identity.records import Count, Payload, Seconds
 
 CERTIFICATE_FIELDS: Final = ("issuer", "serial", "profile", "spiffe_id", "spki", "not_after")
+JWT_FIELDS: Final = ("kid", "spiffe_id", "audience", "issued", "expires", "sha256")
 
 
 class TreeHead(Payload):
@@ -61,6 +63,11 @@ def about_certificate(leaf: x509.Certificate, profile: str) -> dict[str, Any]:
         "issuer": named.issuer, "serial": f"{named.serial:x}", "profile": profile, "spiffe_id": found[0],
         "spki": named.spki, "not_after": certs.not_after(leaf),
     }  # fmt: skip
+
+
+def jwt_leaf(about: Mapping[str, Any]) -> bytes:
+    """The leaf hash of a JWT-SVID, from JWT_FIELDS (identity.jwt.about): whoever holds the token can make it."""
+    return leaf_hash(b"jwt\0" + canonical({k: about[k] for k in JWT_FIELDS}).encode())
 
 
 def act_leaf(at: int, actor: str, action: str, subject: str, outcome: str, detail: str) -> bytes:

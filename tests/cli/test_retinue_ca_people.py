@@ -6,7 +6,9 @@ import json
 import os
 import re
 import stat
+import time
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -15,7 +17,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from ca.plane import Plane
+from identity import jwt
+from identity.keys import b64, unb64
+from identity.wire.admin import WorkloadAdd
+from identity.wire.jwt import JwtRequest
 from tests.cli.test_retinue_ca import CA
+from tests.unit.ca.conftest import Joined, make_attempt
 
 
 @pytest.fixture
@@ -141,6 +149,42 @@ def test_what_the_log_says_is_checked_against_pinned_roots(ca, tmp_path, pytestc
     finally:
         other.server.terminate()
         other.server.communicate(timeout=30)
+
+
+def test_tokens_are_watched_proved_and_none_is_shown(tmp_path, pytestconfig):
+    ca = CA(tmp_path / "ca", pytestconfig.rootpath)
+    ca.json("init", "--trust-domain", "reg.test")
+    with closing(Plane.open(ca.directory, time.time)) as plane:
+        joined = Joined(plane.enroll(make_attempt(plane, "a").request(plane)))
+        plane.placements.add(WorkloadAdd(name="shop/api", host="a"), plane.now, "t")
+        asked = JwtRequest(workload="shop/api", instance=0, audience=["db", "queue"])
+        token = plane.jwt_svid(plane.caller(joined.der)[0], asked).token
+        plane.seal()
+    file = tmp_path / "token.jwt"
+    file.write_text(token + "\n")
+    ca.start()
+    try:
+        done = ca.run("audit", "watch", "shop/api", "--once")
+        assert done.returncode == 0, done.stderr
+        (seen,) = [one for one in map(json.loads, done.stdout.splitlines()) if one["kind"] == "jwt"]
+        assert (seen["actor"], seen["action"], seen["subject"]) == ("a", "issue", "spiffe://reg.test/wl/shop/api")
+        assert seen["detail"] == jwt.about(token)
+        (listed,) = [e for e in ca.json("audit", "list") if e["kind"] == "jwt"]
+        assert listed["detail"] == seen["detail"]
+        assert ca.json("audit", "verify")["size"] > seen["leaf"]
+        proved = ca.json("audit", "prove", "--jwt", str(file))
+        assert (proved["entry"]["kind"], proved["index"]) == ("jwt", seen["leaf"])
+        assert f"entry {seen['leaf']} of" in ca.run("audit", "prove", "--jwt", str(file)).stdout
+        head, body, signature = token.split(".")
+        assert signature not in done.stdout + json.dumps([listed, proved]) + ca.log()
+        # one that the CA's key signed beside the log
+        beside = json.loads(unb64(body)) | {"aud": ["elsewhere"]}
+        file.write_text(f"{head}.{b64(json.dumps(beside).encode())}.{signature}")
+        assert ca.fails("audit", "prove", "--jwt", str(file))[1]["code"] == "log.unknown"
+        file.write_text("not a token")
+        assert ca.fails("audit", "prove", "--jwt", str(file))[1]["code"] == "jwt.form"
+    finally:
+        ca.stop()
 
 
 def test_an_owner_and_a_key_made_elsewhere(ca):

@@ -6,9 +6,14 @@ import json
 
 import pytest
 
+from ca import audit, transparency
+from ca.plane import Plane
+from ca.watch import Monitor, about, concerns, told
 from identity import certs, jwt
 from identity.entries import EntriesRecord
-from identity.errors import BadInput, NotVerified, Refused
+from identity.errors import BadInput, NotVerified, Refused, Unreachable
+from identity.merkle import verify_inclusion
+from identity.transparency import jwt_leaf
 from identity.wire.admin import WorkloadAdd, WorkloadLife
 from identity.wire.enroll import SvidRequest
 from identity.wire.entries import EntryCreate
@@ -61,6 +66,61 @@ def test_a_token_is_for_the_holder_and_within_its_end(plane, web):
     plane.placements.abort(move, plane.now, "t", "test")
     plane.placements.set_life(WorkloadLife(name="web", ends_in=20), plane.now, "t")
     assert plane.jwt_svid(a, request).expires == plane.now + 20
+
+
+def tokens(plane) -> list[transparency.Entry]:
+    with plane.store.read() as tx:
+        return transparency.entries(tx, kinds=[transparency.JWT])
+
+
+def test_every_token_is_in_the_log_without_what_makes_it_a_secret(plane, web):
+    a, b = web
+    given = [plane.jwt_svid(a, JwtRequest(workload="web", instance=0, audience=aud)).token for aud in (["db"], ["db"], ["q", "db"])]
+    for refused in (b, a):
+        with pytest.raises((Refused, BadInput)):
+            plane.jwt_svid(refused, JwtRequest(workload="web", instance=0, audience=[""]))
+    found = tokens(plane)
+    assert [e.detail for e in found] == [jwt.about(token) for token in given]
+    assert [(e.actor, e.action, e.outcome, e.at) for e in found] == [("a", "issue", "ok", plane.now)] * 3
+    assert found[2].detail["audience"] == ["q", "db"]
+    assert found[0].detail["kid"] == plane.trust.jwt_authorities[0].kid
+    with plane.store.read() as tx:
+        rows = str(tx.exec_driver_sql("select * from ledger").all())
+        listed = [e.seq for e in audit.entries(tx, subject="spiffe://reg.test/wl/web")]
+    assert not any(token in rows or token.split(".")[2] in rows for token in given)
+    assert [e.seq for e in found] == listed
+
+    plane.seal()
+    again = Plane.open(plane.directory, plane.clock)  # as after a restart
+    try:
+        with again.store.read() as tx:
+            head = again.log.verify(tx)
+            for token in given:  # whoever has one can ask for its proof
+                leaf = jwt_leaf(jwt.about(token))
+                index, path = again.log.inclusion(tx, leaf.hex(), head.size)
+                verify_inclusion(leaf, index, head.size, path, bytes.fromhex(head.root))
+            monitor = Monitor()
+            taken = monitor.take(transparency.placed(tx, 0, 1000))
+        monitor.check(head.size, head.root)
+    finally:
+        again.close()
+    seen = [told(e) for e in taken if e.kind == "jwt"]
+    assert [one["detail"]["audience"] for one in seen] == [["db"], ["db"], ["q", "db"]]
+    assert all(concerns(e, name) for e in taken if e.kind == "jwt" for name in ("web", "wl/web", "spiffe://reg.test/wl/web"))
+    assert "db" not in about(next(e for e in taken if e.kind == "jwt"))
+
+
+def test_what_cannot_be_logged_is_not_issued(plane, web, monkeypatch):
+    a, _ = web
+
+    def full(*_):
+        raise Unreachable("store.full", "the disk of the database is full: nothing was changed")
+
+    monkeypatch.setattr(plane.store, "record", full)
+    with pytest.raises(Unreachable):
+        plane.jwt_svid(a, JwtRequest(workload="web", instance=0, audience=["db"]))
+    monkeypatch.undo()
+    assert tokens(plane) == []
 
 
 def test_what_is_over_gets_nothing_even_before_it_was_noticed(plane, web, clock, csr):

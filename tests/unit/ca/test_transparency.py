@@ -114,6 +114,9 @@ def test_what_waits_has_no_proof_yet(bench) -> None:
         ("update ledger set at = 1 where seq = 1", "log.broken"),
         ("update ledger set kind = 'certificate' where seq = 3", "log.broken"),
         ("update ledger set kind = 'certificate', detail = '[]' where seq = 3", "log.broken"),
+        ("update ledger set kind = 'jwt' where seq = 3", "log.broken"),
+        ("update ledger set detail = replace(detail, 'db', 'qx') where kind = 'jwt'", "log.broken"),
+        ("update ledger set kind = 'act' where kind = 'jwt'", "log.broken"),
         ("update ledger_nodes set hash = '0000000000000000000000000000000000000000000000000000000000000000' where level = 1 and position = 1", "log.broken"),
         ("update ledger_heads set root = '0000000000000000000000000000000000000000000000000000000000000000'", "log.broken"),
         ("delete from ledger where seq = 2", "log.broken"),
@@ -123,7 +126,12 @@ def test_what_waits_has_no_proof_yet(bench) -> None:
     ],
 )
 def test_tampering_shows(bench, statement: str, code: str) -> None:
-    fill(bench.store)
+    fill(bench.store, 3)
+    with bench.store.write() as tx:
+        transparency.record_jwt(tx, 103, "a", {
+            "kid": "k", "spiffe_id": "spiffe://reg.test/wl/web", "audience": ["db"], "issued": 103, "expires": 403, "sha256": "00",
+        })  # fmt: skip
+    fill(bench.store, 1, 4)
     seal(bench.store)
     tamper(bench.store, statement)
     with pytest.raises(BadState) as e:

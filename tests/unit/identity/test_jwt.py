@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import jwt as second
@@ -155,3 +156,29 @@ def test_the_other_form_of_a_signature_says_the_same():
     order = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551
     flipped = raw[:32] + (order - int.from_bytes(raw[32:], "big")).to_bytes(32, "big")
     assert check(f"{head}.{body}.{b64(flipped)}").spiffe_id == WEB
+    assert jwt.about(f"{head}.{body}.{b64(flipped)}") == jwt.about(f"{head}.{body}.{signature}")
+
+
+def test_what_is_kept_of_a_token_has_no_signature():
+    token = made(expires=NOW + 20)
+    said = jwt.about(token)
+    assert said == {
+        "kid": "k1", "spiffe_id": str(WEB), "audience": ["db"], "issued": NOW, "expires": NOW + 20,
+        "sha256": hashlib.sha256(token.rpartition(".")[0].encode()).hexdigest(),
+    }  # fmt: skip
+    assert not any(part in json.dumps(said) for part in token.split("."))
+    assert jwt.about(made(expires=NOW + 21))["sha256"] != said["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("token", "code"),
+    [
+        ("", "jwt.form"), ("a.b", "jwt.form"), ("a.b.c", "jwt.form"), ("é.b.c", "jwt.form"), (None, "jwt.form"),
+        ("x" * (jwt.MAX_TOKEN + 1), "jwt.form"), (forge(drop=("kid",)), "jwt.header"), (forge(drop=("iat",)), "jwt.header"),
+        (forge({"exp": True}), "jwt.header"), (forge({"sub": "web"}), "jwt.sub"), (forge(drop=("aud",)), "jwt.audience"),
+    ],
+)  # fmt: skip
+def test_what_is_no_token_of_ours_says_nothing_of_itself(token, code):
+    with pytest.raises(NotVerified) as caught:
+        jwt.about(token)
+    assert caught.value.code == code
