@@ -578,6 +578,10 @@ def explain(
 
     def human() -> None:
         print(f"{found.verdict.upper()}  {cliout.clean(found.reason)}")
+        if found.audited:
+            print(f"  audit: will be denied by {cliout.clean(str(found.would_deny))} when the audit ends")
+        for one in found.conditions:
+            print(f"  limit: {cliout.clean(one)}")
         for miss in found.near_misses:
             print(f"  nearly: {cliout.clean(miss)}")
         if found.smallest_change:

@@ -21,9 +21,9 @@ from identity.wire.admin import ExplainReply, PolicyFileIn, PolicyReply
 from policy import foreign, language
 from policy.classes import Classes
 from policy.compile import compile_policy, inactive
-from policy.explain import explain
+from policy.explain import explain, to_reply
 from policy.model import Policy
-from policy.ports import PortMap, proto_name, proto_number
+from policy.ports import PortMap, proto_number
 from policy.program import Program, Subject
 from policy.replay import Recording
 from policy.rollout import Canary, Staged
@@ -375,14 +375,7 @@ class Policies:
         staged = current.staged() if current else Staged(Policy(digest=""))
         asleep = tuple(rule for policy in staged.policies for rule in inactive(policy, now, known))
         found = explain(staged.program(now, known), one, other, number, port, asleep=asleep)
-        rule = found.decision.rule
-        return ExplainReply(
-            src=src, dst=dst, proto=proto_name(number), port=port, verdict=found.decision.verdict,
-            reason=found.decision.reason, rule=rule.id if rule else None,
-            where=str(rule.where) if rule and rule.where else None, digest=found.decision.digest,
-            near_misses=[f"{m.rule.id}: {m.failed}" for m in found.near_misses],
-            smallest_change=str(found.smallest_change) if found.smallest_change else None,
-        )  # fmt: skip
+        return to_reply(found, src, dst, number, port)
 
     def time_passed(self, now: int) -> None:
         """A window opened or closed, or a grant ended: let everyone's scope be computed again, at a new position."""

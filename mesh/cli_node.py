@@ -418,6 +418,8 @@ def show_explanation(e: ExplainReply) -> None:
     if e.audited:
         print(cliout.clean(f"  audit    will be denied by {e.would_deny} when the audit ends"))
     print(cliout.clean(f"  because  {e.reason}"))
+    for one in e.conditions:
+        print(cliout.clean(f"  limit    {one}"))
     for miss in e.near_misses:
         print(cliout.clean(f"  nearly   {miss}"))
     if e.smallest_change:

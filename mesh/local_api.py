@@ -379,6 +379,7 @@ async def explain(agent: Agent, src: str, dst: str, proto: str, port: int | None
             ) from None  # fmt: skip
     from policy.compile import inactive
     from policy.explain import explain as explain_flow
+    from policy.explain import to_reply
     from policy.language import load
 
     loaded = load([(f.name, f.text) for f in policy.files])
@@ -386,14 +387,7 @@ async def explain(agent: Agent, src: str, dst: str, proto: str, port: int | None
     there = running(now.view.snapshot.placements) if now else frozenset[str]()
     program = agent.compiler.classes(policy, seconds, there).program
     found = explain_flow(program, one, other, number, port, asleep=inactive(loaded, seconds, there))
-    decision, rule = found.decision, found.decision.rule
-    return ExplainReply(
-        src=src, dst=dst, proto=proto_name(number), port=port, verdict=decision.verdict, reason=decision.reason,
-        rule=rule.id if rule else None, where=str(rule.where) if rule and rule.where else None, digest=decision.digest,
-        near_misses=[f"{m.rule.id}: {m.failed}" for m in found.near_misses],
-        smallest_change=str(found.smallest_change) if found.smallest_change else None,
-        audited=decision.audited, would_deny=decision.by if decision.audited else None,
-    )  # fmt: skip
+    return to_reply(found, src, dst, number, port)
 
 
 def _subject(agent: Agent, name: str) -> Subject | None:

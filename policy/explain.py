@@ -8,13 +8,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from policy import foreign
 from policy.compile import GUARDRAILS, SEGMENTS, Inactive
 from policy.document import quote
 from policy.evaluate import Decision, bounds, evaluate, matches, possible, show_flow, strict
-from policy.ports import ICMP, ICMPV6, PortMap, single
+from policy.ports import ICMP, ICMPV6, PortMap, proto_name, single
 from policy.program import (
     BOTH,
     Action,
@@ -33,6 +33,9 @@ from policy.program import (
     Tier,
     Under,
 )  # fmt: skip
+
+if TYPE_CHECKING:
+    from identity.wire.admin import ExplainReply
 
 MAX_NEAR_MISSES = 10
 End = Literal["source", "destination"]
@@ -432,6 +435,20 @@ def to_json(found: Explanation) -> dict[str, object]:
         ],
         "changes": _changes(found.changes),
     }
+
+
+def to_reply(found: Explanation, src: str, dst: str, proto: int, port: int | None) -> ExplainReply:
+    """The explanation as the CA and the agents send it; src and dst as they were asked for."""
+    from identity.wire.admin import ExplainReply
+
+    decision, rule = found.decision, found.decision.rule
+    return ExplainReply(
+        src=src, dst=dst, proto=proto_name(proto), port=port, verdict=decision.verdict, reason=decision.reason,
+        rule=rule.id if rule else None, where=str(rule.where) if rule and rule.where else None, digest=decision.digest,
+        near_misses=[f"{m.rule.id}: {m.failed}" for m in found.near_misses],
+        smallest_change=str(found.smallest_change) if found.smallest_change else None,
+        audited=decision.audited, would_deny=decision.by if decision.audited else None, conditions=list(found.conditions),
+    )  # fmt: skip
 
 
 def _changes(changes: Sequence[Change]) -> list[dict[str, str]]:

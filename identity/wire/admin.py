@@ -171,9 +171,9 @@ class PolicyReply(Message):
 
 
 class ExplainReply(Message, Grown):
-    later: ClassVar[frozenset[str]] = frozenset({"audited", "would_deny"})
-
     """policy.explain's answer, as data; `verdict` is allow or deny."""
+
+    later: ClassVar[frozenset[str]] = frozenset({"audited", "would_deny", "conditions"})
 
     src: str
     dst: str
@@ -188,3 +188,4 @@ class ExplainReply(Message, Grown):
     smallest_change: str | None = None
     audited: bool = False  # allowed only while something audits
     would_deny: str | None = None  # what denies it then: a rule's id, "default"
+    conditions: list[str] = []  # on what an allowed flow depends: processes at the source, a ceiling, an idle timeout

@@ -156,6 +156,16 @@ def test_what_people_see(up: CA, tmp_path: Path) -> None:
     assert "+ web -> api  tcp/8080" in up.run("policy", "apply", str(tmp_path / "p.yaml")).stdout
     assert up.run("explain", "web", "api", "8080").stdout.startswith("ALLOW ")
     assert "would flip it" in up.run("explain", "api", "web", "8080").stdout
+    assert "limit:" not in up.run("explain", "web", "api", "8080").stdout
+    limits = "from: {role: web, process: uid:33}, to: {role: api}, on: tcp/8080, max_rate: 1Mbit, idle_timeout: 5m"
+    (tmp_path / "p.yaml").write_text(POLICY.replace("from: {role: web}, to: {role: api}, on: tcp/8080", limits))
+    assert up.run("policy", "apply", str(tmp_path / "p.yaml")).returncode == 0
+    said = [line.strip() for line in up.run("explain", "web", "api", "8080").stdout.splitlines() if "limit:" in line]
+    assert sorted(said) == [
+        "limit: at most 1000000 bit/s each way by web-api", "limit: ended after 300 s of silence by web-api",
+        "limit: only uid 33 at the source by web-api",
+    ]  # fmt: skip
+    assert up.json("explain", "web", "api", "8080")["conditions"] == [line.removeprefix("limit: ") for line in said]
     listed = up.run("workload", "list").stdout.splitlines()
     assert listed[0].split()[:3] == ["NAME", "INSTANCE", "STATE"]
     assert len(listed) == 3

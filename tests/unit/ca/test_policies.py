@@ -128,6 +128,31 @@ def test_explanations(shop) -> None:
     assert shop.policies.explain("shop/api", "shop/web", "icmp", None, shop.now).verdict == "deny"
 
 
+LIMITED = WEB_TO_API.replace("on: tcp/8080", "on: tcp/8080, max_rate: 1Mbit, idle_timeout: 5m").replace(
+    "from: {role: web}", "from: {role: web, process: uid:33}"
+)
+
+
+def test_an_explanation_says_on_what_an_allowed_flow_depends(shop) -> None:
+    apply(shop, LIMITED)
+    yes = shop.policies.explain("shop/web", "shop/api", "tcp", 8080, shop.now)
+    assert yes.verdict == "allow"
+    assert sorted(yes.conditions) == [
+        "at most 1000000 bit/s each way by web-api", "ended after 300 s of silence by web-api",
+        "only uid 33 at the source by web-api",
+    ]  # fmt: skip
+    assert yes.model_dump()["conditions"] == yes.conditions
+    no = shop.policies.explain("shop/web", "shop/api", "tcp", 22, shop.now)
+    assert "conditions" not in no.model_dump()  # an agent before this field reads the answer
+
+
+def test_an_explanation_says_what_an_audit_lets_through(shop) -> None:
+    audit = HEAD + 'segments:\n  - {name: s, members: {role: [web, api]}, mode: {audit_until: "2027-02-01T00:00:00Z"}, allow: []}\n'
+    apply(shop, audit)
+    found = shop.policies.explain("shop/web", "shop/api", "tcp", 22, shop.now)
+    assert (found.verdict, found.audited, found.would_deny) == ("allow", True, "default")
+
+
 def test_bad_questions(shop) -> None:
     with pytest.raises(NotFound) as e:
         shop.policies.explain("shop/web", "shop/apl", "tcp", 1, shop.now)

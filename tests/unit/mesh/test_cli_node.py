@@ -166,6 +166,8 @@ def test_explain_for_people(agent, capsys):
         "  because  allowed by rule r (p.yaml:3)\n"
         "  policy   cdcdcdcdcdcd\n"
     )
+    cli_node.show_explanation(explanation("allow").model_copy(update={"conditions": ["only uid 33 at the source by r"]}))
+    assert "  because  allowed by rule r (p.yaml:3)\n  limit    only uid 33 at the source by r\n" in capsys.readouterr().out
     cli_node.explain("web", "shop/api", "udp/53", output=Output.JSON)
     assert json.loads(capsys.readouterr().out) == explanation("allow", "udp", 53).model_dump()
 
