@@ -6,7 +6,6 @@ into a table over our own workloads; ours has to be the same table.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from policy import nets
 from policy.evaluate import permitted
 from policy.ports import ANYTHING, NOTHING, PortMap, parse_ports, union
 from policy.program import Program, Subject
-from tests.judges.test_nca import MANIFEST, Table, objects_of, pytestmark, source, translate
+from tests.judges.test_nca import Table, objects_of, pytestmark, queries, translate
 
 __all__ = ["pytestmark"]
 
@@ -28,15 +27,8 @@ Pair = tuple[str, str]
 
 
 def maps() -> Iterator[tuple[str, Path, list[str], Path]]:
-    root = source()
-    assert root is not None
-    for scheme in json.loads(MANIFEST.read_text()):
-        if "/k8s_testcases/" in scheme["scheme"] and not scheme["needs_network"]:
-            for query in scheme["queries"]:
-                ((kind, names), *_) = query["ask"].items()
-                path = root / scheme["scheme"]
-                if kind in {"connectivityMap", "semanticDiff"} and query.get("expectedOutput"):
-                    yield kind, path, names, (path.parent / query["expectedOutput"]).resolve()
+    for path, query, kind, names in queries({"connectivityMap", "semanticDiff"}, "expectedOutput"):
+        yield kind, path, names, (path.parent / query["expectedOutput"]).resolve()
 
 
 def ports_of(text: str) -> PortMap:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
+from cryptography import x509
 
 from ca.callers import Callers
 from ca.plane import Plane
 from identity import certs
 from identity.bundle import TrustBundle
 from identity.errors import NotVerified, RetinueError
+from identity.names import SpiffeId
 from identity.revocation import BlockList
+from tests.unit.ca.conftest import Clock, Joined
+
+Enrol = Callable[..., Joined]
 
 
 @pytest.fixture
@@ -19,7 +25,7 @@ def count(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The times at which a chain was really verified."""
     real, times = TrustBundle.verify_svid, []
 
-    def counted(self: TrustBundle, chain, now, expect=None):
+    def counted(self: TrustBundle, chain: Sequence[x509.Certificate], now: float, expect: SpiffeId | None = None) -> certs.Svid:
         times.append(now)
         return real(self, chain, now, expect)
 
@@ -27,7 +33,7 @@ def count(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return times
 
 
-def test_the_same_bytes_are_verified_once(plane: Plane, enrol, clock, count) -> None:
+def test_the_same_bytes_are_verified_once(plane: Plane, enrol: Enrol, clock: Clock, count: list[float]) -> None:
     a, b, known, trust = enrol(plane, "a"), enrol(plane, "b"), Callers(), plane.trust
     count.clear()
     first = known.verify(a.der, trust, clock())
@@ -36,7 +42,7 @@ def test_the_same_bytes_are_verified_once(plane: Plane, enrol, clock, count) -> 
     assert len(count) == 2
 
 
-def test_cut_swapped_and_changed_chains_are_verified_anew(plane: Plane, enrol, clock) -> None:
+def test_cut_swapped_and_changed_chains_are_verified_anew(plane: Plane, enrol: Enrol, clock: Clock) -> None:
     a, b, known, trust = enrol(plane, "a"), enrol(plane, "b"), Callers(), plane.trust
     known.verify(a.der, trust, clock())
     known.verify(b.der, trust, clock())
@@ -47,7 +53,7 @@ def test_cut_swapped_and_changed_chains_are_verified_anew(plane: Plane, enrol, c
             known.verify(chain, trust, clock())
 
 
-def test_time_and_other_roots_end_it(plane: Plane, enrol, clock, count) -> None:
+def test_time_and_other_roots_end_it(plane: Plane, enrol: Enrol, clock: Clock, count: list[float]) -> None:
     a, known, trust = enrol(plane, "a"), Callers(), plane.trust
     caller = known.verify(a.der, trust, clock())
     count.clear()
@@ -61,7 +67,7 @@ def test_time_and_other_roots_end_it(plane: Plane, enrol, clock, count) -> None:
 
 
 @pytest.mark.parametrize("what", ["key", "serial", "issuer", "identity"])
-def test_what_is_revoked_is_out_without_verifying_anew(plane: Plane, enrol, clock, count, what: str) -> None:
+def test_what_is_revoked_is_out_without_verifying_anew(plane: Plane, enrol: Enrol, clock: Clock, count: list[float], what: str) -> None:
     a, b, known, trust = enrol(plane, "a"), enrol(plane, "b"), Callers(), plane.trust
     caller = known.verify(a.der, trust, clock())
     known.verify(b.der, trust, clock())
@@ -83,7 +89,7 @@ def test_what_is_revoked_is_out_without_verifying_anew(plane: Plane, enrol, cloc
     assert len(count) == 1
 
 
-def test_a_revoked_host_is_out_at_once(plane: Plane, enrol) -> None:
+def test_a_revoked_host_is_out_at_once(plane: Plane, enrol: Enrol) -> None:
     a = enrol(plane, "a")
     assert plane.caller(a.der)[0].name == "a"
     assert plane.believes(a.der)

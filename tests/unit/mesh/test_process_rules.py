@@ -24,7 +24,7 @@ END = (WEB.addresses[0], API.addresses[0])
 
 def plan(groups: dict[str, UnitPlan | str], *processes: Process, kind: str = "host", port: str = "tcp/80") -> Plan:
     at = facts()
-    place = LocalAttachment(kind, unit=BATCH if kind == "unit" else None, groups=groups)  # type: ignore[arg-type]
+    place = LocalAttachment(kind, unit=BATCH if kind == "unit" else None, groups=groups)  # type: ignore[arg-type]  # values of the literal
     at = replace(at, attachments={InstanceKey("web/0"): place})
     rules = (replace(allow("web", "api", port), processes=processes), allow("web", "api", "tcp/81", n=1))
     return compile_plan(snapshot([WEB, API], endpoints=[endpoint("h0"), endpoint("h1")]), at, program=program(*rules))

@@ -25,7 +25,7 @@ def parsed(text: str) -> Process:
     ("unit:shop-web.slice", "cgroup", "shop.slice/shop-web.slice"),
 ])  # fmt: skip
 def test_processes(text: str, kind: str, value: str) -> None:
-    assert parsed(text) == Process(kind, value)  # type: ignore[arg-type]
+    assert parsed(text) == Process(kind, value)  # type: ignore[arg-type]  # values of the literal
 
 
 @pytest.mark.parametrize(("text", "code"), [
