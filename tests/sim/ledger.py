@@ -12,7 +12,7 @@ from identity.records import Heartbeat, PlacementRecord, PolicyRecord
 from mesh.acceptance import placement_body
 
 if TYPE_CHECKING:
-    from tests.sim.world import SimAgent
+    from tests.sim.agent import SimAgent
 
 
 class Violation(AssertionError):
@@ -122,7 +122,7 @@ class Ledger:
             roles = tuple(snapshot.placements[k].labels["role"] if k in snapshot.placements else snapshot.prepares[k].labels["role"] for k in (src, dst))
             if roles not in permitted:
                 raise Violation("signed allow", f"{agent.name} lets {src} talk to {dst}, which no policy in force says")
-        from tests.sim.world import LEASE
+        from tests.sim.agent import LEASE
 
         age = agent.machine.age(agent.mono)
         if age is not None and age >= LEASE + 1.5:

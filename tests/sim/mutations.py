@@ -23,7 +23,7 @@ def _forward_anywhere() -> Any:
 
 def _act_before_persist() -> Any:
     """An agent that acts on a record before it is on disk."""
-    from tests.sim.world import SimAgent
+    from tests.sim.agent import SimAgent
 
     save = SimAgent._save
 

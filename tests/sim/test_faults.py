@@ -7,7 +7,7 @@ from tests.sim.world import Simulation
 
 
 def test_reads_that_fail_remove_nothing() -> None:
-    """Every delta and snapshot is compared with the rows themselves (tests.sim.world), on top of all other promises."""
+    """Every delta and snapshot is compared with the rows themselves (tests.sim.control), on top of all other promises."""
     quiet()
     failed = 0
     for seed in range(5):
