@@ -266,11 +266,13 @@ class ControlClient:
         self._context = client_context(self._check, files)
         self._session: aiohttp.ClientSession | None = None
         self._server: certs.Svid | None = None
+        self._servers: dict[bytes, certs.Svid] = {}  # by their own certificates, as shown since the client was made
 
     def _check(self, chain: list[bytes]) -> None:
         self._server = None
         if not isinstance(self._trust, Unverified):
             self._server = verify_server(chain, self._trust, self._clock())
+            self._servers[chain[0]] = self._server
 
     @property
     def url(self) -> str:
@@ -297,11 +299,21 @@ class ControlClient:
         return self._server
 
     def believed(self, trust: TrustBundle) -> bool:
-        """Would the server that this is connected to be accepted under this bundle?"""
+        """Would every server that this may be connected to be accepted under this bundle?"""
         try:
-            trust.verify_svid(self.server.chain, self._clock(), expect=self.server.spiffe_id)
+            for server in self._servers.values():
+                trust.verify_svid(server.chain, self._clock(), expect=server.spiffe_id)
         except NotVerified:
             return False
+        return bool(self._servers)
+
+    def adopt(self, trust: TrustBundle) -> bool:
+        """Go on under a newer bundle with the connections there are. False when it does not believe them: then nothing
+        changed, and a new client has to be made.
+        """
+        if isinstance(self._trust, Unverified) or not self.believed(trust):
+            return False
+        self._trust = trust
         return True
 
     @property

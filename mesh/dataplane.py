@@ -30,7 +30,8 @@ from mesh.firewall_names import log_group
 from mesh.host import HostNet
 from mesh.inside import Places
 from mesh.netfilter import Handler, Listener, Tracked, forget, listing
-from mesh.netlink_watch import NETWORK, RULESETS, Watcher
+from mesh.netlink_watch import NETWORK, Watcher
+from mesh.nft_touches import Touches
 from mesh.plan import Changes, Note, Plan, diff, elements_of
 from mesh.snapshot import InstanceKey
 from policy.ports import NOTHING
@@ -109,7 +110,8 @@ class DataPlane:
         self._gone: set[InstanceKey] = set()
         self._lock = asyncio.Lock()
         self._suspicion = asyncio.Event()
-        self._watchers = (Watcher(RULESETS, self._suspicion.set), Watcher(NETWORK, self._network_changed))
+        self.firewall.touches = Touches(self.firewall.table, self._suspicion.set)
+        self._watchers = (self.firewall.touches, Watcher(NETWORK, self._network_changed))
         self._guard: asyncio.Task[None] | None = None
         self._lost_device = False
         self._arp = False  # is the table for the taps there?

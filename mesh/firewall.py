@@ -6,6 +6,7 @@ Its chains are in mesh/firewall_rules.py, the elements of its sets in mesh/firew
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -14,11 +15,13 @@ from mesh import idle_rules, nft, process_rules, unit_rules, units
 from mesh.firewall_names import table_name
 from mesh.firewall_rules import NOTED, replacement
 from mesh.firewall_sets import LIMITS, Delta, Sets, all_sets, narrowing, sets_delta, statements
+from mesh.nft_touches import Touches
 from mesh.plan import Plan
 from policy.ports import proto_name, proto_number
 
 _CHANGING: Final = (*NOTED, idle_rules.NOTED, *idle_rules.VOLATILE)  # what packets and time write
-_COMPARE_LIMIT: Final = 20_000  # elements; larger tables are put back, not compared, when others commit
+_COMPARE_LIMIT: Final = 20_000  # elements; larger tables are put back, not compared, when others touch them
+_CALM: Final = 3.0  # seconds after our own commit until the table is read to know how it looks
 
 
 # ---- the kernel's view, in a comparable form (pure)
@@ -72,16 +75,19 @@ class DeniedFlow:
 
 
 class Firewall:
-    """Keeps the table equal to the plan last applied."""
+    """Keeps the table equal to the plan last applied. `touches` tells which commits concern it; without it each may."""
 
     def __init__(self, interface: str) -> None:
         self.interface = interface
         self.table = table_name(interface)
+        self.touches: Touches | None = None
         self.close_v6 = False  # see `skeleton`; takes effect with the next whole table
         self.plan: Plan | None = None
         self._half: tuple[Plan, Delta] | None = None  # narrowed towards this plan, not yet widened
         self._print: tuple[frozenset[str], Sets] | None = None  # the table as our last commit left it
-        self._generation: int | None = None  # at our last commit; None when another's came between
+        self._generation: int | None = None  # up to which nobody else touched the table; None when that is not known
+        self._awaited: int | None = None  # a generation that the kernel had not told of at the last look
+        self._calm = 0.0  # when the table is read
         self._lock = asyncio.Lock()
 
     async def start(self) -> bool:
@@ -162,7 +168,9 @@ class Firewall:
         self._print = None
         await nft.run(text)
         now = nft.generation()
-        self._generation = now if now == before + 1 else None
+        alone = now == before + 1 or (self.touches is not None and self.touches.between(before, now) == 1)
+        self._generation = now if alone else None
+        self._calm = 0.0 if self.touches is None else time.monotonic() + _CALM
 
     async def verify(self) -> bool:
         """Compare the table with the plan and put it back when it differs. True when it had to be."""
@@ -170,8 +178,15 @@ class Firewall:
             if self.plan is None or self._half is not None:
                 return False
             now = nft.generation()
+            if self.touches is not None and now != self._generation is not None:
+                if self._awaited != now and self.touches.behind(now):
+                    self._awaited = now
+                    return False  # it tells in a moment, and that is a reason to look again
+                if self.touches.between(self._generation, now) == 0:
+                    self._generation = now
             undisturbed = now == self._generation
-            if undisturbed and (self._print is not None or self.plan.element_count > _COMPARE_LIMIT):
+            known = self._print is not None or self.plan.element_count > _COMPARE_LIMIT or time.monotonic() < self._calm
+            if undisturbed and known:
                 return False
             objects = await nft.list_table(self.table)
             found = None if objects is None else fingerprint(objects)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
 from collections.abc import Callable
 from typing import Final
@@ -15,6 +16,7 @@ _NETLINK_ADD_MEMBERSHIP: Final = 1
 _NETLINK_ROUTE: Final = 0
 _NETLINK_NETFILTER: Final = 12
 _NFNLGRP_NFTABLES: Final = 7
+_DATAGRAM: Final = 65536
 # linux/rtnetlink.h: links, addresses, routes and rules of both families, and what is forwarded
 _RTNLGRP: Final = (1, 5, 7, 8, 9, 11, 19, 24, 25)
 
@@ -23,11 +25,21 @@ NETWORK: Final = (_NETLINK_ROUTE, _RTNLGRP)
 
 
 class Watcher:
-    """Calls `changed` on the event loop whenever one of the groups tells of a change, ours included."""
+    """Calls `changed` on the event loop whenever one of the groups tells of a change, ours included.
 
-    def __init__(self, what: tuple[int, tuple[int, ...]], changed: Callable[[], None]) -> None:
+    take: gets every datagram, None when some were lost, and an empty one when nothing more waits. After a loss the kernel
+    queues nothing until that.
+    """
+
+    def __init__(
+        self,
+        what: tuple[int, tuple[int, ...]],
+        changed: Callable[[], None],
+        take: Callable[[bytes | None], None] = lambda _: None,
+    ) -> None:
         self._protocol, self._groups = what
         self._changed = changed
+        self._take = take
         self._sock: socket.socket | None = None
 
     def start(self) -> None:
@@ -39,20 +51,32 @@ class Watcher:
                 sock.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, group)
         except PermissionError:
             sock.close()
-            raise NoPrivilege("netlink.watch", "may not watch the network's settings", hint="run as root") from None
+            raise NoPrivilege(
+                "netlink.watch", "may not watch the network's settings", hint="run as root"
+            ) from None
         asyncio.get_running_loop().add_reader(sock.fileno(), self._readable)
         self._sock = sock
 
     def _readable(self) -> None:
-        assert self._sock is not None
+        self.drain()
+        self._changed()
+
+    def drain(self) -> bool:
+        """Read what has come. False when nothing is watched."""
+        if self._sock is None:
+            return False
         while True:
             try:
-                self._sock.recv(65536)
+                data = self._sock.recv(_DATAGRAM, socket.MSG_TRUNC)
             except BlockingIOError:
-                break
-            except OSError:
-                break  # ENOBUFS: notifications were lost, and something certainly changed
-        self._changed()
+                self._take(b"")
+                return True
+            except OSError as e:
+                self._take(None)  # ENOBUFS: notifications were lost, and something certainly changed
+                if e.errno != errno.ENOBUFS:
+                    return False
+            else:
+                self._take(data if len(data) <= _DATAGRAM else None)
 
     def stop(self) -> None:
         """Unsubscribe."""

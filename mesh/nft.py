@@ -16,10 +16,10 @@ from typing import Any, Final
 from identity.errors import Bug, NoPrivilege, NotFound, TimedOut
 
 TIMEOUT: Final = 30.0  # seconds for one transaction
+NEWGEN: Final = 10 << 8 | 15  # linux/netfilter/nfnetlink.h, nf_tables.h: type of the message that tells the generation
 
 # linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h
 _NFNL_SUBSYS_NFTABLES: Final = 10
-_NFT_MSG_NEWGEN: Final = 15
 _NFT_MSG_GETGEN: Final = 16
 _NFTA_GEN_ID: Final = 1
 _NETLINK_NETFILTER: Final = 12
@@ -117,14 +117,19 @@ def generation() -> int:
         sock.settimeout(5)
         sock.sendto(message, (0, 0))
         reply = sock.recv(4096)
-    (length, kind, _, _, _) = struct.unpack_from("=IHHII", reply)
+    return generation_of(reply)
+
+
+def generation_of(message: bytes) -> int:
+    """What an NFT_MSG_NEWGEN says. Raises NoPrivilege for an error in its place."""
+    length, kind = struct.unpack_from("=IH", message)
     if kind == _NLMSG_ERROR:
         raise NoPrivilege("firewall.privilege", "may not read nftables", hint="run as root (CAP_NET_ADMIN)")
     offset = 20  # header and nfgenmsg
     while offset + 4 <= length:
-        size, attribute = struct.unpack_from("=HH", reply, offset)
+        size, attribute = struct.unpack_from("=HH", message, offset)
         if attribute & 0x3FFF == _NFTA_GEN_ID and size >= 8:
-            return int(struct.unpack_from(">I", reply, offset + 4)[0])
+            return int(struct.unpack_from(">I", message, offset + 4)[0])
         if size < 4:
             break
         offset += (size + 3) & ~3

@@ -180,6 +180,11 @@ class SyncMachine:
         return {key: held.envelope for key, held in self._held.items()}
 
     @property
+    def preparing(self) -> bool:
+        """Is a move being prepared that this endpoint was told of?"""
+        return any(key.startswith("prepare/") for key in self._held)
+
+    @property
     def received_hash(self) -> str:
         """Hash of the set as received: what a report states."""
         return state_hash(self._received)

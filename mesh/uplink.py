@@ -34,6 +34,8 @@ from policy.flows import FlowSummary
 FEED_CAP: Final = 5.0  # seconds, ceiling of the wait before reconnecting
 RENEW_CAP: Final = 300.0
 LOG_EVERY: Final = 60.0  # seconds between two looks at the transparency log, at most
+SPREAD: Final = 0.5  # seconds within which a report goes that nobody waits for: thousands would come at once
+RETURNING: Final = 3.0  # the same, after coming back: the CA may have been started anew and know nothing
 LOW_LIFE: Final = 0.25  # of the certificate's life left: say so
 
 log = structlog.get_logger("retinue.uplink")
@@ -73,6 +75,7 @@ class Uplink:
         self._instead = instead
         self._client: tuple[ControlClient, TrustBundle, Enrollment] | None = None
         self._tell = asyncio.Event()
+        self._owed = False  # a report, equal to the last one or not
         self._trust_news = asyncio.Event()
         self._fetched: TrustBundle | None = None  # newer trust than the feed has brought
         self._heard: tuple[int, str, float] | None = None  # (our serial, tainted key, when it was heard of)
@@ -122,10 +125,13 @@ class Uplink:
         return await (await self._current()).get("/v1/explain", ExplainReply, params=params, timeout=5.0)
 
     async def _current(self) -> ControlClient:
-        """The client for short requests, made anew when the trust or our certificate changed."""
+        """The client for short requests: a new one for a new certificate of ours, or when newer trust ends the server's."""
         trust = self.trust
-        if self._client is not None and self._client[1:] == (trust, self.enrollment):
-            return self._client[0]
+        if self._client is not None and self._client[2] == self.enrollment:
+            client, known, _ = self._client
+            if known == trust or client.adopt(trust):
+                self._client = (client, trust, self.enrollment)
+                return client
         await self.close()
         self._client = (self.enrollment.client(trust), trust, self.enrollment)
         return self._client[0]
@@ -174,6 +180,7 @@ class Uplink:
                         self.control = "connected"
                         log.info("connected", ca=self.enrollment.ca_url)
                         self._health.clear("control.disconnected")
+                        self._owed = True
                         self._tell.set()
                 self._log(events)
                 if events:
@@ -210,7 +217,9 @@ class Uplink:
     # ---- reports
 
     async def _reports(self) -> None:
-        attempt, sent, flows_sent = 0, None, 0.0
+        attempt, flows_sent, due = 0, 0.0, None
+        sent: Report | None = None
+        loop = asyncio.get_running_loop()
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(EVERY):
@@ -218,24 +227,37 @@ class Uplink:
             self._tell.clear()
             self.summaries.collect(self._gather())
             report = self._report()
-            same = report == sent and attempt == 0
+            same = report == sent and attempt == 0 and not self._owed
             if report is None or (same and not len(self.summaries)) or self.control == "disconnected":
                 continue
             if same and boottime() - flows_sent < APART:
-                asyncio.get_running_loop().call_later(APART, self._tell.set)
+                loop.call_later(APART, self._tell.set)
                 continue
+            if not same and not self._awaited(report, sent):
+                if due is None:
+                    due = loop.time() + random.uniform(0.0, RETURNING if self._owed else SPREAD)  # noqa: S311 -- jitter
+                    loop.call_at(due, self._tell.set)
+                if loop.time() < due:
+                    continue
+            due = None
             batch, flows_sent = self.summaries.take(), boottime()
             try:
                 full = report.model_copy(update={"flows": batch}) if batch else report
                 await (await self._current()).send("/v1/report", full, timeout=10.0)
-                attempt, sent = 0, report
+                attempt, sent, self._owed = 0, report, False
                 if len(self.summaries):
                     self._tell.set()
             except RetinueError as e:
                 self.summaries.give_back(batch)
                 log.info("a report could not be sent", code=e.code, why=e.message)
                 attempt += 1
-                asyncio.get_running_loop().call_later(backoff(attempt, random.random(), cap=5.0), self._tell.set)  # noqa: S311 -- jitter
+                loop.call_later(backoff(attempt, random.random(), cap=5.0), self._tell.set)  # noqa: S311 -- jitter
+
+    def _awaited(self, report: Report, sent: Report | None) -> bool:
+        """Does a move wait for it? What is held or attached here changed, or peers are being prepared."""
+        if sent is None or (report.held, report.attached) != (sent.held, sent.attached):
+            return True
+        return self.machine.preparing
 
     # ---- the transparency log
 

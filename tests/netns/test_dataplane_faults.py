@@ -156,6 +156,56 @@ def test_a_tampered_set_is_put_right(rig: Rig) -> None:
     assert until(lambda: element not in nft(host.ns, "list", "set", "inet", table, "pair4"))
 
 
+def own_table(host: Host) -> tuple[str, str]:
+    """Its name and its handle: another handle means that it was put in place anew."""
+    listed = json.loads(nft(host.ns, "-a", "-j", "list", "tables"))["nftables"]
+    return next((o["table"]["name"], str(o["table"]["handle"])) for o in listed if o.get("table", {}).get("name", "").startswith("retinue"))
+
+
+def test_commits_of_others_are_none_of_our_business_whenever_they_come(rig: Rig) -> None:
+    host = rig.hosts["b"]
+    nft(host.ns, "add", "table", "inet", "foreign")
+    rig.apply(("web", "api", ports("tcp/8080")))
+    before = own_table(host)
+    for n in range(20):  # right after our own commit, and between two of ours
+        nft(host.ns, "add", "chain", "inet", "foreign", f"x{n}")
+        if n % 5 == 0:
+            rig.apply(("web", "api", ports(f"tcp/{8080 + n}")))
+    assert host.ask("verify") == []
+    assert "firewall.restored" not in host.ask("events")
+    assert own_table(host) == before
+
+
+def test_a_set_tampered_with_right_after_a_change_is_put_right(rig: Rig) -> None:
+    host = rig.hosts["b"]
+    for n in range(3):
+        rig.apply(("web", "api", ports(f"tcp/{8080 + n}")))
+        element = f"{rig.address('batch')} . {rig.address('api')} . tcp . 8080"
+        nft(host.ns, "add", "element", "inet", own_table(host)[0], "pair4", "{", element, "}")
+        nft(host.ns, "add", "table", "inet", f"foreign{n}")
+        assert until(lambda: element not in nft(host.ns, "list", "set", "inet", own_table(host)[0], "pair4"))
+
+
+def test_what_was_changed_while_messages_were_lost_is_put_right(rig: Rig) -> None:
+    """The agent stands still, and more is committed than its socket holds; among it one element in our own table."""
+    host = rig.hosts["b"]
+    rig.apply(("web", "api", ports("tcp/8080")))
+    assert host.ask("verify") == []
+    name = own_table(host)[0]
+    element = f"{rig.address('batch')} . {rig.address('api')} . tcp . 8080"
+    flood = "".join(f"add chain inet flood x{n}\n" for n in range(4000))
+    host.process.send_signal(signal.SIGSTOP)
+    try:
+        nft(host.ns, "add", "table", "inet", "flood")
+        for text in (flood, f"add element inet {name} pair4 {{ {element} }}\n", "delete table inet flood\n", "add table inet flood\n"):
+            subprocess.run(["ip", "netns", "exec", host.ns, "nft", "-f", "-"], check=True, input=text, text=True)
+    finally:
+        host.process.send_signal(signal.SIGCONT)
+    assert until(lambda: element not in nft(host.ns, "list", "set", "inet", name, "pair4"))
+    nft(host.ns, "add", "element", "inet", name, "pair4", "{", element, "}")  # and what comes later is known again
+    assert until(lambda: element not in nft(host.ns, "list", "set", "inet", name, "pair4"))
+
+
 def test_foreign_rules_are_left_alone_and_may_change_at_any_time(rig: Rig) -> None:
     ns = rig.hosts["a"].ns
     nft(ns, "add", "table", "inet", "foreign")
@@ -289,6 +339,7 @@ def test_an_address_of_ours_that_arrives_elsewhere_is_dropped_and_neighbours_are
         sock.bind((a.underlay[0], 0))
         return sock
 
+    without_plane(a)  # it would put its rules back at once
     nft(a.ns, "flush", "ruleset")
     with inside(a.ns, bare) as sock:
         for _ in range(3):

@@ -135,6 +135,28 @@ async def test_the_client_certificate_reaches_the_server(authority, files):
     assert seen[1] == "TLSv1.3"
 
 
+async def test_connections_go_on_under_newer_trust_that_believes_their_server(authority, files):
+    made = 0
+
+    async def handler(request: web.Request) -> web.Response:
+        nonlocal made
+        made += request.protocol is not seen[-1] if seen else 1
+        seen.append(request.protocol)
+        return await answer(request)
+
+    seen: list = []
+    async with serving(authority, handler) as url, client(url, authority, files) as c:
+        assert not c.adopt(authority.trust_bundle(2, NOW)), "there is no server yet"
+        await c.get("/x", Echo)
+        assert c.adopt(authority.trust_bundle(2, NOW))
+        await c.get("/x", Echo)
+        assert made == 1
+        server = f"serial:{c.server.revocation_id.issuer}:{c.server.serial:x}"
+        assert not c.adopt(authority.trust_bundle(3, NOW, [server])), "its server is revoked"
+    with pytest.raises(Unreachable):
+        _ = client("https://127.0.0.1:1", authority, files).server
+
+
 class Tap:
     """A TLS server that writes down every decrypted byte and every client certificate it got."""
 

@@ -32,6 +32,7 @@ class Server:
         self.reported = asyncio.Event()
         self.clients = 0
         self.believed = True
+        self.adopted: list = []
         self.closed = 0
 
 
@@ -50,6 +51,11 @@ class FakeClient:
         self.server.closed += 1
 
     def believed(self, _trust) -> bool:
+        return self.server.believed
+
+    def adopt(self, trust) -> bool:
+        if self.server.believed:
+            self.server.adopted.append(trust)
         return self.server.believed
 
     @contextlib.asynccontextmanager
@@ -177,7 +183,57 @@ async def test_reports_go_out_once_connected_and_are_tried_again(rig, live):
     assert [r.revision for r in rig.server.sent] == [1, 2]
 
 
-async def test_requests_share_a_client_until_the_trust_changes(rig, live, live_authority):
+async def test_a_report_that_nobody_waits_for_is_not_sent_at_once(rig, live, monkeypatch):
+    monkeypatch.setattr(uplink_module, "SPREAD", 3600.0)
+    monkeypatch.setattr(uplink_module.random, "uniform", lambda _, most: most)
+    rig.report = Report(timeline="t1", revision=1, hash="h")
+    rig.server.script = [[live.snapshot()]]
+
+    async def reported(report: Report) -> None:
+        rig.server.reported.clear()
+        rig.report = report
+        rig.uplink.tell()
+
+    async with rig.running():
+        await rig.server.reported.wait()
+        await reported(Report(timeline="t1", revision=2, hash="h"))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(rig.server.reported.wait(), 0.2)
+        await reported(Report(timeline="t1", revision=3, hash="h", held={"api/0": 1}))  # a move may wait for this one
+        await rig.server.reported.wait()
+        await reported(Report(timeline="t1", revision=4, hash="h", held={"api/0": 1}, attached=["api/0"]))
+        await rig.server.reported.wait()
+        prepared = live.placement("web", "host-b", epoch=2, state="prepare")
+        assert rig.machine.receive(live.delta({"prepare/web/0": prepared}), wall=time.time(), mono=0.0)
+        await reported(Report(timeline="t1", revision=5, hash="h", held={"api/0": 1}, attached=["api/0"]))
+        await rig.server.reported.wait()
+    assert [r.revision for r in rig.server.sent] == [1, 3, 4, 5]
+
+
+async def test_after_coming_back_the_report_is_said_again(rig, live, monkeypatch):
+    """The CA may be another process now, which knows nothing of us."""
+    monkeypatch.setattr(uplink_module, "RETURNING", 0.01)
+    rig.report = Report(timeline="t1", revision=1, hash="h")
+    lost = asyncio.Event()
+
+    async def lines(client, steps):
+        for step in steps:
+            yield step
+        rig.server.idle.set()
+        await (asyncio.Event() if lost.is_set() else lost).wait()
+        raise Unreachable("feed.closed", "gone")
+
+    monkeypatch.setattr(FakeClient, "_lines", lines)
+    rig.server.script = [[live.snapshot()], [live.delta()]]
+    async with rig.running():
+        await rig.server.reported.wait()
+        rig.server.reported.clear()
+        lost.set()
+        await rig.server.reported.wait()
+    assert rig.server.sent == [rig.report, rig.report]
+
+
+async def test_requests_share_a_client_until_newer_trust_ends_its_server(rig, live, live_authority):
     await rig.uplink.svid(SvidRequest(workload="web", instance=0, csr="x"))
     await rig.uplink.sidecar_token(SidecarTokenRequest(workload="web"))
     await rig.uplink.explain("a", "b", "tcp", 80)
@@ -188,6 +244,13 @@ async def test_requests_share_a_client_until_the_trust_changes(rig, live, live_a
     live.objects["bundle"] = live_authority.bundle(5, live.now)
     rig.machine.receive(live.snapshot(), wall=time.time(), mono=0.0)
     assert rig.uplink.trust.sequence == 5
+    await rig.uplink.explain("a", "b", "icmp", None)
+    await rig.uplink.explain("a", "b", "icmp", None)
+    assert (rig.server.clients, rig.server.closed) == (1, 0)
+    assert rig.server.adopted == [rig.uplink.trust]  # asked once a bundle
+    live.objects["bundle"] = live_authority.bundle(6, live.now)
+    rig.machine.receive(live.snapshot(), wall=time.time(), mono=0.0)
+    rig.server.believed = False
     await rig.uplink.explain("a", "b", "icmp", None)
     assert (rig.server.clients, rig.server.closed) == (2, 1)
     await rig.uplink.close()
