@@ -17,16 +17,14 @@ from ca.cli import (
     Name,
     client,
     output_of,
-    show_workload,
-    when,
     workload_app,
 )
+from ca.cli_workload import show_workload
 from identity import cliout
 from identity.cliout import Output
 from identity.errors import BadInput
 
 if TYPE_CHECKING:
-    from ca.client import AdminClient
     from identity.wire.entries import EntryInfo
 
 app = typer.Typer(help="Registration entries: which process of a host has which identity.", no_args_is_help=True, rich_markup_mode=None)
@@ -158,26 +156,3 @@ def end_text(ends_at: int | None, ends_with: str | None) -> str:
 
 def _show(found: list[EntryInfo], output: Output) -> None:
     cliout.emit(found[0], output, columns=_COLUMNS, rows=[_row(e) for e in found])
-
-
-def explain_identity(ca: AdminClient, name: str, instance: int, output: Output) -> None:
-    """Print what the CA knows of an identity; exit 1 when nobody holds it."""
-    from identity.wire.explain import IdentityExplained
-
-    found = ca.get("/v1/explain/identity", IdentityExplained, {"name": name, "instance": instance})
-
-    def human() -> None:
-        print(cliout.clean(f"{'HELD' if found.holds else 'NOT HELD'}  {found.spiffe_id} instance {found.instance}"))
-        said: list[tuple[str, object]] = [("because", found.reason), *(("proof", p) for p in found.proof), ("holder", found.holder)]
-        said += [("epoch", found.epoch), ("since", found.since and when(found.since)), ("until", end_text(found.ends, found.ends_with))]
-        if found.certificate is not None:
-            c = found.certificate
-            said.append(("cert", f"serial {c.serial}, issuer {c.issuer}, until {when(c.not_after)}"))
-        said += [("entry", f"{e.id}  {e.parent}  {e.selectors}{'' if e.labels_ok else '  (labels differ)'}") for e in found.entries]
-        said += [("fence", text) for text in found.fences]
-        for what, text in said:
-            print(cliout.clean(f"  {what:8} {'-' if text is None else text}"))
-
-    cliout.emit(found, output, human=human)
-    if not found.holds:
-        raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""`retinue-ca host` commands about credentials: machines that come back, and identities that two machines use."""
+"""`retinue-ca host`: who has enrolled; machines that come back, and identities that two machines use."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ca.cli import DEFAULT_DIR, Dir, Format, Json, Name, client, host_app, output_of
+from ca.cli import DEFAULT_DIR, Dir, Format, Json, Name, client, host_app, output_of, when
 from identity import cliout
 from identity.cliout import Output
 
@@ -15,13 +15,40 @@ if TYPE_CHECKING:
     from identity.wire.recovery import HostStanding
 
 
-def register() -> None:
-    """Its commands join those of `host`."""
-    host_app.command("standing", epilog="Example: retinue-ca host standing web-1")(standing)
-    host_app.command("recover", epilog="Example: retinue-ca host recover web-1 --budget 1")(recover)
-    host_app.command("unquarantine", epilog="Example: retinue-ca host unquarantine web-1")(unquarantine)
+@host_app.command("list", epilog="Example: retinue-ca host list -o json")
+def host_list(directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False) -> None:
+    """Every host and sidecar that is or was enrolled."""
+    from identity.wire.admin import HostList
+
+    found = client(directory).get("/v1/hosts", HostList).hosts
+    rows = [
+        (
+            h.name,
+            h.kind,
+            h.state,
+            "yes" if h.connected else "no",
+            h.revision,
+            ", ".join(h.underlay),
+            when(h.svid_expires),
+        )
+        for h in found
+    ]
+    cliout.emit(found, output_of(output, as_json),
+                columns=("name", "kind", "state", "connected", "revision", "underlay", "svid until"), rows=rows)  # fmt: skip
 
 
+@host_app.command("revoke", epilog="Example: retinue-ca host revoke web-1")
+def host_revoke(
+    name: Name, directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False
+) -> None:
+    """Revoke a host with its sidecars: certificates, tunnel keys, placements. Its workloads become unplaced."""
+    from identity.wire.admin import Host, HostRef
+
+    done = client(directory).post("/v1/hosts/revoke", HostRef(name=name), Host)
+    cliout.emit(done, output_of(output, as_json), human=lambda: print(f"{cliout.clean(done.name)} is revoked"))
+
+
+@host_app.command("standing", epilog="Example: retinue-ca host standing web-1")
 def standing(name: Name, directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False) -> None:
     """Its newest certificate, its recoveries in the last 30 days, and whether it is in quarantine."""
     from identity.wire.recovery import HostStanding
@@ -30,6 +57,7 @@ def standing(name: Name, directory: Dir = DEFAULT_DIR, output: Format = Output.T
     _print(found, output_of(output, as_json))
 
 
+@host_app.command("recover", epilog="Example: retinue-ca host recover web-1 --budget 1")
 def recover(
     name: Name,
     budget: Annotated[int, typer.Option(metavar="N", min=0, max=1000, help="How many more times within 30 days.")] = 1,
@@ -42,6 +70,7 @@ def recover(
     _print(found, output_of(output, as_json))
 
 
+@host_app.command("unquarantine", epilog="Example: retinue-ca host unquarantine web-1")
 def unquarantine(name: Name, directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False) -> None:
     """End a quarantine: the machine with the newest certificate goes on, the other is found again when it renews.
 

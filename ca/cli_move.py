@@ -17,9 +17,9 @@ from ca.cli import (
     client,
     host_app,
     output_of,
-    show_workload,
     workload_app,
 )
+from ca.cli_workload import show_workload
 from identity import cliout
 from identity.cliout import Output
 from identity.errors import BadState, from_wire

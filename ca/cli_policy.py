@@ -1,4 +1,4 @@
-"""`retinue-ca policy ...` beyond apply and show: authority, bundles, plan, rollouts, history, questions."""
+"""`retinue-ca policy ...` beyond its files (ca/cli_policy_files.py): authority, bundles, plan, rollouts, history, questions."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from ca.cli import (
     client,
     output_of,
     policy_app,
-    policy_files,
-    print_difference,
     when,
 )
+from ca.cli_policy_files import policy_files, print_difference
 from identity import cliout
 from identity.cliout import Output
 from identity.errors import BadInput
@@ -38,7 +37,7 @@ _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def register() -> None:
-    """Put the groups beside the commands of ca/cli.py."""
+    """Put the groups beside the commands."""
     policy_app.add_typer(authority_app, name="authority")
     policy_app.add_typer(rollout_app, name="rollout")
     policy_app.add_typer(ask_app, name="ask")

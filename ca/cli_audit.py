@@ -1,4 +1,4 @@
-"""`retinue-ca audit watch` and `audit prove`: what the transparency log says, checked here and not only asked for."""
+"""`retinue-ca audit`: who did what; and what the transparency log says, checked here and not only asked for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from ca.cli import DEFAULT_DIR, Dir, Format, Json, administrator, client, output_of, when
+from ca.cli import (
+    DEFAULT_DIR,
+    Dir,
+    Format,
+    Json,
+    administrator,
+    audit_app,
+    client,
+    output_of,
+    when,
+)
 from identity import cliout
 from identity.cliout import Output
 from identity.errors import BadInput, BadState, NotVerified
@@ -23,12 +33,39 @@ STALE_S: Final = 300  # a head is signed when it is asked for
 RootFp = Annotated[str | None, typer.Option("--root-fp", metavar="HASH", help="Believe the CA with this root (SHA-256) instead of the one that the files here name.")]
 
 
-def register(app: typer.Typer) -> None:
-    """Hang the commands into the audit group."""
-    app.command("watch", epilog="Example: retinue-ca audit watch shop/api --state watch-shop-api.json")(watch)
-    app.command("prove", epilog="Example: retinue-ca audit prove --certificate chain.pem")(prove)
+@audit_app.command("list", epilog="Example: retinue-ca audit list --subject shop/api/0 -o jsonl")
+def audit_list(
+    subject: Annotated[str | None, typer.Option(metavar="NAME", help="Only entries about this.")] = None,
+    after: Annotated[int, typer.Option(metavar="N", min=0, help="Only entries after this number.")] = 0,
+    limit: Annotated[int, typer.Option(metavar="N", min=1, max=10_000, help="At most so many.")] = 1000,
+    directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Who did what, when, and with which outcome, oldest first."""
+    query = {"subject": subject, "after": after, "limit": limit}
+    found = client(directory).raw("GET", "/v1/audit", query=query)["entries"]
+    cliout.emit(found, output_of(output, as_json), columns=("seq", "at", "actor", "action", "subject", "outcome"),
+                rows=[(e["seq"], when(e["at"]), e["actor"], e["action"], e["subject"], e["outcome"]) for e in found])  # fmt: skip
 
 
+@audit_app.command("verify", epilog="Example: retinue-ca audit verify --head 4711:HASH")
+def audit_verify(
+    head: Annotated[str | None, typer.Option(metavar="SIZE:HASH", help="A head noted earlier: the log must still continue it.")] = None,
+    directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Make the whole log again from its entries and compare. Note the head it prints, and give it next time."""
+    size, _, root = (head or ":").partition(":")
+    if head is not None and not (size.isdigit() and root):
+        raise BadInput("log.head", f"not a head of the log: {ascii(head)[:100]}", hint="write SIZE:HASH, as audit verify prints it")
+    query = {"size": size, "root": root} if head is not None else {}
+    found = client(directory, 300.0).raw("GET", "/v1/audit/verify", query=query)
+    cliout.emit(
+        found,
+        output_of(output, as_json),
+        human=lambda: print(f"{found['size']} entries hold, head {found['size']}:{found['root']}"),
+    )
+
+
+@audit_app.command("watch", epilog="Example: retinue-ca audit watch shop/api --state watch-shop-api.json")
 def watch(
     name: Annotated[str, typer.Argument(metavar="NAME", help="A workload, an instance, a host or a SPIFFE ID.")],
     state: Annotated[Path | None, typer.Option("--state", metavar="FILE", help="Remember the tree between runs; later entries only.")] = None,
@@ -69,6 +106,7 @@ def watch(
         time.sleep(every)
 
 
+@audit_app.command("prove", epilog="Example: retinue-ca audit prove --certificate chain.pem")
 def prove(
     leaf: Annotated[str | None, typer.Option("--leaf", metavar="HASH", help="A leaf hash.")] = None,
     certificate: Annotated[Path | None, typer.Option("--certificate", metavar="FILE", help="A certificate of this CA (PEM).")] = None,
