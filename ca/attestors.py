@@ -27,7 +27,7 @@ Make = Callable[["Plane", EnrollRequest], Attestor]
 
 
 def _token(plane: Plane, request: EnrollRequest) -> Attestor:
-    return JoinTokenAttestor(plane.evidence(plane.registry.token(request.token_id)))
+    return JoinTokenAttestor(plane.joining.evidence(plane.registry.token(request.token_id)))
 
 
 def _device(plane: Plane, _: EnrollRequest) -> Attestor:

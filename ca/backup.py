@@ -23,9 +23,10 @@ from uuid import uuid4
 from sqlalchemy import Connection, select, update
 
 from ca import audit, postgres, processes, rows, schema, transparency
+from ca.directory import DATABASE, NOBODY
 from ca.highwater import FILE as HIGHWATER
 from ca.highwater import HighWater, Mark
-from ca.plane import DATABASE, NOBODY, Plane
+from ca.plane import Plane
 from ca.policies import newest
 from ca.store import Store
 from identity.certs import BACKDATE

@@ -33,7 +33,7 @@ def migrate(
     Stop every server on it first. An SQLite database is copied before anything changes.
     """
     from ca import migrations, postgres
-    from ca.plane import DATABASE
+    from ca.directory import DATABASE
     from ca.schema import SCHEMA_VERSION
     from ca.serve import sole
     from ca.store import Store
@@ -100,7 +100,7 @@ def replica(
 def processes(directory: Dir = DEFAULT_DIR, output: Format = Output.TABLE, as_json: Json = False) -> None:
     """The CA processes on the database of this one, and when each was last seen."""
     from ca import processes as known
-    from ca.plane import open_store
+    from ca.directory import open_store
 
     store = open_store(directory)
     try:

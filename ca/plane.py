@@ -5,7 +5,6 @@ Whatever changes the store is followed by `publish`, in the same thread, so fram
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,41 +15,40 @@ from uuid import uuid4
 
 import structlog
 
-from ca import audit, grant_ends, leases, membership, postgres, processes, succession, transparency
+from ca import audit, processes, succession, transparency
 from ca.admins import Admins
-from ca.attestors import attestor_for
 from ca.authority import Authority, Issuing, Lifetimes
 from ca.callers import Callers
 from ca.desk import Desk
-from ca.enroll import Admitted, Challenges, admit
-from ca.enroll import TokenRow as TokenEvidence
+from ca.directory import NOBODY, REPLICA, check_newest, create, open_store
+from ca.enroll import Challenges
 from ca.entries import Entries, check_known
 from ca.feed import Feed, Frame
 from ca.following import Following
 from ca.highwater import FILE as HIGHWATER
 from ca.highwater import HighWater, Mark
+from ca.joining import Joining
 from ca.jwt_authority import JwtAuthority
-from ca.keystores import KeyPlace
 from ca.life import end_of
 from ca.mirror import BUNDLE, Mirror
 from ca.older import Plain
 from ca.people import People
 from ca.placements import Placements
 from ca.policies import Policies
-from ca.registry import Applicant, Grant, Registry
+from ca.registry import Registry
 from ca.returning import Returns
 from ca.roles import Principal
 from ca.rollouts import Rollouts
-from ca.rows import EndpointRow, InstanceRow, TokenRow
+from ca.rows import EndpointRow
 from ca.scope import Touched
 from ca.store import Store
+from ca.svids import Svids
 from ca.transparency import Head, Log
-from identity import certs, jwt
+from ca.upkeep import Upkeep
+from identity import certs
 from identity.bundle import TrustBundle
-from identity.enrollment import SECRET_LEN, JoinToken
-from identity.errors import BadInput, BadState, Conflict, NotVerified, Refused, RetinueError
-from identity.keys import b64, unb64
-from identity.names import SpiffeId, TrustDomain, host_name, workload_path
+from identity.errors import BadState, NotVerified, Refused, RetinueError
+from identity.names import TrustDomain
 from identity.records import BundleRecord, Heartbeat, P, Payload
 from identity.transparency import TreeHead
 from identity.wire.admin import ExplainReply, Token, TokenCreate
@@ -69,10 +67,6 @@ from identity.wire.jwt import JwtReply, JwtRequest
 
 log = structlog.get_logger("retinue.ca")
 
-DATABASE: Final = "ca.db"
-REPLICA: Final = "replica"  # marks the directory of a further process on a shared database
-SIDECAR_TOKEN_S: Final = 600
-NOBODY: Final = "ca"
 MAX_REFUSALS: Final = 120  # audited a minute: strangers must not fill the disk
 
 
@@ -111,14 +105,15 @@ class Plane:
         self.mirror = Mirror(store, self.open_record)
         self.plain = self.mirror.world.plain = Plain(self.sign, lambda: self.trust)
         self.challenges = Challenges()
+        self.joining = Joining(self)
+        self.svids = Svids(self)
+        self.upkeep = Upkeep(self)
         self.returns = Returns(self)
         self.water: HighWater
         self.authority: Authority
         self.jwt: JwtAuthority
         self.feed: Feed
         self._issuing_for: str | None = None
-        self._lapse_at = int(clock()) + membership.GRACE
-        self._ticked: int | None = None  # the moment `tick` acted on last
         self._noted = (0, 0)  # (minute, refusals audited in it)
         self._trust: TrustBundle | None = None
         self._callers = Callers()
@@ -130,53 +125,7 @@ class Plane:
         self.following = Following(self) if self.replica else None
         self._held_back = Touched()  # what nobody was told of, while nothing may be signed here
 
-    @classmethod
-    def create(
-        cls, directory: Path, trust_domain: TrustDomain, now: float, *, address: str | None = None,
-        place: KeyPlace | None = None,
-    ) -> Authority:
-        """Make a new control plane in an empty or missing directory; with `address` its store is that PostgreSQL database.
-
-        Raises Conflict, BadState, Unreachable.
-        """
-        if (directory / DATABASE).exists() or (directory / postgres.FILE).exists():
-            raise Conflict(
-                "ca.exists", f"{directory} already holds a control plane", hint="choose another --dir"
-            )
-        if (directory / "authority.json").exists():
-            raise BadState(
-                "ca.partial",
-                f"{directory} holds an authority but no {DATABASE}",
-                hint="restore the database from a backup, or choose another --dir",
-            )
-        if directory.is_dir() and any(directory.iterdir()):
-            raise Conflict(
-                "ca.dir_used", f"{directory} is not empty", hint="choose an empty or a new directory"
-            )
-        if address is not None:
-            return cls._create_shared(directory, trust_domain, now, address, place)
-        authority = Authority.create(directory, trust_domain, now, place=place)
-        temporary = directory / f".{DATABASE}.{os.urandom(4).hex()}"
-        store = Store.create(temporary, str(trust_domain))
-        with store.write() as tx:
-            audit.append(tx, int(now), NOBODY, "init", str(trust_domain), root=authority.root_fingerprint)
-        store.settle()
-        os.rename(temporary, directory / DATABASE)
-        return authority
-
-    @classmethod
-    def _create_shared(
-        cls, directory: Path, trust_domain: TrustDomain, now: float, address: str, place: KeyPlace | None
-    ) -> Authority:
-        store = Store.create_shared(address, str(trust_domain))
-        try:
-            authority = Authority.create(directory, trust_domain, now, place=place)
-            with store.write() as tx:
-                audit.append(tx, int(now), NOBODY, "init", str(trust_domain), root=authority.root_fingerprint)
-            postgres.write_address(directory, address)
-        finally:
-            store.close()
-        return authority
+    create = staticmethod(create)
 
     @classmethod
     def open(cls, directory: Path, clock: Callable[[], float], *, lifetimes: Lifetimes | None = None) -> Plane:
@@ -345,7 +294,7 @@ class Plane:
             )
             return Published({}, frozenset(), current=False)
         try:
-            self._follow_grants()
+            self.upkeep.follow_grants()
         except RetinueError as e:
             log.warning("which grants are live could not be noted; tried again with the next heartbeat", why=e.message)
         if self.following is not None:
@@ -392,59 +341,11 @@ class Plane:
         except OSError as e:
             raise self.store.fail(f"{self.water.path.name} cannot be written: {e.strerror}") from None
 
-    def _running(self) -> set[str]:
-        return {key for key, count in list(self.moving.items()) if count}  # the event loop may add one meanwhile
-
     def tick(self) -> None:
         """Once a heartbeat: what changes by the clock alone, and the log's next head."""
-        if self.following is not None and not self._follow_keeper(self.following):
-            return
-        if self.store.shared:
-            processes.sight(self.store, self.process, self.listen, self.mirror.revision)
-        self.placements.abort_left(self.now, processes.living(self.store) if self.store.shared else {self.process}, self._running())
-        self.seal()
-        if self.authority.refresh(self.clock()):
-            succession.follow(self, NOBODY)
-        self.expire()
-        if (rollout := self.rollouts.tick(self.now)) is not None:
-            log.warning("a rollout goes on by itself", rollout=rollout.id, state=rollout.state, why=rollout.why)
-        self._follow_grants()
-        self._lapse()
-        in_force = self.mirror.in_force
-        if in_force is None or in_force.until is None or self._ticked == in_force.until:
-            return
-        if in_force.until <= self.now:
-            self._ticked = in_force.until
-            self.policies.time_passed(self.now)
+        self.upkeep.tick()
 
-    def _lapse(self) -> None:
-        """End the membership of what was powered down for longer than the policy in force allows; looked at once a minute."""
-        in_force = self.mirror.in_force
-        if in_force is None or self.now < self._lapse_at:
-            return
-        self._lapse_at = self.now + 60
-        with self.store.read() as tx:
-            if not membership.due(tx, [in_force.policy], self.now):
-                return
-        with self.store.write() as tx:
-            for key in membership.lapse(tx, self.placements, [in_force.policy], self.now):
-                log.warning("a workload was powered down for so long that it is no member any more", instance=key)
-
-    def _follow_grants(self) -> None:
-        """Note which grants are live, and tell which have ended.
-
-        At every change, not by the heartbeat alone: a grant that came and went between two beats was live as well.
-        """
-        in_force = self.mirror.in_force
-        if in_force is None:
-            return
-        policies = [p for p in (in_force.policy, in_force.trial) if p is not None]
-        if any(p.grants for p in policies):
-            there = {fact.subject.name for fact in self.mirror.world.instances.values() if not fact.revoked}
-            for grant in grant_ends.follow(self.store, policies, self.now, there):
-                log.info("a grant has ended", grant=grant)
-
-    def _follow_keeper(self, own: Following) -> bool:
+    def follow_keeper(self, own: Following) -> bool:
         """Take a new copy of the directory over, if there is one. May anything be signed here?"""
         try:
             if self.authority.refresh(self.clock()) or own.stale is not None:
@@ -478,19 +379,11 @@ class Plane:
 
     def maintain(self) -> None:
         """Once an hour: renew the authority's own certificates. A replica leaves that to the process it was copied from."""
-        if self.replica:
-            return
-        fresh_jwt = self.jwt.maintain(self.clock())
-        if self.authority.maintain(self.clock()) or fresh_jwt:
-            succession.follow(self, NOBODY)
+        self.upkeep.maintain()
 
     def expire(self) -> list[str]:
         """End the identities and entries whose time has come. Returns them."""
-        with self.store.read() as tx:
-            if not leases.anything_due(tx, self.now):
-                return []
-        with self.store.write() as tx:
-            return leases.expire(tx, self.placements, self.entries, self.now)
+        return self.upkeep.expire()
 
     # ---- registration entries
 
@@ -516,86 +409,23 @@ class Plane:
             self.entries.delete(tx, entry_id, self.now, actor)
             return found
 
-    # ---- tokens
+    # ---- tokens and enrolment
 
     def token(self, request: TokenCreate, actor: str) -> Token:
         """Make a join token. Raises BadInput unless exactly one of host and workload is named."""
-        if (request.host is None) == (request.workload is None):
-            raise BadInput(
-                "token.subject",
-                "a token is for one host or for the sidecar of one workload",
-                hint="give --host NAME or --sidecar WORKLOAD",
-            )
-        with self.store.write() as tx:
-            if request.host is not None:
-                grant = self.registry.grant_host(
-                    tx, host_name(request.host), replace=request.replace, now=self.now, ttl=request.ttl
-                )
-            else:
-                assert request.workload is not None
-                workload_path(request.workload)
-                grant = self.registry.grant_sidecar(
-                    tx, request.workload, asked_by=None, now=self.now, ttl=request.ttl
-                )
-            made = JoinToken(b64(os.urandom(9)), os.urandom(SECRET_LEN), self.authority.root_fingerprint)
-            self.registry.add_token(made.id, b64(made.public_key), grant, tx, self.now, actor)
-        return Token(token=made.format(), endpoint=grant.endpoint, kind=grant.kind, expires=grant.expires)
+        return self.joining.token(request, actor)
 
     def sidecar_token(self, caller: EndpointRow, workload: str) -> SidecarTokenReply:
         """A token for the sidecar of a workload that is placed on the calling host."""
-        workload_path(workload)
-        if caller.kind != "host":
-            raise Refused("sidecar.caller", "only a host agent asks for sidecar tokens")
-        with self.store.write() as tx:
-            grant: Grant = self.registry.grant_sidecar(
-                tx, workload, asked_by=caller.name, now=self.now, ttl=SIDECAR_TOKEN_S
-            )
-            made = JoinToken(b64(os.urandom(9)), os.urandom(SECRET_LEN), self.authority.root_fingerprint)
-            self.registry.add_token(made.id, b64(made.public_key), grant, tx, self.now, caller.name)
-        return SidecarTokenReply(token=made.format(), endpoint=grant.endpoint, expires_in=SIDECAR_TOKEN_S)
-
-    # ---- enrolment
+        return self.joining.sidecar_token(caller, workload)
 
     def challenge(self, token_id: str, server_leaf: bytes, source: str = "") -> Challenge:
         """A nonce; the same answer whether or not the token exists."""
-        return self.challenges.issue(token_id, server_leaf, self.clock(), source).to_wire(self.clock())
+        return self.joining.challenge(token_id, server_leaf, source)
 
     def enroll(self, request: EnrollRequest) -> EnrollReply:
         """Decide, claim, issue, publish. Raises what `ca.enroll.admit` and `Registry.claim` raise."""
-        try:
-            admitted = self._admit(request)
-            row = self._claim(admitted)
-        except RetinueError as e:
-            self.refused("enroll", ascii(request.token_id)[:80], e)
-            raise
-        with self.issuing(row.name):
-            chain = self.authority.issue_endpoint(request.csr, SpiffeId.parse(row.spiffe_id), self.clock())
-        row = self.registry.finish(row.name, certs.not_after(certs.parse_chain(chain)[0]), self.now, row.name)
-        assert row.record is not None
-        return EnrollReply(
-            trust_domain=str(self.trust_domain), endpoint=row.name, kind=row.kind, workload=row.workload, chain=chain,
-            bundle=self.bundle, record=row.record, authority=self.policies.authority_chain(),
-        )  # fmt: skip
-
-    def _admit(self, request: EnrollRequest) -> Admitted:
-        challenge = self.challenges.take(request.nonce, self.clock())
-        return admit(request, challenge, attestor_for(self, request), self.clock())
-
-    def evidence(self, token: TokenRow | None) -> TokenEvidence | None:
-        if token is None:
-            return None
-        claimant = self.registry.claimant(token)
-        return TokenEvidence(
-            token.id, unb64(token.public_key), token.endpoint, token.kind, token.expires, token.workload, token.used_at,
-            unb64(claimant.enroll_key) if claimant else None, unb64(claimant.tunnel_key) if claimant else None,
-        )  # fmt: skip
-
-    def _claim(self, admitted: Admitted) -> EndpointRow:
-        assert admitted.token_id is not None
-        applicant = Applicant(
-            b64(admitted.tunnel_key), b64(admitted.enroll_key), admitted.underlay, admitted.ciphers
-        )
-        return self.registry.claim(admitted.token_id, applicant, self.now)
+        return self.joining.enroll(request)
 
     # ---- members
 
@@ -646,40 +476,11 @@ class Plane:
 
     def svid(self, caller: EndpointRow, request: SvidRequest) -> SvidReply:
         """A workload's certificate, for the endpoint that holds the instance or is about to. Raises Refused."""
-        row = self.placements.get(request.workload, request.instance)
-        if caller.name not in {row.endpoint, row.target}:
-            raise Refused("svid.not_here", f"{row.key} is not placed on {caller.name}")
-        self._check_life(row)
-        addresses = self.trust_domain.overlay(row.overlay)
-        with self.store.read() as tx:
-            ttl = self.entries.ttl(tx, row.name, caller.name)
-        left = [x for x in (ttl, None if row.ends_at is None else row.ends_at - self.now) if x is not None]
-        with self.issuing(caller.name):
-            chain = self.authority.issue_workload(
-                request.csr, SpiffeId.parse(row.spiffe_id), addresses, self.clock(), lifetime=min(left, default=None)
-            )
-        return SvidReply(spiffe_id=row.spiffe_id, chain=chain, bundle=self.bundle)
-
-    def _check_life(self, row: InstanceRow) -> None:
-        """Raises Refused for an identity that is over."""
-        if row.state == "revoked" or (row.ends_at is not None and row.ends_at <= self.now):
-            raise Refused("svid.ended", f"{row.key} is over")
+        return self.svids.svid(caller, request)
 
     def jwt_svid(self, caller: EndpointRow, request: JwtRequest) -> JwtReply:
-        """A JWT-SVID of an instance that the calling endpoint holds, in the log before it is given out.
-
-        Raises Refused, BadInput ``jwt.audience``, and what the store raises: what cannot be logged is not issued.
-        """
-        row = self.placements.get(request.workload, request.instance)
-        if caller.name != row.endpoint or row.state not in {"active", "moving"}:
-            raise Refused("svid.not_here", f"{row.key} is not placed on {caller.name}")
-        self._check_life(row)
-        if self.following is not None:
-            self.following.check_token(self.jwt.kid(self.clock()))
-        token, expires = self.jwt.sign(SpiffeId.parse(row.spiffe_id), request.audience, self.clock(), row.ends_at)
-        with self.store.record() as tx:
-            transparency.record_jwt(tx, self.now, caller.name, jwt.about(token))
-        return JwtReply(spiffe_id=row.spiffe_id, token=token, expires=expires)
+        """A JWT-SVID of an instance that the calling endpoint holds. Raises Refused, BadInput ``jwt.audience``."""
+        return self.svids.jwt_svid(caller, request)
 
     def explain_for(
         self, caller: EndpointRow, src: str, dst: str, proto: str, port: int | None
@@ -708,36 +509,3 @@ class Plane:
                 audit.append(tx, self.now, actor, action, subject, outcome=error.code)
         except RetinueError as e:
             log.critical("a refusal could not be audited", code=e.code)
-
-
-def open_store(directory: Path) -> Store:
-    """The store that a directory names. Raises BadState ``store.*``, Unreachable."""
-    address = postgres.address_of(directory)
-    return Store.open(directory / DATABASE) if address is None else Store.open_shared(address)
-
-
-def check_newest(store: Store, mark: Mark | None, directory: Path) -> None:
-    """Is the database the newest there was? Raises BadState ``store.backup``, ``store.old``."""
-    with store.read() as tx:
-        revision, backup = store.revision(tx), store.get(tx, "backup_at")
-        supersedes = (store.get(tx, "supersedes"), int(store.get(tx, "supersedes_revision") or 0))
-    restore = f"retinue-ca restore {directory / DATABASE} --dir {directory} --new-timeline"
-    if backup is not None:
-        raise BadState(
-            "store.backup", f"{directory / DATABASE} is a backup, put there as it is", hint=f"use: {restore}"
-        )
-    if mark is None:
-        return
-    if mark.timeline == store.timeline:
-        if revision < mark.revision:
-            raise BadState(
-                "store.old",
-                f"the database ends at revision {revision}, but revision {mark.revision} was acknowledged",
-                hint=f"put the newest database back; if it is lost: {restore}",
-            )
-    elif supersedes[0] != mark.timeline or supersedes[1] < mark.revision:
-        raise BadState(
-            "store.old",
-            "the database is of another timeline than the one that was served here",
-            hint=f"put the newest database back; if it is lost: {restore}",
-        )

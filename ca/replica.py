@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Final
 
 from ca import postgres
+from ca.directory import REPLICA
 from ca.keyring import MANIFEST
-from ca.plane import REPLICA
 from identity.errors import BadState, Conflict
 from identity.keys import write_secret
 

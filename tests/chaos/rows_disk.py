@@ -15,7 +15,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ca.plane import DATABASE, Plane
+from ca.directory import DATABASE
+from ca.plane import Plane
 from identity.errors import RetinueError
 from identity.names import TrustDomain
 from identity.records import BundleRecord, EndpointRecord, PlacementRecord, PolicyRecord

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Final
 
 import mesh.state
+from ca.directory import DATABASE
 from ca.mirror import Mirror
-from ca.plane import DATABASE
 from ca.store import Store
 from identity.keys import write_secret
 from identity.records import state_hash
