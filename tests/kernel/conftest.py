@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernel.machine import Machine
+from tests.kernel.rekey import Rekey
 from tests.kernel.within import Within
 
 IMAGE = os.environ.get("RETINUE_KERNEL_IMAGE")
@@ -37,7 +38,18 @@ def machine() -> Iterator[Machine]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def within(request: pytest.FixtureRequest) -> Iterator[Within | None]:
+def rekey(request: pytest.FixtureRequest) -> Iterator[Rekey | None]:
+    """The tunnel whose first keys have to grow old, begun before anything else."""
+    if not any(item.path.name == "test_rekey.py" for item in request.session.items):
+        yield None
+        return
+    run = Rekey(request.getfixturevalue("machine"), tag=str(os.getpid() % 100000))
+    yield run
+    run.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def within(request: pytest.FixtureRequest, rekey: Rekey | None) -> Iterator[Within | None]:
     """The tests in the guest, started before the first test from here."""
     if not any(_waits(item) for item in request.session.items):
         yield None

@@ -28,7 +28,7 @@ from mesh import netns
 REPOSITORY = Path(__file__).resolve().parents[2]
 MARK = "RETINUE-KERNEL "
 PORT = 7099  # as in guest.py
-LIMIT = 900  # seconds the guest may live; it powers itself off then
+LIMIT = 1500  # seconds the guest may live; it powers itself off then
 SILENCE = 300  # seconds a command in it may say nothing
 BOOT = 180  # seconds until it answers
 

@@ -1,4 +1,4 @@
-"""Tests that run in the guest, on its kernel: the contract of all devices and whole data planes on the kernel device."""
+"""Tests that run in the guest, on its kernel: the contract of all devices, whole data planes and agents on the kernel device."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from tests.kernel.within import Within
 
-pytestmark = [pytest.mark.netns, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.netns, pytest.mark.timeout(1500)]
 
 
 @pytest.fixture(scope="module")
@@ -32,3 +32,8 @@ def test_the_kernel_device_by_itself(outcomes: dict[str, str]) -> None:
 
 def test_data_planes_on_the_kernel_device(outcomes: dict[str, str]) -> None:
     assert bad(outcomes, "test_plane") == {}
+
+
+def test_agents_on_the_kernel_device(outcomes: dict[str, str]) -> None:
+    assert bad(outcomes, "test_agents") == {}
+    assert sum(name.startswith("test_agents:") for name in outcomes) == 5
