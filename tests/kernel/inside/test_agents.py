@@ -278,8 +278,7 @@ async def test_agents_killed_lose_no_tunnel(world: World, to_api: Probes) -> Non
             world.lab.processes[f"agent-{host}"].kill()
         await to_api.more("web")
         talk(near, far)
-        start = functools.partial(asyncio.to_thread, world.lab.start_agent)
-        await asyncio.gather(*(start(host, args=("--device", DEVICES[host])) for host in hosts))
+        await asyncio.gather(*(asyncio.to_thread(world.lab.start_agent, host, args=("--device", DEVICES[host])) for host in hosts))
         for host in hosts:
             await world.until(host, lambda s: s.control == "connected")
         await to_api.more("web")
