@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 
 CHECK_EVERY: Final = 2.0  # seconds between two verifications of device and firewall without a reason
 HOST_EVERY: Final = 20.0  # the same for links, routes and rules, whose changes the kernel tells of
+HOST_CALM: Final = 1.5  # so soon after a change of our own they are not compared: it is ours that the kernel tells of
 HOST_SHARE: Final = 50  # reading all routes and rules may take one part in so many of the time
 RETRY: Final = 1.0  # seconds after a failed repair
 Denied = DeniedFlow
@@ -192,7 +193,10 @@ class DataPlane:
             started = time.monotonic()
             changes = diff(self.plan, plan)
             self.plan = plan
+            before = self.host.layout
             failed = await self._carry_out(plan)
+            if self.host.layout is not before:  # what the kernel will tell of now is our own doing
+                self._host_soon = max(self._host_soon, time.monotonic() + HOST_CALM)
             await self._forget(changes)
             return Applied(changes, time.monotonic() - started, failed, plan.notes)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from mesh import idle_rules, nft, process_rules, unit_rules, units
+from mesh import idle_rules, nft, nft_counts, process_rules, unit_rules, units
 from mesh.firewall_names import table_name
 from mesh.firewall_rules import NOTED, replacement
 from mesh.firewall_sets import LIMITS, Delta, Sets, all_sets, narrowing, sets_delta, statements
@@ -228,22 +228,12 @@ class Firewall:
 
     async def verdicts(self) -> dict[str, int]:
         """Packets by verdict since the table was made."""
-        listed = await nft.list_objects("counters", "table", "inet", self.table)
-        return {e["counter"]["name"]: int(e["counter"]["packets"]) for e in listed if "counter" in e}
+        return nft_counts.counters(self.table)
 
     async def noted(self, kind: str) -> list[DeniedFlow]:
         """Flows ``denied``, ``audited`` or ``idled`` (ended as idle) lately."""
-        flows: list[DeniedFlow] = []
-        for family in (4, 6):
-            for entry in await nft.list_objects("set", "inet", self.table, f"{kind}{family}"):
-                flows += [flow for e in entry.get("set", {}).get("elem", ()) if (flow := _flow(e)) is not None]
-        return sorted(flows, key=lambda f: (f.src, f.dst, f.proto, f.port))
-
-
-def _flow(element: Any) -> DeniedFlow | None:
-    body = element.get("elem") if isinstance(element, dict) else None
-    concat = body.get("val", {}).get("concat") if isinstance(body, dict) else None
-    if not isinstance(concat, list) or len(concat) != 4:
-        return None
-    packets = body.get("counter", {}).get("packets", 0) if isinstance(body, dict) else 0
-    return DeniedFlow(str(concat[0]), str(concat[1]), proto_name(proto_number(concat[2])), int(concat[3]), int(packets))
+        flows = [e for family in (4, 6) for e in await asyncio.to_thread(nft_counts.elements, self.table, f"{kind}{family}")]
+        return sorted(
+            (DeniedFlow(e.src, e.dst, proto_name(proto_number(e.proto)), e.port, e.packets) for e in flows),
+            key=lambda f: (f.src, f.dst, f.proto, f.port),
+        )

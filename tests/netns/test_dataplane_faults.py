@@ -183,7 +183,7 @@ def test_a_set_tampered_with_right_after_a_change_is_put_right(rig: Rig) -> None
         element = f"{rig.address('batch')} . {rig.address('api')} . tcp . 8080"
         nft(host.ns, "add", "element", "inet", own_table(host)[0], "pair4", "{", element, "}")
         nft(host.ns, "add", "table", "inet", f"foreign{n}")
-        assert until(lambda: element not in nft(host.ns, "list", "set", "inet", own_table(host)[0], "pair4"))
+        assert until(lambda element=element: element not in nft(host.ns, "list", "set", "inet", own_table(host)[0], "pair4"))
 
 
 def test_what_was_changed_while_messages_were_lost_is_put_right(rig: Rig) -> None:

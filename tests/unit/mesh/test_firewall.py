@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from identity.errors import BadInput, NoPrivilege
-from mesh import nft
+from mesh import nft, nft_counts
 from mesh.compile import compile_plan
 from mesh.firewall import Firewall, fingerprint
 from mesh.firewall_names import accepted_mark, slot, table_name
@@ -28,6 +28,7 @@ from mesh.firewall_sets import (
     statements,
     topology_sets,
 )
+from mesh.nft_counts import Element
 from mesh.plan import Plan
 from policy.evaluate import Bound, evaluate
 from policy.ports import ANYTHING, NOTHING
@@ -369,16 +370,14 @@ async def test_a_large_table_is_not_read_after_each_change(kernel: Kernel, monke
 
 
 async def test_counters_and_denied_flows(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def listed(*what: str) -> list[dict[str, Any]]:
-        if what[0] == "counters":
-            return [{"metainfo": {}}, {"counter": {"name": "denied", "packets": 4}}]
-        flow = {"val": {"concat": ["100.64.0.2", "100.64.0.1", 6, 80]}, "counter": {"packets": 3}}
-        return [{"set": {"elem": [{"elem": flow}, "odd", {"elem": {"val": {}}}]}}] if what[-1] == "denied4" else [{"set": {}}]
-
-    monkeypatch.setattr(nft, "list_objects", listed)
+    found = {"denied4": [Element("100.64.0.2", "100.64.0.1", 6, 80, 3)], "denied6": [Element("fd00::2", "fd00::1", 58, 0, 1)]}
+    monkeypatch.setattr(nft_counts, "counters", lambda table: {"denied": 4} if table == table_name("rtn0") else {})
+    monkeypatch.setattr(nft_counts, "elements", lambda table, name: found.get(name, []))
     verdicts, flows = await Firewall("rtn0").counters()
     assert verdicts == {"denied": 4}
-    assert [(f.src, f.dst, f.proto, f.port, f.packets) for f in flows] == [("100.64.0.2", "100.64.0.1", "tcp", 80, 3)]
+    assert [(f.src, f.dst, f.proto, f.port, f.packets) for f in flows] == [
+        ("100.64.0.2", "100.64.0.1", "tcp", 80, 3), ("fd00::2", "fd00::1", "icmp", 0, 1),
+    ]  # fmt: skip
 
 
 # ---- ceilings and processes
