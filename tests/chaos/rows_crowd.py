@@ -111,10 +111,11 @@ async def crowd_move(stage: Crowd, run: Run) -> None:
     for k in range(rounds):
         here, there = (("old", "new") if k % 2 == 0 else ("new", "old"))
         to = stage.hosts[1] if there == "new" else stage.hosts[0]
-        began = time.time()
         places = {"old": ("old", stage.hosts[0]), "new": ("new", stage.hosts[1])}
         handing = Handing(stage, places[here], places[there])
         try:
+            await asyncio.to_thread(handing.begin)
+            began = time.time()
             (committed, reply), _ = await asyncio.gather(move_timed(stage.lab, to), handing.run())
         finally:
             await asyncio.to_thread(handing.over)

@@ -26,40 +26,39 @@ def first_heard(stage: Stage, host: str, since: float) -> float:
 
 
 class Handing:
-    """Open TCP connections go along with a planned move: frozen at the old place, thawed at the new one (tcp(7), repair)."""
+    """Open TCP connections go along with a planned move: frozen at the old place, thawed at the new one (tcp(7), repair).
 
-    LOCK = "table inet pause { chain in { type filter hook input priority 0; tcp dport 9001 drop; }; chain out { type filter hook output priority 0; tcp sport 9001 drop; }; }"
+    From before the move until after it, neither place may answer for a connection that it does not have (yet, any more).
+    """
+
+    QUIET = "table inet pause { chain out { type filter hook output priority 0; tcp sport 9001 tcp flags & rst == rst drop; }; }"
 
     def __init__(self, stage: Stage, old: tuple[str, str], new: tuple[str, str]) -> None:
         """`old` and `new`: the name of the receiver in api's place, and its host."""
         self.stage, self.old, self.new = stage, old[0], new[0]
-        self.spaces = {name: stage.spaces["api", host] for name, host in (old, new)}
+        self.spaces = [stage.spaces["api", host] for _, host in (old, new)]
         self.host = new[1]
         self.said = ""
 
-    def lock(self, place: str) -> None:
-        run_command(["nft", "-f", "-"], netns=self.spaces[place], stdin=self.LOCK)
-
-    def unlock(self, place: str) -> None:
-        run_command(["nft", "delete", "table", "inet", "pause"], netns=self.spaces[place])
+    def begin(self) -> None:
+        for space in self.spaces:
+            run_command(["nft", "-f", "-"], netns=space, stdin=self.QUIET)
 
     async def run(self) -> None:
         """Wait until the new place is active, then hand over; what a hypervisor does when the copy is complete."""
-        await asyncio.to_thread(self.lock, self.new)
         await self.stage.lab.until(self.host, lambda s: any(a.name == "api" and a.state == "active" for a in s.attachments), timeout=20)
         await asyncio.to_thread(self._over)
 
     def _over(self) -> None:
         path = self.stage.lab.dir / f"frozen-{time.monotonic_ns()}"
-        self.lock(self.old)
         frozen = self.stage.command(self.old, f"freeze {path}")
         self.said = self.stage.command(self.new, f"thaw {path}") if frozen == "frozen" else frozen
-        self.unlock(self.new)
 
     def over(self) -> None:
-        """The old place may answer again: nobody sends there any more. Before, it would reset what it has handed over."""
-        with contextlib.suppress(RetinueError):  # it was never silenced
-            self.unlock(self.old)
+        """Nobody sends to the old place any more."""
+        for space in self.spaces:
+            with contextlib.suppress(RetinueError):  # it was never made quiet
+                run_command(["nft", "delete", "table", "inet", "pause"], netns=space)
 
 
 @row("M1", "Planned move, address kept", "0 lost, 0 lost TCP connections (handed over), longest gap <= 100 ms, 0 from the old holder after the new one", fast=True)
@@ -72,9 +71,10 @@ async def planned(stage: Stage, run: Run) -> None:
     broken = stage.connections()[1]
     for k in range(rounds):
         old, new = ("host-b", "host-c") if k % 2 == 0 else ("host-c", "host-b")
-        began = time.time()
         handing = Handing(stage, (f"api-{old[-1]}", old), (f"api-{new[-1]}", new))
         try:
+            await asyncio.to_thread(handing.begin)
+            began = time.time()
             moved, _ = await asyncio.gather(stage.move(new), handing.run())
         finally:
             await asyncio.to_thread(handing.over)

@@ -11,6 +11,7 @@ namespace (TCP_REPAIR, tcp(7)): what a live migration does with the sockets of a
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import json
 import mmap
@@ -37,6 +38,7 @@ PAUSE: Final = 0.005
 SO_TIMESTAMPNS: Final = 35  # asm-generic/socket.h
 TCP_REPAIR, TCP_REPAIR_QUEUE, TCP_QUEUE_SEQ, TCP_REPAIR_OPTIONS, TCP_TIMESTAMP, TCP_REPAIR_WINDOW = 19, 20, 21, 22, 24, 29
 RECV_QUEUE, SEND_QUEUE = 1, 2
+SO_ATTACH_FILTER, SO_DETACH_FILTER = 26, 27
 TCPOPT_MSS, TCPOPT_WINDOW, TCPOPT_SACK, TCPOPT_TIMESTAMP = 2, 3, 4, 8
 
 
@@ -322,6 +324,7 @@ class Receiver:
         sock, rest = self.streams.pop(fd)
         self.poll.unregister(fd)
         with sock:
+            _silence(sock)
             sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
             info = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
             state, options = info[0], info[5]
@@ -348,6 +351,7 @@ class Receiver:
         """The same connection in this namespace."""
         sock = socket.socket(state["family"], socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _silence(sock)
         sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 1)
         for queue, number, back in ((RECV_QUEUE, state["seq"][0], len(state["unread"]) // 2), (SEND_QUEUE, state["seq"][1], 0)):
             sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, queue)
@@ -369,9 +373,16 @@ class Receiver:
             sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_QUEUE, RECV_QUEUE)
             sock.send(bytes.fromhex(state["unread"]))
         sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR_WINDOW, bytes.fromhex(state["window"]))
+        sock.setsockopt(socket.SOL_SOCKET, SO_DETACH_FILTER, 0)
         sock.setsockopt(socket.IPPROTO_TCP, TCP_REPAIR, 0)
         self._adopt(sock)
         self.streams[sock.fileno()][1].extend(bytes.fromhex(state["rest"]))
+
+
+def _silence(sock: socket.socket) -> None:
+    """It hears nothing from now on: what arrives while its state is copied would be acknowledged and lost (BPF: ret 0)."""
+    code = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0))
+    sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HL", 1, ctypes.addressof(code)))
 
 
 def main(argv: list[str]) -> int:
