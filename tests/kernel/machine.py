@@ -28,8 +28,8 @@ from mesh import netns
 REPOSITORY = Path(__file__).resolve().parents[2]
 MARK = "RETINUE-KERNEL "
 PORT = 7099  # as in guest.py
-LIMIT = 1500  # seconds the guest may live; it powers itself off then
-SILENCE = 300  # seconds a command in it may say nothing
+LIMIT = 2400  # seconds the guest may live; it powers itself off then
+SILENCE = 900  # seconds a command in it may say nothing
 BOOT = 180  # seconds until it answers
 
 

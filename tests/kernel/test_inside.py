@@ -6,7 +6,7 @@ import pytest
 
 from tests.kernel.within import Within
 
-pytestmark = [pytest.mark.netns, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.netns, pytest.mark.timeout(2400)]
 
 
 @pytest.fixture(scope="module")

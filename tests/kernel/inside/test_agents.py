@@ -29,12 +29,12 @@ from mesh.lab import Lab
 from mesh.local_client import LocalClient
 from mesh.probe_pairs import Receiver, Sender
 
-pytestmark = [pytest.mark.netns, pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.netns, pytest.mark.timeout(600)]
 
 DEVICES = {"host-a": "kernel", "host-b": "kernel", "host-c": "userspace"}
 HOMES = {"web": "host-a", "batch": "host-a", "api": "host-b", "db": "host-c"}
 TCP, UDP = 8080, 9000
-WAIT = 60.0  # seconds for what has to come; emulated machines are slow
+WAIT = 120.0  # seconds for what has to come; emulated machines are slow
 RATE = 20.0  # probes a second and pair
 POLICY = """\
 meshpolicy: 1
