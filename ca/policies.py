@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,19 +18,18 @@ from identity.errors import BadInput, BadPolicy, Conflict, NotFound, NotVerified
 from identity.records import PolicyFile, PolicyRecord, PolicyTrial, unverified
 from identity.wire.admin import ExplainReply, PolicyFileIn, PolicyReply
 from policy import foreign, language
-from policy.classes import Classes
 from policy.compile import compile_policy, inactive
 from policy.explain import explain, to_reply
 from policy.model import Policy
 from policy.ports import PortMap, proto_number
 from policy.program import Program, Subject
+from policy.questions import Group, GroupChanges
 from policy.replay import Recording
 from policy.rollout import Canary, Staged
 from policy.signing import Authority, PartMark, verify_bundle
 from policy.test import run_tests
 
 MAX_DIFF: Final = 10_000  # pairs named in one diff
-_Group = tuple[int, int]  # class before, class after
 
 Files = Sequence[tuple[str, str]]
 
@@ -388,29 +386,16 @@ def difference_of(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The pairs that gain and lose ports: {"src", "dst", "ports"}, by name, at most MAX_DIFF each.
 
-    Equal to policy.questions.difference, but over pairs of groups: subjects that neither program tells apart.
+    Equal to policy.questions.difference, but cut off.
     """
-    old, new = Classes(before, known), Classes(after, known)
-    groups: dict[_Group, list[str]] = defaultdict(list)
-    for name in sorted(s.name for s in known):
-        groups[old.class_of(name), new.class_of(name)].append(name)
-    of_old, of_new = defaultdict[int, list[_Group]](list), defaultdict[int, list[_Group]](list)
-    for group in groups:
-        of_old[group[0]].append(group)
-        of_new[group[1]].append(group)
-    gained: dict[_Group, list[tuple[_Group, PortMap]]] = {}
-    lost: dict[_Group, list[tuple[_Group, PortMap]]] = {}
-    for group in groups:
-        others = {g for number in old.targets(group[0]) for g in of_old[number]}
-        others |= {g for number in new.targets(group[1]) for g in of_new[number]}
-        pairs = [(g, old.between(group[0], g[0]), new.between(group[1], g[1])) for g in others]
-        gained[group] = [(g, has - had) for g, had, has in pairs if has - had]
-        lost[group] = [(g, had - has) for g, had, has in pairs if had - has]
-    return _listed(groups, gained), _listed(groups, lost)
+    found = GroupChanges(before, after, known, known)
+    gained = {group: [(g, has - had) for g, had, has in pairs if has - had] for group, pairs in found.changes.items()}
+    lost = {group: [(g, had - has) for g, had, has in pairs if had - has] for group, pairs in found.changes.items()}
+    return _listed(found.names, gained), _listed(found.names, lost)
 
 
 def _listed(
-    groups: dict[_Group, list[str]], ports: dict[_Group, list[tuple[_Group, PortMap]]]
+    groups: dict[Group, list[str]], ports: dict[Group, list[tuple[Group, PortMap]]]
 ) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     for src, group in sorted((name, group) for group, names in groups.items() for name in names):

@@ -298,6 +298,15 @@ class Classes:
             if self.members[other] and self.between(other, number):
                 yield other
 
+    def touched(self, number: int, rules: int, *, either: bool) -> int:
+        """Bits of the classes to which one of `rules` (bits) may apply from a class, or with `either` from or to it."""
+        out = 0
+        for bit in bits(self._src[number] & rules):
+            out |= self._selected[self.rules[bit].dst]
+        for bit in bits(self._dst[number] & rules if either else 0):
+            out |= self._selected[self.rules[bit].src]
+        return out
+
     def _reachable(self, rules: int, end: str) -> int:
         """Bits of the classes at the other end of the allow rules among `rules`; all, where no rule is needed."""
         everybody = (1 << len(self._example)) - 1
