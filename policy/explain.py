@@ -140,8 +140,10 @@ def explain(
     seen: set[tuple[Edit, ...]] = set()
     kept = []
     for change in candidates:
-        if change.edits not in seen and flips(change, program, src, dst, proto, port):
-            seen.add(change.edits)
+        if change.edits in seen:
+            continue
+        seen.add(change.edits)
+        if evaluate(*apply(change.edits, program, src, dst), proto, port).allowed != decision.allowed:
             kept.append(change)
     kept.sort(key=lambda c: (len(c.edits), [_WEIGHT[type(e)] for e in c.edits]))
     return Explanation(decision, tuple(near[:MAX_NEAR_MISSES]), tuple(kept), conditions(program, src, dst, proto, port))

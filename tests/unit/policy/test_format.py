@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -91,3 +93,20 @@ def test_any_document_keeps_its_meaning_and_stays_tidy(text):
         return
     assert same(parse("p", once), before)
     assert fmt("p", once) == once
+
+
+@given(st.lists(st.sampled_from(["a", ": ", " ", "  ", "\n", "\n- ", "\n  m: ", "{", "}", "[", "]", ", ", " # c\n", "#", '"x"', "'", "|\n  t\n",
+                                 ">-\n  u\n\n", ">", "? ", "?", "%", "\t", "\r\n", "é", "&", "!", "{b: c}", "[x, y]"]), max_size=12).map("".join))
+@settings(max_examples=1500, deadline=None)
+def test_both_scanners_give_the_same(text):
+    def result():
+        formatter._tokens.cache_clear()
+        try:
+            return fmt("p", text)
+        except BadPolicy as error:
+            return error.as_dict()
+
+    fast = result()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formatter, "_ALIKE", re.compile("never"))
+        assert result() == fast
