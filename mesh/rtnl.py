@@ -73,8 +73,11 @@ class Netlink:
             raise _refused(what, e) from None
 
     def index(self, name: str) -> int | None:
-        found = self.ip.link_lookup(ifname=name)
-        return int(found[0]) if found else None
+        """Of a link in the calling thread's namespace; None when there is no such link."""
+        try:
+            return socket.if_nametoindex(name)
+        except OSError:
+            return None
 
     # rules
 

@@ -94,6 +94,7 @@ class Crowd(Stage):
 
     async def settle(self) -> None:
         await self.flowing(timeout=120, count=10)
+        await asyncio.sleep(5)  # fifty agents that have only just started are still writing their state
 
 
 async def move_timed(lab: Lab, to: str) -> tuple[float, dict[str, Any]]:
