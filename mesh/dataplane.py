@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import random
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -32,7 +33,7 @@ from mesh.inside import Places
 from mesh.netfilter import Handler, Listener, Tracked, forget, listing
 from mesh.netlink_watch import NETWORK, Watcher
 from mesh.nft_touches import Touches
-from mesh.plan import Changes, Note, Plan, diff, elements_of
+from mesh.plan import Changes, Note, PairPlan, Plan, diff, elements_of
 from mesh.snapshot import InstanceKey
 from policy.ports import NOTHING
 
@@ -41,6 +42,7 @@ log = logging.getLogger(__name__)
 CHECK_EVERY: Final = 2.0  # seconds between two verifications of device and firewall without a reason
 HOST_EVERY: Final = 20.0  # the same for links, routes and rules, whose changes the kernel tells of
 HOST_CALM: Final = 1.5  # so soon after a change of our own they are not compared: it is ours that the kernel tells of
+FORGET_AFTER: Final = (0.5, 2.0)  # seconds until connections that may not go on are forgotten, where that can wait
 HOST_SHARE: Final = 50  # reading all routes and rules may take one part in so many of the time
 RETRY: Final = 1.0  # seconds after a failed repair
 Denied = DeniedFlow
@@ -114,6 +116,8 @@ class DataPlane:
         self.firewall.touches = Touches(self.firewall.table, self._suspicion.set)
         self._watchers = (self.firewall.touches, Watcher(NETWORK, self._network_changed))
         self._guard: asyncio.Task[None] | None = None
+        self._doomed: dict[tuple[InstanceKey, InstanceKey], PairPlan] = {}  # pairs whose connections are to be forgotten
+        self._forgetting: asyncio.Task[None] | None = None
         self._lost_device = False
         self._arp = False  # is the table for the taps there?
         self._moved = False  # did links, addresses, routes or rules change since they were last compared?
@@ -172,7 +176,12 @@ class DataPlane:
             self._guard = None
         for watcher in self._watchers:
             watcher.stop()
+        if self._forgetting is not None:
+            self._forgetting.cancel()
+            await asyncio.gather(self._forgetting, return_exceptions=True)
+            self._forgetting = None
         async with self._lock:
+            await self._forget_doomed()
             if self._device is None and clean:
                 await self._choose_device()
             if self._device is not None:
@@ -197,7 +206,7 @@ class DataPlane:
             failed = await self._carry_out(plan)
             if self.host.layout is not before:  # what the kernel will tell of now is our own doing
                 self._host_soon = max(self._host_soon, time.monotonic() + HOST_CALM)
-            await self._forget(changes)
+            await self._forget(changes, plan)
             return Applied(changes, time.monotonic() - started, failed, plan.notes)
 
     async def _carry_out(self, plan: Plan) -> dict[InstanceKey, str]:
@@ -236,18 +245,31 @@ class DataPlane:
         except RetinueError as e:
             self._tell("tap.arp", f"guests cannot find their gateway by ARP: {e.message}")
 
-    async def _forget(self, changes: Changes) -> None:
+    async def _forget(self, changes: Changes, plan: Plan) -> None:
         """Tracked connections that may not go on: the elements that held them are gone already, so nothing passes; but
         while the kernel remembers one, a new flow the other way on the same two ports would be taken for its answer.
+        Where no flow may begin the other way, that can wait: one that is remembered is told by a reset that it is over,
+        and looking for all of them walks everything that the kernel tracks, in every namespace.
         """
+        for pair in (*changes.pairs_gone, *(old for old, now in changes.pairs_changed if old.ports - now.ports)):
+            self._doomed[pair.src, pair.dst] = pair
+        if any((dst, src) in plan.pairs for src, dst in self._doomed):
+            await self._forget_doomed()
+        elif self._doomed and self._forgetting is None:
+            self._forgetting = asyncio.create_task(self._forget_later(), name="forget connections")
+
+    async def _forget_later(self) -> None:
+        await asyncio.sleep(random.uniform(*FORGET_AFTER))  # noqa: S311 -- jitter
+        self._forgetting = None
+        await self._forget_doomed()
+
+    async def _forget_doomed(self) -> None:
+        doomed, self._doomed = self._doomed, {}
         keep: dict[tuple[str, str], Callable[[int, int | None], bool]] = {}
-        for pair in changes.pairs_gone:
+        for key, pair in doomed.items():
+            now = None if self.plan is None else self.plan.pairs.get(key)
             for ends in zip(pair.src_addresses, pair.dst_addresses, strict=True):
-                keep[ends] = elements_of(NOTHING).allows
-        for old, now in changes.pairs_changed:
-            if old.ports - now.ports:
-                for ends in zip(now.src_addresses, now.dst_addresses, strict=True):
-                    keep[ends] = elements_of(now.ports).allows
+                keep[ends] = elements_of(NOTHING if now is None else now.ports).allows
         if not keep:
             return
         try:

@@ -251,21 +251,18 @@ def forget(keep: Mapping[tuple[str, str], Callable[[int, int | None], bool]]) ->
         sock.settimeout(10)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE)
         doomed = []
-        for family, number in ((socket.AF_INET, 4), (socket.AF_INET6, 6)):
-            packed = {
-                ipaddress.ip_address(a).packed + ipaddress.ip_address(b).packed
-                for a, b in keep
-                if (":" in a) == (number == 6)
-            }
-            if packed:
-                for body in _listing(sock, family):
-                    if _ends(body, number) not in packed:
-                        continue
-                    one = tracked(_CTNETLINK << 8, 0, body)
-                    if one is None or (check := keep.get((one.flow.src, one.flow.dst))) is None:
-                        continue
-                    if not check(one.flow.proto, one.flow.dport if one.flow.proto in PORTED else None):
-                        doomed.append((family, body, one))
+        packed = {ipaddress.ip_address(a).packed + ipaddress.ip_address(b).packed for a, b in keep}
+        families = {socket.AF_INET6 if ":" in src else socket.AF_INET for src, _ in keep}
+        # One walk over everything, for it costs by what the kernel tracks and not by what it finds.
+        for body in _listing(sock, socket.AF_UNSPEC if len(families) > 1 else families.pop()) if keep else ():
+            family = body[0]
+            if _ends(body, 6 if family == socket.AF_INET6 else 4) not in packed:
+                continue
+            one = tracked(_CTNETLINK << 8, 0, body)
+            if one is None or (check := keep.get((one.flow.src, one.flow.dst))) is None:
+                continue
+            if not check(one.flow.proto, one.flow.dport if one.flow.proto in PORTED else None):
+                doomed.append((family, body, one))
         for family, body, one in doomed:
             raw = next((a for k, a in attributes(body, 4, len(body)) if k == _CTA_TUPLE_ORIG), b"")
             request = struct.pack(">BBH", family, 0, 0) + _attribute(_CTA_TUPLE_ORIG | 0x8000, raw)
@@ -302,6 +299,5 @@ def listing() -> list[Tracked]:
     out = []
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER) as sock:
         sock.settimeout(10)
-        for family in (socket.AF_INET, socket.AF_INET6):
-            out += [t for body in _listing(sock, family) if (t := tracked(_CTNETLINK << 8, 0, body)) is not None]
+        out += [t for body in _listing(sock, socket.AF_UNSPEC) if (t := tracked(_CTNETLINK << 8, 0, body)) is not None]
     return out
