@@ -20,6 +20,7 @@ import pytest
 from mesh.lab import Lab
 from mesh.lab_process import ProcessFailed, command, inside
 from mesh.probe_pairs import Receiver, Sender
+from tests.netns.plane_rig import until
 
 pytestmark = [pytest.mark.netns, pytest.mark.timeout(180)]
 
@@ -193,6 +194,20 @@ async def test_the_ca_dies_and_both_agents_restart(world):
         await asyncio.to_thread(world.lab.start_ca, init=False)
     for host in ("host-a", "host-b"):
         await world.until(host, lambda s: s["control"] == "connected" and not s["conditions"])
+
+
+def test_a_ca_that_was_started_anew_learns_what_is_applied(world):
+    """Nothing changes meanwhile, so the agents have nothing new to say."""
+    lab = world.lab
+
+    def applied() -> set[int | None]:
+        return {host["revision"] for host in lab.ca("host", "list")}
+
+    assert until(lambda: len(applied()) == 1 and None not in applied(), timeout=20)
+    before = applied()
+    lab.forget("retinue-ca")
+    lab.start_ca(init=False)
+    assert until(lambda: applied() == before, timeout=20)
 
 
 async def test_a_policy_change_cuts_an_open_flow(world):
