@@ -12,7 +12,7 @@ from typing import Any, Final
 from identity.wire.admin import WorkloadAdd, WorkloadMove, WorkloadRef
 from mesh.lab import Lab
 from tests.chaos.registry import Run, row
-from tests.chaos.rows_move import Handing
+from tests.chaos.rows_move import Handing, ahead
 from tests.chaos.stage import Flow, Samples, Stage
 
 POLICY: Final = """\
@@ -117,7 +117,8 @@ async def crowd_move(stage: Crowd, run: Run) -> None:
         try:
             await asyncio.to_thread(handing.begin)
             began = time.time()
-            (committed, reply), _ = await asyncio.gather(move_timed(stage.lab, to), handing.run())
+            with ahead():
+                (committed, reply), _ = await asyncio.gather(move_timed(stage.lab, to), handing.run())
         finally:
             await asyncio.to_thread(handing.over)
         run.check(f"handed over: {handing.said}", handing.said.startswith("thawed"))

@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import time
+from collections.abc import Iterator
 
 from identity.errors import RetinueError
 from mesh.lab_process import run as run_command
@@ -23,6 +24,23 @@ def first_heard(stage: Stage, host: str, since: float) -> float:
     """When the first packet of that place after `since` arrived."""
     found = [f.log.arrived(n) for f in stage.permitted(f"api-{host[-1]}") for n in range(f.since(since), f.next) if f.log.arrived(n)]
     return min(found, default=float("inf"))
+
+
+@contextlib.contextmanager
+def ahead() -> Iterator[None]:
+    """This process goes before others, as the probes do: the hypervisor that it plays does not share two cores with fifty agents."""
+
+    def all_threads(nice: int) -> None:
+        for task in os.listdir("/proc/self/task"):
+            with contextlib.suppress(ProcessLookupError):
+                os.setpriority(os.PRIO_PROCESS, int(task), nice)
+
+    usual = os.getpriority(os.PRIO_PROCESS, 0)
+    all_threads(-15)
+    try:
+        yield
+    finally:
+        all_threads(usual)
 
 
 class Handing:
