@@ -42,6 +42,7 @@ from identity.signals import heed
 log = structlog.get_logger("retinue.ca")
 
 IDLE_S: Final = 30.0  # a connection without a request, also before its first
+LINGER_S: Final = 0.5  # for so long the rest of a body that was refused is read and thrown away, so that its sender hears why
 STOP_S: Final = 5.0  # for running requests at the end
 SWITCH_S: Final = 0.0005  # the loop gives the lock up at every system call, and the worker would keep it for 5 ms each time
 RECHECK_S: Final = 600.0  # how often the TLS certificate is looked at
@@ -305,7 +306,7 @@ async def _listen_tls(
     runner = web.AppRunner(
         app,
         access_log=None, keepalive_timeout=IDLE_S, shutdown_timeout=STOP_S, handler_cancellation=True,
-        auto_decompress=False,
+        auto_decompress=False, lingering_time=LINGER_S,
     )  # fmt: skip
     await runner.setup()
     late.push_async_callback(runner.cleanup)
