@@ -93,11 +93,13 @@ def messages(data: bytes) -> Iterator[tuple[int, int, bytes]]:
         at += (size + 3) & ~3
 
 
-def _message(kind: int, flags: int, body: bytes, sequence: int = 1) -> bytes:
+def message(kind: int, flags: int, body: bytes, sequence: int = 1) -> bytes:
+    """One netlink message with its header."""
     return struct.pack("=IHHII", 16 + len(body), kind, flags, sequence, 0) + body
 
 
-def _attribute(kind: int, payload: bytes) -> bytes:
+def attribute(kind: int, payload: bytes) -> bytes:
+    """One netlink attribute, padded."""
     return struct.pack("=HH", 4 + len(payload), kind) + payload + b"\0" * (-len(payload) % 4)
 
 
@@ -193,13 +195,13 @@ class Listener:
     def bind_log(self, group: int) -> None:
         """Packets of a log group. Raises NoPrivilege, Unreachable when another program has the group."""
         config = (
-            _attribute(1, b"\x01")  # bind
-            + _attribute(2, struct.pack(">IBB", 0xFFFF, 2, 0))  # copy packets
-            + _attribute(4, struct.pack(">I", 5))  # tell within 50 ms
-            + _attribute(5, struct.pack(">I", 32))
+            attribute(1, b"\x01")  # bind
+            + attribute(2, struct.pack(">IBB", 0xFFFF, 2, 0))  # copy packets
+            + attribute(4, struct.pack(">I", 5))  # tell within 50 ms
+            + attribute(5, struct.pack(">I", 32))
         )
         head = struct.pack(">BBH", socket.AF_UNSPEC, 0, group)
-        self.sock.send(_message(_ULOG << 8 | 1, _REQUEST | _ACK, head + config))
+        self.sock.send(message(_ULOG << 8 | 1, _REQUEST | _ACK, head + config))
         self.sock.setblocking(True)
         self.sock.settimeout(5)
         try:
@@ -265,9 +267,9 @@ def forget(keep: Mapping[tuple[str, str], Callable[[int, int | None], bool]]) ->
                 doomed.append((family, body, one))
         for family, body, one in doomed:
             raw = next((a for k, a in attributes(body, 4, len(body)) if k == _CTA_TUPLE_ORIG), b"")
-            request = struct.pack(">BBH", family, 0, 0) + _attribute(_CTA_TUPLE_ORIG | 0x8000, raw)
-            request += _attribute(_CTA_ID, one.id) if one.id else b""  # so that a newer one of the same tuple stays
-            sock.send(_message(_CTNETLINK << 8 | _CT_DELETE, _REQUEST | _ACK, request))
+            request = struct.pack(">BBH", family, 0, 0) + attribute(_CTA_TUPLE_ORIG | 0x8000, raw)
+            request += attribute(_CTA_ID, one.id) if one.id else b""  # so that a newer one of the same tuple stays
+            sock.send(message(_CTNETLINK << 8 | _CT_DELETE, _REQUEST | _ACK, request))
             for kind, _, answer in messages(sock.recv(65536)):
                 error = -struct.unpack_from("=i", answer)[0] if kind == _ERROR else 0
                 gone += error == 0
@@ -284,7 +286,7 @@ def _ends(body: bytes, family: int) -> bytes:
 
 
 def _listing(sock: socket.socket, family: int) -> Iterator[bytes]:
-    sock.send(_message(_CTNETLINK << 8 | _CT_GET, _REQUEST | _DUMP, struct.pack(">BBH", family, 0, 0)))
+    sock.send(message(_CTNETLINK << 8 | _CT_GET, _REQUEST | _DUMP, struct.pack(">BBH", family, 0, 0)))
     while True:
         for kind, _, body in messages(sock.recv(1 << 18)):
             if kind == _DONE:

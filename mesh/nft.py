@@ -16,11 +16,11 @@ from typing import Any, Final
 from identity.errors import Bug, NoPrivilege, NotFound, TimedOut
 
 TIMEOUT: Final = 30.0  # seconds for one transaction
-NEWGEN: Final = 10 << 8 | 15  # linux/netfilter/nfnetlink.h, nf_tables.h: type of the message that tells the generation
 
 # linux/netfilter/nfnetlink.h, linux/netfilter/nf_tables.h
 _NFNL_SUBSYS_NFTABLES: Final = 10
 _NFT_MSG_GETGEN: Final = 16
+NEWGEN: Final = _NFNL_SUBSYS_NFTABLES << 8 | 15  # type of the message that tells the generation
 _NFTA_GEN_ID: Final = 1
 _NETLINK_NETFILTER: Final = 12
 _NLM_F_REQUEST: Final = 1

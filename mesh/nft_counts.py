@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from identity.errors import NoPrivilege
-from mesh.netfilter import attributes, messages
+from mesh.netfilter import attribute, attributes, message, messages
 
 _NETLINK_NETFILTER: Final = 12
 _SUBSYSTEM: Final = 10 << 8  # NFNL_SUBSYS_NFTABLES
@@ -41,7 +41,7 @@ class Element:
 def counters(table: str) -> dict[str, int]:
     """Packets of the named counters of the table `inet table`; empty when it is not there. Raises NoPrivilege."""
     found: dict[str, int] = {}
-    for body in _dump(_GET_OBJECTS, _text(1, table) + _attribute(3, struct.pack(">I", _COUNTER))):
+    for body in _dump(_GET_OBJECTS, _text(1, table) + attribute(3, struct.pack(">I", _COUNTER))):
         parts = _parts(body, 4)
         if 2 in parts and 4 in parts:
             found[parts[2].rstrip(b"\0").decode()] = _packets(parts[4])
@@ -88,7 +88,7 @@ def _dump(what: int, asked: bytes) -> Iterator[bytes]:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER) as sock:
         sock.settimeout(_TIMEOUT)
         body = struct.pack(">BBH", _INET, 0, 0) + asked
-        sock.sendto(struct.pack("=IHHII", 16 + len(body), _SUBSYSTEM | what, _REQUEST | _DUMP, 1, 0) + body, (0, 0))
+        sock.sendto(message(_SUBSYSTEM | what, _REQUEST | _DUMP, body), (0, 0))
         while True:
             for kind, _, answer in messages(sock.recv(1 << 18)):
                 if kind == _DONE:
@@ -100,9 +100,5 @@ def _dump(what: int, asked: bytes) -> Iterator[bytes]:
                 yield answer
 
 
-def _attribute(kind: int, payload: bytes) -> bytes:
-    return struct.pack("=HH", 4 + len(payload), kind) + payload + b"\0" * (-len(payload) % 4)
-
-
 def _text(kind: int, text: str) -> bytes:
-    return _attribute(kind, text.encode() + b"\0")
+    return attribute(kind, text.encode() + b"\0")

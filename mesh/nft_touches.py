@@ -22,7 +22,6 @@ class Touches:
 
     def __init__(self, table: str, changed: Callable[[], None]) -> None:
         self._name = table.encode() + b"\0"
-        self._changed = changed
         self._watcher = Watcher(RULESETS, changed, self._take)
         self._since: int | None = None  # all commits after this generation are known, up to `_seen`
         self._seen = 0
