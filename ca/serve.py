@@ -27,13 +27,13 @@ from aiohttp import web
 from ca import admin_api, api
 from ca.authority import Lifetimes, ServerIdentity
 from ca.client import socket_path
-from ca.federation_service import WebIdentity, bundle_endpoint, refresh_for_ever, spiffe_context, web_context
+from ca.federation_service import HINT_S, WebIdentity, bundle_endpoint, refresh_for_ever, spiffe_context, web_context
 from ca.gate import PREFIX
 from ca.listener import Caps, Listener, allow_files, small_buffers
 from ca.moves import Leases
 from ca.plane import Plane
 from ca.service import MAINTAIN_S, Service
-from identity import cliout
+from identity import certs, cliout
 from identity.cliout import clean
 from identity.confine import Bounds, enter
 from identity.errors import BadInput, BadState, Conflict, NoPrivilege
@@ -45,6 +45,7 @@ IDLE_S: Final = 30.0  # a connection without a request, also before its first
 LINGER_S: Final = 0.5  # for so long the rest of a body that was refused is read and thrown away, so that its sender hears why
 STOP_S: Final = 5.0  # for running requests at the end
 SWITCH_S: Final = 0.0005  # the loop gives the lock up at every system call, and the worker would keep it for 5 ms each time
+FOLLOW_S: Final = 2 * HINT_S  # for so long other trust domains may not know a new root of ours yet
 RECHECK_S: Final = 600.0  # how often the TLS certificate is looked at
 
 
@@ -291,16 +292,19 @@ async def running(options: Options) -> AsyncIterator[Running]:
 class _Tls:
     context: ssl.SSLContext
     identity: ServerIdentity
+    root: str  # PEM, of what the identity hangs from
     front: Listener | None = None
     bundle: ssl.SSLContext | None = None
+    bundle_shows: tuple[str, int] = ("", 0)  # root and end of the certificate in it
+    bundle_turns: int | None = None  # when it shows a new root, if it still shows the one before
 
 
 async def _listen_tls(
     late: contextlib.AsyncExitStack, service: Service, sock: socket.socket, options: Options
 ) -> _Tls:
     plane = service.plane
-    identity, roots = await service.read(lambda: _shown(plane))
-    tls = _Tls(tls_context(identity, roots), identity)
+    identity, roots, root = await service.read(lambda: _shown(plane))
+    tls = _Tls(tls_context(identity, roots), identity, root)
     app = api.make_app(service, lambda: tls.identity.leaf_der, options.limits)
     app.add_subapp(PREFIX, admin_api.make_app(service, lambda: show(sock)))
     runner = web.AppRunner(
@@ -332,15 +336,17 @@ async def _listen_bundle(
         if options.bundle_identity is not None:
             return web_context(options.bundle_identity)
         tls.bundle = spiffe_context(tls.identity.certificate, tls.identity.key)
+        tls.bundle_shows = (tls.root, tls.identity.not_after)
         return tls.bundle
 
     await late.enter_async_context(bundle_endpoint(service, sock, context))
     return show(sock)
 
 
-def _shown(plane: Plane) -> tuple[ServerIdentity, str]:
-    """Our TLS identity now, and the roots that callers may come from."""
-    return plane.authority.server_chain(plane.clock()), plane.trust.roots_pem()
+def _shown(plane: Plane) -> tuple[ServerIdentity, str, str]:
+    """Our TLS identity now, the roots that callers may come from, and the one that the identity hangs from."""
+    identity = plane.authority.server_chain(plane.clock())
+    return identity, plane.trust.roots_pem(), certs.pem(plane.authority.root)
 
 
 async def _listen_admin(late: contextlib.AsyncExitStack, service: Service, path: Path, listen: str) -> None:
@@ -373,15 +379,27 @@ async def _renew_tls(service: Service, tls: _Tls) -> None:
                 await service.trust_changed.wait()
         service.trust_changed.clear()
         try:
-            identity, roots = await service.read(lambda: _shown(plane))
+            identity, roots, root = await service.read(lambda: _shown(plane))
             context = tls_context(identity, roots)
             assert tls.front is not None
             tls.front.use(context)
-            tls.context, tls.identity = context, identity
-            if tls.bundle is not None:
+            tls.context, tls.identity, tls.root = context, identity, root
+            if tls.bundle is not None and not _followers_wait(tls, roots, plane.now):
                 tls.bundle.load_cert_chain(identity.certificate, identity.key)
+                tls.bundle_shows, tls.bundle_turns = (root, identity.not_after), None
         except Exception as e:
             log.critical("the TLS certificate could not be renewed", why=f"{type(e).__name__}: {e}")
+
+
+def _followers_wait(tls: _Tls, roots: str, now: int) -> bool:
+    """Does the bundle endpoint still show a certificate of the root before? Other trust domains know a new root only once they
+    have fetched the bundle, so they get FOLLOW_S to do so, unless the old root is trusted no more.
+    """
+    root, end = tls.bundle_shows
+    if root == tls.root or root not in roots:
+        return False
+    tls.bundle_turns = tls.bundle_turns or now + FOLLOW_S
+    return now < min(tls.bundle_turns, end - HINT_S)
 
 
 async def serve(options: Options, ready: Any) -> None:

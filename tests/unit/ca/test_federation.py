@@ -69,6 +69,14 @@ async def do(server: Running, job: Any) -> Any:
     return done
 
 
+async def shown(server: Running) -> None:
+    """Until the server has looked at its certificates after a change of its authority."""
+    while server.service.trust_changed.is_set():
+        await asyncio.sleep(0)
+    await server.service.read(lambda: None)  # behind the look in the worker
+    await asyncio.sleep(0.05)
+
+
 async def test_a_bundle_is_followed_over_a_change_of_the_root(two: tuple[Running, Running]) -> None:
     one, other = two
     plane, foreign = one.service.plane, other.service.plane
@@ -78,13 +86,16 @@ async def test_a_bundle_is_followed_over_a_change_of_the_root(two: tuple[Running
     assert plane.trust.verify(ForeignBundle, told).foreign == "two.example"
     for kind in ("prepare", "activate"):
         await do(other, lambda kind=kind: getattr(succession, kind)(foreign, "root", "test"))
+    await shown(other)
     assert await federation_service.refresh(one.service, first, {})
     second = await known(one)
     assert len(second.roots.roots) == 2
     assert (second.roots.sequence or 0) > (first.roots.sequence or 0)
     assert len(plane.trust.verify(ForeignBundle, plane.mirror.world.foreign["federation/two.example"]).roots) == 2
     await do(other, lambda: succession.revoke(foreign, "root", "test", force=True))
+    await shown(other)
     assert await federation_service.refresh(one.service, second, {})
+    assert not await federation_service.refresh(one.service, first, {})  # now the endpoint is one of the new root
     assert [certs.fingerprint(r) for r in (await known(one)).roots.roots] == [foreign.authority.root_fingerprint]
     await do(one, lambda: federation.remove(plane, "two.example", "test"))
     assert plane.mirror.world.foreign == {}
