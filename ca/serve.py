@@ -27,7 +27,14 @@ from aiohttp import web
 from ca import admin_api, api
 from ca.authority import Lifetimes, ServerIdentity
 from ca.client import socket_path
-from ca.federation_service import HINT_S, WebIdentity, bundle_endpoint, refresh_for_ever, spiffe_context, web_context
+from ca.federation_service import (
+    HINT_S,
+    WebIdentity,
+    bundle_endpoint,
+    refresh_for_ever,
+    spiffe_context,
+    web_context,
+)
 from ca.gate import PREFIX
 from ca.listener import Caps, Listener, allow_files, small_buffers
 from ca.moves import Leases
