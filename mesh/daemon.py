@@ -41,7 +41,7 @@ EngineSwitchOption = Annotated[
     list[str] | None,
     typer.Option(
         "--engine-option", metavar="NAME[=N]",
-        help="A switch of the engine, without its dashes: low-power, spin-us=0, no-udp-gso; may be given again. Holds from the engine's next start on.",
+        help="A switch of the engine, without its dashes: low-power, poll-us=0, no-udp-gso; may be given again. Holds from the engine's next start on.",
     ),
 ]  # fmt: skip
 MtuOption = Annotated[
@@ -104,7 +104,7 @@ def check_engine_options(given: list[str] | None) -> tuple[str, ...]:
     for word in given or ():
         if not re.fullmatch(r"[a-z][a-z0-9-]{0,30}(=[0-9]{1,5})?", word):
             raise BadInput("usage", f"not a switch of the engine: {ascii(word)[:40]}",
-                           hint="its name without dashes, such as low-power or spin-us=0; see retinue-engine --help")  # fmt: skip
+                           hint="its name without dashes, such as low-power or poll-us=0; see retinue-engine --help")  # fmt: skip
     return tuple(f"--{word}" for word in given or ())
 
 

@@ -34,8 +34,9 @@ Options:
   -f, --foreground      stay in the foreground (WG_PROCESS_FOREGROUND=1 does the same)
   --workers N           packet threads, each with its own TUN queue and UDP socket (default: half
                         the cores, at least 1)
-  --spin-us N           during bulk traffic, poll this many microseconds before sleeping (default 20)
-  --low-power           never spin; one blocking thread per direction
+  --poll-us N           after bulk traffic, look by the clock for so many microseconds before
+                        sleeping until called (default 200)
+  --low-power           never look by the clock; one blocking thread per direction
   --take-over           go on in the place of the running engine of IFNAME, with its sessions, sockets
                         and queues; if that fails, it goes on itself
   --mtu N               MTU of the new interface (default 1420)
@@ -62,7 +63,7 @@ Exit status: 0 done, 1 failure, 2 usage, 4 missing privilege or device.
 ";
 
 const DEFAULT_MTU: u32 = 1420;
-const DEFAULT_SPIN_US: u64 = 20;
+const DEFAULT_POLL_US: u64 = 200;
 /// One superpacket of this size, sealed, fits one UDP_SEGMENT send.
 const GSO_MAX: u32 = 60_000;
 const TX_QUEUE: u32 = 1000;
@@ -74,7 +75,7 @@ pub struct Options {
     pub foreground: bool,
     pub take_over: bool,
     pub workers: usize,
-    pub spin_us: u64,
+    pub poll_us: u64,
     pub low_power: bool,
     pub mtu: u32,
     pub tun_offload: bool,
@@ -103,7 +104,7 @@ pub fn parse_args(args: &[String]) -> Result<Command> {
         foreground: env("WG_PROCESS_FOREGROUND") == "1",
         take_over: false,
         workers: default_workers(),
-        spin_us: DEFAULT_SPIN_US,
+        poll_us: DEFAULT_POLL_US,
         low_power: false,
         mtu: DEFAULT_MTU,
         tun_offload: true,
@@ -118,7 +119,7 @@ pub fn parse_args(args: &[String]) -> Result<Command> {
             Some((f, v)) if f.starts_with("--") => (f, Some(v.to_owned())),
             _ => (a.as_str(), None),
         };
-        let takes_value = matches!(flag, "--workers" | "--spin-us" | "--mtu" | "--log-level");
+        let takes_value = matches!(flag, "--workers" | "--poll-us" | "--mtu" | "--log-level");
         if inline.is_some() && !takes_value {
             return Err(EngineError::usage(format!("option {flag}"), "it takes no value"));
         }
@@ -147,7 +148,7 @@ pub fn parse_args(args: &[String]) -> Result<Command> {
             "--no-udp-gro" => o.udp_gro = false,
             "--no-avx512" => o.avx512 = false,
             "--workers" => o.workers = number(1, MAX_WORKERS as u64)? as usize,
-            "--spin-us" => o.spin_us = number(0, 1000)?,
+            "--poll-us" => o.poll_us = number(0, 1000)?,
             "--mtu" => o.mtu = number(576, 65_535)? as u32,
             "--log-level" => {
                 o.level = Level::parse(&value).ok_or_else(|| {
@@ -330,7 +331,7 @@ fn serve(o: &Options, ready: impl FnOnce()) -> Result<i32> {
             return Err(e);
         }
     }
-    let spin = if o.low_power { 0 } else { o.spin_us };
+    let spin = if o.low_power { 0 } else { o.poll_us };
     let mut handles = Vec::with_capacity(threads);
     for thread in 0..threads {
         let (engine, queue, role) = (engine.clone(), thread / roles.len(), roles[thread % roles.len()]);
@@ -491,11 +492,11 @@ mod tests {
 
     #[test]
     fn command_lines() {
-        let Ok(Command::Run(o)) = parse_args(&args("-f --workers 3 --spin-us=0 --mtu 1280 --no-udp-gso wg7"))
+        let Ok(Command::Run(o)) = parse_args(&args("-f --workers 3 --poll-us=0 --mtu 1280 --no-udp-gso wg7"))
         else {
             panic!("valid");
         };
-        assert_eq!((o.name.as_str(), o.workers, o.spin_us, o.mtu), ("wg7", 3, 0, 1280));
+        assert_eq!((o.name.as_str(), o.workers, o.poll_us, o.mtu), ("wg7", 3, 0, 1280));
         assert!(o.foreground && !o.udp_gso && o.udp_gro && o.tun_offload);
         assert_eq!(parse_args(&args("--help")), Ok(Command::Help));
         assert_eq!(parse_args(&args("wg0 -V")), Ok(Command::Version));
@@ -519,10 +520,10 @@ mod tests {
 
     #[test]
     fn options_of_the_environment_come_first() {
-        let mut all = environment_options("  --no-udp-gso --spin-us 7\n--low-power ");
-        all.extend(args("-f --spin-us 9 wg0"));
+        let mut all = environment_options("  --no-udp-gso --poll-us 7\n--low-power ");
+        all.extend(args("-f --poll-us 9 wg0"));
         let Ok(Command::Run(o)) = parse_args(&all) else { panic!("valid") };
         assert!(!o.udp_gso && o.low_power && o.foreground);
-        assert_eq!((o.spin_us, o.name.as_str()), (9, "wg0"), "the command line has the last word");
+        assert_eq!((o.poll_us, o.name.as_str()), (9, "wg0"), "the command line has the last word");
     }
 }

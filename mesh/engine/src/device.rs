@@ -18,8 +18,8 @@ use crate::noise::{
 use crate::peer::{lock, Endpoint, Peer, Session};
 use crate::router::Table;
 use crate::timers::{
-    PeerTimers, Wheel, INITIATION_SPACING_MS, KEEPALIVE_MS, MAX_ATTEMPTS, REJECT_AFTER_MS,
-    REKEY_AFTER_MESSAGES, REKEY_AFTER_MS, REKEY_JITTER_MS, REKEY_TIMEOUT_MS, UNSET,
+    jitter_ms, PeerTimers, Wheel, INITIATION_SPACING_MS, KEEPALIVE_MS, MAX_ATTEMPTS, REJECT_AFTER_MS,
+    REKEY_AFTER_MESSAGES, REKEY_AFTER_MS, REKEY_TIMEOUT_MS, UNSET,
 };
 
 /// Time as the core sees it.
@@ -290,7 +290,7 @@ impl Core {
             self.arm(peer, at);
         }
         if data && t.silence_at.load(Relaxed) == UNSET {
-            let at = now + KEEPALIVE_MS + REKEY_TIMEOUT_MS + u64::from(random_u32() % REKEY_JITTER_MS);
+            let at = now + KEEPALIVE_MS + REKEY_TIMEOUT_MS + jitter_ms();
             t.silence_at.store(at, Relaxed);
             self.arm(peer, at);
         }
@@ -431,7 +431,7 @@ impl Core {
             }
         }
         h.cookies.add_macs(now.ms, &peer.public, &mut msg);
-        let at = now.ms + REKEY_TIMEOUT_MS + u64::from(random_u32() % REKEY_JITTER_MS);
+        let at = now.ms + REKEY_TIMEOUT_MS + jitter_ms();
         t.retransmit_at.store(at, Relaxed);
         self.arm(peer, at);
         if let Some(at) = t.traversal(now.ms) {

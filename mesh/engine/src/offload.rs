@@ -30,6 +30,11 @@ pub struct VnetHdr {
 }
 
 impl VnetHdr {
+    /// A packet of its own, no superpacket.
+    pub fn is_single(&self) -> bool {
+        self.gso_type & !GSO_ECN == GSO_NONE
+    }
+
     pub fn read(b: &[u8]) -> Self {
         let f = |at: usize| u16::from_ne_bytes([b[at], b[at + 1]]);
         Self {
@@ -83,7 +88,7 @@ fn complete_checksum(h: &VnetHdr, pkt: &mut [u8]) -> Option<()> {
 
 /// Classifies a packet read from the TUN; `None` when its header contradicts it.
 pub fn outbound(h: &VnetHdr, pkt: &mut [u8], slot: &mut Segmenter) -> Option<bool> {
-    if h.gso_type & !GSO_ECN == GSO_NONE {
+    if h.is_single() {
         if h.flags & F_NEEDS_CSUM != 0 {
             complete_checksum(h, pkt)?;
         }

@@ -39,7 +39,7 @@ pub fn now() -> Now {
     Now { ms: now_ms(), wall_secs: w.tv_sec as u64, wall_nanos: w.tv_nsec as u32 }
 }
 
-/// Microseconds of a monotonic clock, for the spin.
+/// Microseconds of a monotonic clock, for what is paced.
 pub fn micros() -> u64 {
     let t = clock(libc::CLOCK_MONOTONIC);
     t.tv_sec as u64 * 1_000_000 + t.tv_nsec as u64 / 1000
@@ -195,6 +195,17 @@ pub fn harden_process() {
 pub fn yield_now() {
     // SAFETY: no arguments.
     unsafe { libc::sched_yield() };
+}
+
+/// Leaves the CPU for `us` microseconds.
+pub fn nap(us: u64) {
+    std::thread::sleep(std::time::Duration::from_micros(us));
+}
+
+/// Lets naps of the calling thread end when they should, instead of up to 50 us later.
+pub fn exact_naps() {
+    // SAFETY: constant arguments; a kernel that refuses leaves longer naps.
+    unsafe { libc::prctl(libc::PR_SET_TIMERSLACK, 1, 0, 0, 0) };
 }
 
 /// struct sched_attr, first version.

@@ -3,6 +3,8 @@
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering::Relaxed};
 
+use crate::crypto::random_u32;
+
 pub const REKEY_AFTER_MESSAGES: u64 = 1 << 60;
 pub const REJECT_AFTER_MESSAGES: u64 = u64::MAX - (1 << 13);
 pub const REKEY_AFTER_MS: u64 = 120_000;
@@ -14,6 +16,20 @@ pub const KEEPALIVE_MS: u64 = 10_000;
 pub const MAX_ATTEMPTS: u32 = 90 / 5;
 /// Least time between two initiations of one peer that are worked on.
 pub const INITIATION_SPACING_MS: u64 = 20;
+
+/// Other milliseconds below REKEY_JITTER_MS each time, so that two ends do not keep step: no secret, and asked for with every
+/// second packet, so the kernel is asked once (splitmix64).
+pub fn jitter_ms() -> u64 {
+    static STATE: AtomicU64 = AtomicU64::new(0);
+    const STEP: u64 = 0x9e37_79b9_7f4a_7c15;
+    if STATE.load(Relaxed) == 0 {
+        STATE.store(u64::from(random_u32()) << 32 | u64::from(random_u32()), Relaxed);
+    }
+    let mut z = STATE.fetch_add(STEP, Relaxed).wrapping_add(STEP);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    (z ^ (z >> 31)) % u64::from(REKEY_JITTER_MS)
+}
 
 /// A deadline that is not set.
 pub const UNSET: u64 = 0;
@@ -244,5 +260,12 @@ mod tests {
         assert!(!t.fired(100), "superseded");
         assert!(t.fired(50));
         assert!(t.arm(100));
+    }
+
+    #[test]
+    fn jitter_is_spread_over_its_range() {
+        let seen: std::collections::HashSet<u64> = (0..4000).map(|_| super::jitter_ms()).collect();
+        assert!(seen.iter().all(|j| *j < u64::from(super::REKEY_JITTER_MS)));
+        assert!(seen.len() > 300, "{}", seen.len());
     }
 }

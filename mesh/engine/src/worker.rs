@@ -1,4 +1,4 @@
-//! The packet threads: run to completion, no hand-over, spinning briefly only after traffic.
+//! The packet threads: run to completion, no hand-over, looking by the clock only while there is much to do.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crate::engine::Engine;
 use crate::offload::{Buffers, Group, Segmenter};
 use crate::rx::Rx;
-use crate::sys::{micros, now, now_ms, prefer_short_slices, yield_now, Epoll, Ready};
+use crate::sys::{exact_naps, micros, nap, now, now_ms, prefer_short_slices, yield_now, Epoll, Ready};
 use crate::tun::{group_len, Queue, Read, READ_LEN};
 use crate::tx::{Tx, TAIL_ROOM};
 use crate::udp::{Receiver, RecvBuffers, SocketPair, BATCH};
@@ -37,35 +37,68 @@ const SLICE_NS: u64 = 100_000;
 /// The kernel refused a superpacket once: none is written any more, by any worker.
 static NO_SUPERPACKETS: AtomicBool = AtomicBool::new(false);
 
-/// Tells bulk traffic, where spinning saves wake-ups, from sparse packets, where a spinning thread
-/// would only keep the CPU from whoever has to answer.
+/// How long a thread leaves the CPU before it looks again during bulk traffic: a wake-up by whoever
+/// brings the next packet costs both more than the look, and others can use the time.
+const BULK_NAP_US: u64 = 40;
+/// The same after a read of many small packets that come one by one: as a network card's moderated
+/// interrupt, it makes one send of what would have been ten, at the price of this much delay.
+const FLOOD_NAP_US: u64 = 100;
+/// Single packets within a window from which on they are many: 80,000 a second. Acknowledgements of
+/// TCP at any speed are fewer.
+const FLOOD_PACKETS: usize = 16;
+/// A read that found nothing behind its only packet is not tried again so soon after it.
+const SINGLE_US: u64 = 200;
+
+/// Tells bulk traffic, where wake-ups are the dearest part, from sparse packets, which are to be
+/// handled the moment they come.
 #[derive(Default)]
 struct Load {
     since: u64,
     bytes: usize,
     before: usize,
+    singles: usize,
+    singles_before: usize,
 }
 
 const LOAD_WINDOW_US: u64 = 200;
 const BULK_BYTES: usize = 16 * 1024;
 
+/// What was read from one direction.
+#[derive(Default, Clone, Copy)]
+struct Amount {
+    bytes: usize,
+    /// Packets from the TUN that no superpacket held together.
+    singles: usize,
+}
+
 impl Load {
-    /// Counts `bytes` at `now` (microseconds); true while a window's worth of traffic is bulk.
-    fn bulk(&mut self, now: u64, bytes: usize) -> bool {
+    /// Counts what was read at `now` (microseconds); true while a window's worth of traffic is bulk.
+    fn bulk(&mut self, now: u64, read: Amount) -> bool {
         let age = now - self.since;
         if age > LOAD_WINDOW_US {
-            self.before = if age > 2 * LOAD_WINDOW_US { 0 } else { self.bytes };
+            let recent = age <= 2 * LOAD_WINDOW_US;
+            self.before = if recent { self.bytes } else { 0 };
+            self.singles_before = if recent { self.singles } else { 0 };
             self.since = now;
             self.bytes = 0;
+            self.singles = 0;
         }
-        self.bytes += bytes;
+        self.bytes += read.bytes;
+        self.singles += read.singles;
         self.bytes + self.before >= BULK_BYTES
+    }
+
+    /// Are single packets coming in such numbers that waiting for the next ones pays?
+    fn flood(&self) -> bool {
+        self.singles.max(self.singles_before) >= FLOOD_PACKETS
     }
 }
 
 struct Outbound {
     tx: Tx,
     buf: Box<[u8]>,
+    /// The last read, at this time (microseconds), brought one packet.
+    single: Option<u64>,
 }
 
 struct Inbound {
@@ -75,9 +108,11 @@ struct Inbound {
     limit: usize,
 }
 
-/// Serves queue `queue` until the engine stops. `thread` indexes the wake descriptor.
-pub fn run(engine: &Engine, thread: usize, queue: usize, role: Role, spin_us: u64) -> io::Result<()> {
+/// Serves queue `queue` until the engine stops. `thread` indexes the wake descriptor; `poll_us`: for
+/// how long after bulk traffic it looks by the clock, 0 for never.
+pub fn run(engine: &Engine, thread: usize, queue: usize, role: Role, poll_us: u64) -> io::Result<()> {
     prefer_short_slices(SLICE_NS);
+    exact_naps();
     let epoll = Epoll::new()?;
     let wake = &engine.wakes[thread];
     let tun = &engine.queues[queue];
@@ -85,8 +120,11 @@ pub fn run(engine: &Engine, thread: usize, queue: usize, role: Role, spin_us: u6
     if role.outbound {
         epoll.add(tun.as_raw_fd(), TOKEN_TUN)?;
     }
-    let mut out =
-        role.outbound.then(|| Outbound { tx: Tx::default(), buf: vec![0; READ_LEN].into_boxed_slice() });
+    let mut out = role.outbound.then(|| Outbound {
+        tx: Tx::default(),
+        buf: vec![0; READ_LEN].into_boxed_slice(),
+        single: None,
+    });
     let mut inb = role.inbound.then(|| Inbound {
         rx: Rx::new(engine.offloads.coalescer()),
         receiver: Receiver::default(),
@@ -103,13 +141,13 @@ pub fn run(engine: &Engine, thread: usize, queue: usize, role: Role, spin_us: u6
             engine.gate.wait(|| engine.control_wake.signal());
             continue;
         }
-        let spin = spin_us > 0 && micros() < busy_until;
-        let n = epoll.wait(if spin { 0 } else { -1 }, &mut ready);
+        let poll = poll_us > 0 && micros() < busy_until;
+        let n = epoll.wait(if poll { 0 } else { -1 }, &mut ready);
         if n == 0 {
-            std::hint::spin_loop();
+            nap(BULK_NAP_US);
             continue;
         }
-        let mut bytes = 0;
+        let mut read = Amount::default();
         for r in &ready[..n] {
             match r.token {
                 TOKEN_WAKE => {
@@ -122,21 +160,24 @@ pub fn run(engine: &Engine, thread: usize, queue: usize, role: Role, spin_us: u6
                         return Ok(());
                     }
                     if let Some(o) = &mut out {
-                        bytes += o.drain(engine, tun, sockets.as_ref().and_then(|s| s.get(queue)));
+                        read = o.drain(engine, tun, sockets.as_ref().and_then(|s| s.get(queue)));
                     }
                 }
                 token => {
                     let pair = sockets.as_ref().and_then(|s| s.get(queue));
                     if let (Some(i), Some(pair)) = (&mut inb, pair) {
-                        bytes += i.receive(engine, tun, pair, token);
+                        read.bytes += i.receive(engine, tun, pair, token);
                     }
                 }
             }
         }
-        if bytes > 0 && spin_us > 0 {
+        if read.bytes > 0 {
             let t = micros();
-            if load.bulk(t, bytes) {
-                busy_until = t + spin_us;
+            if load.bulk(t, read) {
+                busy_until = t + poll_us;
+            }
+            if read.singles > 0 && read.singles < DRAIN_PACKETS && load.flood() {
+                nap(FLOOD_NAP_US);
             }
         }
     }
@@ -174,11 +215,15 @@ fn adopt(
 }
 
 impl Outbound {
-    /// Reads until the queue is empty or the budget is used.
-    fn drain(&mut self, engine: &Engine, tun: &Queue, sockets: Option<&SocketPair>) -> usize {
-        let (mut packets, mut bytes) = (0, 0);
+    /// Reads until the queue is empty or the budget is used; after a lonely packet one at a time.
+    fn drain(&mut self, engine: &Engine, tun: &Queue, sockets: Option<&SocketPair>) -> Amount {
+        let mut packets = 0;
+        let mut read = Amount::default();
         let core = &engine.core;
-        while packets < DRAIN_PACKETS && bytes < DRAIN_BYTES {
+        let began = micros();
+        let lonely = self.single.is_some_and(|at| began > at + SINGLE_US);
+        let limit = if lonely { 1 } else { DRAIN_PACKETS };
+        while packets < limit && read.bytes < DRAIN_BYTES {
             match tun.read(&mut self.buf) {
                 Read::Packet(vnet, len) => {
                     // Before the first bind there is nobody to send to: the packet is dropped.
@@ -187,7 +232,8 @@ impl Outbound {
                         self.tx.begin(core, now_ms());
                     }
                     packets += 1;
-                    bytes += len;
+                    read.bytes += len;
+                    read.singles += usize::from(vnet.is_single());
                     let packet = &mut self.buf[crate::offload::VNET_LEN..];
                     self.tx.packet(core, &mut io, &vnet, packet, len);
                 }
@@ -205,7 +251,8 @@ impl Outbound {
         if let (true, Some(mut io)) = (packets > 0, sockets) {
             self.tx.end(core, &mut io);
         }
-        bytes
+        self.single = (packets <= 1).then_some(began);
+        read
     }
 }
 
@@ -259,16 +306,43 @@ fn write_apart(tun: &Queue, bufs: &RecvBuffers, group: &Group) {
 
 #[cfg(test)]
 mod tests {
-    use super::Load;
+    use super::{Amount, Load};
+
+    fn bytes(bytes: usize) -> Amount {
+        Amount { bytes, singles: 0 }
+    }
 
     #[test]
     fn bulk_is_told_from_sparse() {
         let mut l = Load::default();
-        assert!((1..100).all(|i| !l.bulk(i * 2000, 1420)), "a packet every 2 ms");
-        assert!(l.bulk(300_000, 60_000), "one superpacket");
-        assert!(l.bulk(300_100, 100), "the acknowledgement right after");
-        assert!(!l.bulk(301_000, 100), "a while later");
+        assert!((1..100).all(|i| !l.bulk(i * 2000, bytes(1420))), "a packet every 2 ms");
+        assert!(l.bulk(300_000, bytes(60_000)), "one superpacket");
+        assert!(l.bulk(300_100, bytes(100)), "the acknowledgement right after");
+        assert!(!l.bulk(301_000, bytes(100)), "a while later");
         let mut l = Load::default();
-        assert!((0..100u64).filter(|i| l.bulk(1000 + i * 10, 1328)).count() > 80, "small packets in a row");
+        assert!(
+            (0..100u64).filter(|i| l.bulk(1000 + i * 10, bytes(1328))).count() > 80,
+            "small packets in a row"
+        );
+        assert!(!l.flood(), "they came in superpackets");
+    }
+
+    #[test]
+    fn a_flood_is_many_single_packets() {
+        let one = Amount { bytes: 1328, singles: 1 };
+        let flooded = |gap: u64| {
+            let mut l = Load::default();
+            (1..200).filter(|i| (l.bulk(i * gap, one), l.flood()).1).count()
+        };
+        assert_eq!(flooded(20), 0, "50,000 a second, as the acknowledgements of a fast stream");
+        assert!(flooded(10) > 150, "100,000 a second");
+        let mut l = Load::default();
+        l.bulk(1000, Amount { bytes: 40_000, singles: 30 });
+        assert!(l.flood());
+        l.bulk(1150, Amount { bytes: 10, singles: 1 });
+        assert!(l.flood(), "it is remembered for a window");
+        l.bulk(1500, Amount { bytes: 10, singles: 1 });
+        l.bulk(1900, Amount { bytes: 10, singles: 1 });
+        assert!(!l.flood(), "and then over");
     }
 }

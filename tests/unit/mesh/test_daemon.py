@@ -42,8 +42,8 @@ def test_interface_names(name):
 
 def test_switches_of_the_engine() -> None:
     assert daemon.check_engine_options(None) == ()
-    assert daemon.check_engine_options(["no-avx512", "spin-us=0"]) == ("--no-avx512", "--spin-us=0")
-    for bad in ("--low-power", "rtn0 x", "", "spin-us=", "spin-us=x", "a\n"):
+    assert daemon.check_engine_options(["no-avx512", "poll-us=0"]) == ("--no-avx512", "--poll-us=0")
+    for bad in ("--low-power", "rtn0 x", "", "poll-us=", "poll-us=x", "a\n"):
         with pytest.raises(BadInput):
             daemon.check_engine_options([bad])
 

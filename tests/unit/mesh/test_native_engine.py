@@ -43,7 +43,7 @@ def test_public_keys_agree_with_cryptography(private: bytes) -> None:
 def test_help_names_every_switch_and_shows_examples() -> None:
     done = run("--help")
     assert (done.returncode, done.stderr) == (0, "")
-    switches = ("--foreground", "--workers", "--spin-us", "--low-power", "--mtu", "--no-tun-offload")
+    switches = ("--foreground", "--workers", "--poll-us", "--low-power", "--mtu", "--no-tun-offload")
     for word in (*switches, "--no-udp-gso", "--no-udp-gro", "--log-level", "Examples:", "WG_UAPI_DIR"):
         assert word in done.stdout
 
