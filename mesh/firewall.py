@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from mesh import idle_rules, nft, nft_counts, process_rules, unit_rules, units
+from mesh import idle_rules, nft, nft_counts, unit_rules, units
 from mesh.firewall_names import table_name
-from mesh.firewall_rules import NOTED, replacement
+from mesh.firewall_rules import NOTED, NOTHING, Shape, replacement
 from mesh.firewall_sets import LIMITS, Delta, Sets, all_sets, narrowing, sets_delta, statements
 from mesh.nft_touches import Touches
 from mesh.plan import Plan
@@ -105,7 +105,7 @@ class Firewall:
         transaction: it cannot be known what that one allowed.
         """
         async with self._lock:
-            if self.plan is None or self._half is not None or self._shape(self.plan) != self._shape(plan):
+            if self.plan is None or self._half is not None or Shape.of(self.plan) != Shape.of(plan):
                 await self._replace(plan)
                 return
             delta = sets_delta(self.plan, plan)
@@ -134,22 +134,13 @@ class Firewall:
         await self.narrow(plan)
         await self.widen(plan)
 
-    @staticmethod
-    def _shape(plan: Plan | None) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """What of the plan decides on the chains of the table: levels of the control groups of units, idle timeouts, levels
-        of the control groups that rules name.
-        """
-        if plan is None:
-            return (), (), ()
-        return unit_rules.levels(plan.units), idle_rules.seconds(plan), process_rules.levels(plan)
-
     def _whole(self, plan: Plan | None) -> str:
         """A group that has gone since the plan was made may not keep the table from being put back."""
         sets = {} if plan is None else all_sets(plan)
         for name in [n for n in sets if n.startswith(unit_rules.GROUP)]:
             sets[name] = {e for e in sets[name] if units.exists(unit_rules.place_of(e))}
-        levels, idle, named = self._shape(plan)
-        return replacement(self.interface, sets, close_v6=self.close_v6, levels=levels, idle=idle, named=named)
+        shape = NOTHING if plan is None else Shape.of(plan)
+        return replacement(self.interface, sets, close_v6=self.close_v6, shape=shape)
 
     async def _replace(self, plan: Plan) -> None:
         await self._commit(self._whole(plan))

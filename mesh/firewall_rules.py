@@ -12,18 +12,21 @@ the tunnel. An ICMP error could not go there: its source would be the host, for 
 
 What the sets hold is said in mesh/firewall_sets.py. What only an audit lets through is counted, noted like a refusal (set
 `audited`) and passed. The chains of units are in mesh/unit_rules.py, and those that end silent flows, asked before the sets,
-in mesh/idle_rules.py. Ceilings are asked where a packet leaves its sender. The first packet of each noted flow is also
+in mesh/idle_rules.py. Ceilings are asked where a packet leaves its sender. Which of these chains there are is decided by the
+plan's `Shape`. The first packet of each noted flow is also
 logged to LOG_GROUP, at most LOG_RATE a second; what is not is counted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
 from mesh import idle_rules, process_rules, unit_rules
 from mesh.firewall_names import accepted_mark, log_group, table_name
 from mesh.firewall_sets import statements
+from mesh.plan import Overlay, Plan
 
 PORTED_PROTOCOLS: Final = "meta l4proto { 6, 17, 132 }"
 DENIED_SIZE: Final = 8192
@@ -36,36 +39,58 @@ LOG_BYTES: Final = 128  # of a packet: both headers
 NOTED: Final = ("denied", "audited")
 
 
-def replacement(
-    interface: str, sets: Mapping[str, set[str]], *, close_v6: bool = False, levels: tuple[int, ...] = (),
-    idle: tuple[int, ...] = (), named: tuple[int, ...] = (),
-) -> str:  # fmt: skip
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What of a plan decides on the chains; all else is elements of sets.
+
+    levels:   of the control groups that hold an identity; without them the kernel is not asked for what it may not have
+    idle:     the idle timeouts in use, in seconds
+    named:    levels of the control groups that rules name
+    ceilings: has any rule one? Else no packet is asked about them
+    overlay:  where all addresses in the sets lie, so that a packet between two others is known at a glance. None: not known
+    """
+
+    levels: tuple[int, ...] = ()
+    idle: tuple[int, ...] = ()
+    named: tuple[int, ...] = ()
+    ceilings: bool = False
+    overlay: Overlay | None = None
+
+    @classmethod
+    def of(cls, plan: Plan) -> Shape:
+        """The shape that a plan asks for."""
+        return cls(
+            unit_rules.levels(plan.units), idle_rules.seconds(plan), process_rules.levels(plan),
+            any(b.max_rate is not None for pair in plan.pairs.values() for b in pair.bounds), plan.overlay,
+        )  # fmt: skip
+
+
+NOTHING: Final = Shape()
+
+
+def replacement(interface: str, sets: Mapping[str, set[str]], *, close_v6: bool = False, shape: Shape = NOTHING) -> str:
     """A transaction that puts the whole table in place of whatever stands under its name."""
     name = table_name(interface)
     return (
         f"add table inet {name}\ndelete table inet {name}\n"
-        + skeleton(interface, close_v6=close_v6, levels=levels, idle=idle, named=named)
+        + skeleton(interface, close_v6=close_v6, shape=shape)
         + statements(name, "add", {key: lines for key, lines in sets.items() if lines})
     )
 
 
-def skeleton(
-    interface: str, *, close_v6: bool = False, levels: tuple[int, ...] = (), idle: tuple[int, ...] = (),
-    named: tuple[int, ...] = (),
-) -> str:  # fmt: skip
+def skeleton(interface: str, *, close_v6: bool = False, shape: Shape = NOTHING) -> str:
     """The table without elements: sets, counters, chains. Everything that is not in a set is denied.
 
     close_v6: IPv6 forwarding of the whole host was switched on for our links' sake, so it is closed for all others.
-    levels: of the control groups that hold an identity; without them the kernel is not asked for what it may not have.
-    idle: the idle timeouts in use, in seconds. named: levels of the control groups that rules name.
     """
+    levels, idle, named = shape.levels, shape.idle, shape.named
     closed = "meta nfproto ipv6 drop" if close_v6 else ""
     mark = f"0x{accepted_mark(interface):08x}"
     clear = f"0x{0xFFFF_FFFF ^ accepted_mark(interface):08x}"
     group = log_group(interface)
     parts = [f"table inet {table_name(interface)} {{"]
     parts += [f"counter {name} {{ }}" for name in (*COUNTERS, *((idle_rules.NOTED, idle_rules.CROWDED) if idle else ()))]
-    parts.append("set links { type ifname; }")
+    parts.append(f'set links {{ type ifname; elements = {{ "{interface}" }}; }}')
     parts.append("set taps { type ifname; }")
     for family in (4, 6):
         parts += _sets(family, f"ipv{family}_addr", (*NOTED, *((idle_rules.NOTED,) if idle else ())))
@@ -75,9 +100,7 @@ def skeleton(
     unit_in, unit_out = (unit_rules.INPUT, unit_rules.OUTPUT) if levels else ("", "")
     parts.append(f"""
 chain pass {{
-    counter name accepted
-    meta mark set meta mark | {mark}
-    accept
+    counter name accepted meta mark set meta mark | {mark} accept
 }}
 chain refuse {{
     counter name denied
@@ -107,13 +130,14 @@ chain watch {{
 chain unlogged {{
     counter name unlogged
 }}
-{process_rules.CHAIN}{_verdict(4, named, watched=bool(idle))}{_verdict(6, named, watched=bool(idle))}{_idle_chains(idle, group)}{unit_rules.chains(levels, mark) if levels else ""}
+{process_rules.CHAIN}{_verdict(4, shape)}{_verdict(6, shape)}{_idle_chains(idle, group)}{unit_rules.chains(levels, mark) if levels else ""}
 chain prerouting {{
     type filter hook prerouting priority mangle; policy accept;
-    iifname "lo" accept
+    iif "lo" accept
     meta mark & {mark} == {mark} meta mark set meta mark & {clear}
     iifname "{interface}" goto from_mesh
     iifname @links goto from_link
+    {_strange(shape.overlay, "accept")}
     ip daddr @local4 counter name outside drop
     ip saddr @local4 counter name outside drop
     ip saddr @member4 counter name outside drop
@@ -127,8 +151,8 @@ chain from_mesh {{
     goto stranger
 }}
 chain from_link {{
-    iifname @taps icmpv6 type nd-neighbor-solicit ip6 hoplimit 255 ip6 daddr {{ fe80::1, ff02::1:ff00:1 }} goto pass
-    iifname @taps icmpv6 type nd-neighbor-advert ip6 hoplimit 255 ip6 daddr fe80::1 goto pass
+    icmpv6 type nd-neighbor-solicit iifname @taps ip6 hoplimit 255 ip6 daddr {{ fe80::1, ff02::1:ff00:1 }} goto pass
+    icmpv6 type nd-neighbor-advert iifname @taps ip6 hoplimit 255 ip6 daddr fe80::1 goto pass
     ip daddr 224.0.0.0/3 drop
     ip6 daddr ff00::/8 drop
     iifname . ip saddr @place4 goto here4
@@ -139,32 +163,33 @@ chain input {{
     type filter hook input priority mangle; policy accept;
     {unit_in}
     meta mark & {mark} == {mark} accept
-    iifname "{interface}" drop
     iifname @links drop
 }}
 chain forward {{
     type filter hook forward priority mangle; policy accept;
     iifname "{interface}" oifname "{interface}" drop
     meta mark & {mark} == {mark} accept
-    iifname "{interface}" drop
     iifname @links drop
-    oifname "{interface}" drop
     oifname @links drop
     {closed}
 }}
+{_leaving(interface, mark, clear) if not levels else ""}
 chain output {{
     type route hook output priority mangle; policy accept;
-    meta mark & {mark} == {mark} meta mark set meta mark & {clear}
+    meta mark & {mark} == {mark} {f"meta mark set meta mark & {clear}" if levels else "accept"}
     {unit_out}
+    {_strange(shape.overlay, "goto elsewhere")}
     ip daddr @local4 goto to_local
     ip6 daddr @local6 goto to_local
-    ip saddr @local4 ip daddr @member4 tcp flags & (syn|rst) == rst goto pass
-    ip6 saddr @local6 ip6 daddr @member6 tcp flags & (syn|rst) == rst goto pass
+    tcp flags & (syn|rst) == rst ip saddr @local4 ip daddr @member4 goto pass
+    tcp flags & (syn|rst) == rst ip6 saddr @local6 ip6 daddr @member6 goto pass
     ip saddr @held4 goto here4
     ip6 saddr @held6 goto here6
     ip daddr @member4 goto here4
     ip6 daddr @member6 goto here6
-    oifname "{interface}" goto quiet
+    goto elsewhere
+}}
+chain elsewhere {{
     oifname @links goto quiet
 }}
 chain to_local {{
@@ -187,6 +212,32 @@ chain quiet {{
 }}
 """)
     return "\n".join(parts)
+
+
+def _strange(overlay: Overlay | None, verdict: str) -> str:
+    """Rules for packets that neither come from nor go to the overlay."""
+    if overlay is None:
+        return ""
+    return f"""ip saddr != {overlay.v4} ip daddr != {overlay.v4} {verdict}
+    ip6 saddr != {overlay.v6} ip6 daddr != {overlay.v6} {verdict}"""
+
+
+def _leaving(interface: str, mark: str, clear: str) -> str:
+    """Before `output`: what an identity of the host itself sends to one elsewhere. Its first route leads to the tunnel already, so it
+    gets its verdict and mark in a chain after which the kernel does not route anew; that costs more than the verdict. Not
+    with units, whose first route leads nowhere. What is refused here is not seen by `output`.
+    """
+    return f"""chain leaving {{
+    type filter hook output priority mangle - 1; policy accept;
+    meta mark & {mark} == {mark} meta mark set meta mark & {clear}
+    oifname "{interface}" goto into_tunnel
+}}
+chain into_tunnel {{
+    tcp flags & (syn|rst) == rst ip saddr @local4 ip daddr @member4 goto pass
+    tcp flags & (syn|rst) == rst ip6 saddr @local6 ip6 daddr @member6 goto pass
+    ip daddr @member4 ip saddr @held4 goto here4
+    ip6 daddr @member6 ip6 saddr @held6 goto here6
+}}"""
 
 
 def _idle_chains(timeouts: tuple[int, ...], group: int) -> str:
@@ -262,10 +313,9 @@ chain {chain} {{
 """
 
 
-def _verdict(family: int, named: tuple[int, ...], *, watched: bool) -> str:
-    """The chains of one family; `watched`: some flows end when they fall silent. Port 0 is never permitted, also not by a
-    protocol that is allowed whole.
-    """
+def _verdict(family: int, shape: Shape) -> str:
+    """The chains of one family. Port 0 is never permitted, also not by a protocol that is allowed whole."""
+    named = shape.named
     ip = "ip" if family == 4 else "ip6"
     there, back = f"{ip} saddr . {ip} daddr", f"{ip} daddr . {ip} saddr"
     if family == 4:
@@ -293,10 +343,13 @@ chain {direction}{family} {{
     {ends} . meta l4proto . {port} @arange{family} goto {end}
     {ends} @arest{family} {ends} . meta l4proto != @aexcept{family} goto {end}
 }}"""
+    ceilings = f"""
+    ct direction original limit name {there} . meta l4proto . th dport map @rate{family} counter name limited drop
+    ct direction reply limit name {back} . meta l4proto . th sport map @back{family} counter name limited drop""" if shape.ceilings else ""
     return f"""{lookups}
 chain verdict{family} {{
     ct state invalid,untracked counter name invalid drop
-    {error} ct state related goto error{family}{idle_rules.lookups(family) if watched else ""}
+    {error} ct state related goto error{family}{idle_rules.lookups(family) if shape.idle else ""}
     ct direction original goto original{family}
     goto reply{family}
 }}
@@ -306,9 +359,7 @@ chain error{family} {{
     {ip} saddr . ct original {ip} saddr . ct original {ip} daddr @error{family} goto pass
     drop
 }}
-chain here{family} {{
-    ct direction original limit name {there} . meta l4proto . th dport map @rate{family} counter name limited drop
-    ct direction reply limit name {back} . meta l4proto . th sport map @back{family} counter name limited drop
+chain here{family} {{{ceilings}
     jump verdict{family}
     goto refuse
 }}

@@ -8,7 +8,7 @@ from dataclasses import replace
 from mesh import idle_rules
 from mesh.compile import LocalFacts
 from mesh.firewall import fingerprint
-from mesh.firewall_rules import replacement, skeleton
+from mesh.firewall_rules import Shape, replacement, skeleton
 from mesh.firewall_sets import Sets, all_sets, sets_delta
 from mesh.plan import Plan
 from policy.program import Rule
@@ -49,7 +49,7 @@ def test_the_table_without_idle_timeouts_has_nothing_of_it() -> None:
 
 def test_every_jump_has_its_chain_and_every_set_its_declaration() -> None:
     sets = all_sets(plan(idle("web", "api", "tcp/80", after=600), idle("web", "batch", "udp/1", after=5, n=1)))
-    text = replacement("rtn0", sets, idle=(5, 600))
+    text = replacement("rtn0", sets, shape=Shape(idle=(5, 600)))
     chains = re.findall(r"^chain (\w+)", text, re.MULTILINE)
     assert len(chains) == len(set(chains))
     assert set(re.findall(r"(?:goto|jump) (\w+)", text)) <= set(chains)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from mesh.compile import LocalAttachment, compile_plan
-from mesh.firewall_rules import skeleton
+from mesh.firewall_rules import Shape, skeleton
 from mesh.firewall_sets import all_sets, narrowing, pair_sets, sets_delta
 from mesh.plan import Plan, UnitPlan
 from mesh.process_rules import levels
@@ -100,7 +100,7 @@ def test_wide_ranges_and_protocols_without_ports() -> None:
 
 def test_the_kernel_is_asked_for_groups_only_when_there_are_any() -> None:
     assert "cgroup" not in skeleton("rtn0")
-    text = skeleton("rtn0", named=(2, 3))
+    text = skeleton("rtn0", shape=Shape(named=(2, 3)))
     for family, ip in ((4, "ip"), (6, "ip6")):
         chain = text.partition(f"chain original{family} {{")[2].partition("\n}")[0]
         lookups = [

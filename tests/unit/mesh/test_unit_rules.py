@@ -8,7 +8,7 @@ import pytest
 
 from mesh.compile import compile_plan
 from mesh.firewall_names import accepted_mark
-from mesh.firewall_rules import skeleton
+from mesh.firewall_rules import Shape, skeleton
 from mesh.firewall_sets import all_sets, narrowing, sets_delta
 from mesh.layout import UNIT_RULE, Layout, layout, tables, unit_table, void_name
 from mesh.plan import Plan, UnitPlan
@@ -67,7 +67,7 @@ def test_a_group_made_anew_is_another_element_and_takes_the_others_along_in_one_
 
 def test_the_kernel_is_asked_for_groups_only_when_there_are_any() -> None:
     assert "cgroup" not in skeleton("rtn0")
-    text = skeleton("rtn0", levels=(2, 3))
+    text = skeleton("rtn0", shape=Shape(levels=(2, 3)))
     for level in (2, 3):
         for family, ip in ((4, "ip"), (6, "ip6")):
             assert f"socket cgroupv2 level {level} . {ip} daddr @group{level}_{family} accept" in text
