@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from mesh import idle_rules, nft, nft_counts, unit_rules, units
 from mesh.firewall_names import table_name
-from mesh.firewall_rules import NOTED, NOTHING, Shape, replacement
+from mesh.firewall_rules import NO_PLAN, NOTED, Shape, replacement
 from mesh.firewall_sets import LIMITS, Delta, Sets, all_sets, narrowing, sets_delta, statements
 from mesh.nft_touches import Touches
 from mesh.plan import Plan
@@ -83,6 +83,7 @@ class Firewall:
         self.touches: Touches | None = None
         self.close_v6 = False  # see `skeleton`; takes effect with the next whole table
         self.plan: Plan | None = None
+        self._shape = NO_PLAN  # of the table that stands
         self._half: tuple[Plan, Delta] | None = None  # narrowed towards this plan, not yet widened
         self._print: tuple[frozenset[str], Sets] | None = None  # the table as our last commit left it
         self._generation: int | None = None  # up to which nobody else touched the table; None when that is not known
@@ -95,7 +96,7 @@ class Firewall:
         async with self._lock:
             if await nft.list_table(self.table) is not None:
                 return True
-            await self._commit(self._whole(None))
+            await self._put(None)
             return False
 
     async def narrow(self, plan: Plan) -> None:
@@ -105,7 +106,7 @@ class Firewall:
         transaction: it cannot be known what that one allowed.
         """
         async with self._lock:
-            if self.plan is None or self._half is not None or Shape.of(self.plan) != Shape.of(plan):
+            if self.plan is None or self._half is not None or not self._shape.serves(Shape.of(plan)):
                 await self._replace(plan)
                 return
             delta = sets_delta(self.plan, plan)
@@ -134,16 +135,17 @@ class Firewall:
         await self.narrow(plan)
         await self.widen(plan)
 
-    def _whole(self, plan: Plan | None) -> str:
-        """A group that has gone since the plan was made may not keep the table from being put back."""
+    async def _put(self, plan: Plan | None) -> None:
+        """The whole table. A group that has gone since the plan was made may not keep it from being put back."""
         sets = {} if plan is None else all_sets(plan)
         for name in [n for n in sets if n.startswith(unit_rules.GROUP)]:
             sets[name] = {e for e in sets[name] if units.exists(unit_rules.place_of(e))}
-        shape = NOTHING if plan is None else Shape.of(plan)
-        return replacement(self.interface, sets, close_v6=self.close_v6, shape=shape)
+        shape = NO_PLAN if plan is None else Shape.of(plan)
+        await self._commit(replacement(self.interface, sets, close_v6=self.close_v6, shape=shape))
+        self._shape = shape
 
     async def _replace(self, plan: Plan) -> None:
-        await self._commit(self._whole(plan))
+        await self._put(plan)
         self.plan, self._half = plan, None
 
     async def _try(self, text: str) -> bool:
@@ -187,7 +189,7 @@ class Firewall:
             if found is not None and found == self._print:
                 self._generation = now
                 return False
-            await self._commit(self._whole(self.plan))
+            await self._put(self.plan)
             return True
 
     async def remove(self) -> None:

@@ -20,7 +20,7 @@ logged to LOG_GROUP, at most LOG_RATE a second; what is not is counted.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from mesh import idle_rules, process_rules, unit_rules
@@ -64,11 +64,15 @@ class Shape:
             any(b.max_rate is not None for pair in plan.pairs.values() for b in pair.bounds), plan.overlay,
         )  # fmt: skip
 
+    def serves(self, wanted: Shape) -> bool:
+        """Do chains of this shape do for a plan of that one? Those that ask about ceilings find none, and stay."""
+        return self in (wanted, replace(wanted, ceilings=True))
 
-NOTHING: Final = Shape()
+
+NO_PLAN: Final = Shape()
 
 
-def replacement(interface: str, sets: Mapping[str, set[str]], *, close_v6: bool = False, shape: Shape = NOTHING) -> str:
+def replacement(interface: str, sets: Mapping[str, set[str]], *, close_v6: bool = False, shape: Shape = NO_PLAN) -> str:
     """A transaction that puts the whole table in place of whatever stands under its name."""
     name = table_name(interface)
     return (
@@ -78,7 +82,7 @@ def replacement(interface: str, sets: Mapping[str, set[str]], *, close_v6: bool 
     )
 
 
-def skeleton(interface: str, *, close_v6: bool = False, shape: Shape = NOTHING) -> str:
+def skeleton(interface: str, *, close_v6: bool = False, shape: Shape = NO_PLAN) -> str:
     """The table without elements: sets, counters, chains. Everything that is not in a set is denied.
 
     close_v6: IPv6 forwarding of the whole host was switched on for our links' sake, so it is closed for all others.

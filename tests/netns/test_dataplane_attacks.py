@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mesh.firewall_names import accepted_mark
 from tests.netns.plane_rig import Host, Rig, echo, inside, ip, ports, until
 
 pytestmark = pytest.mark.netns
@@ -219,3 +220,35 @@ def test_only_the_marker_of_the_sender_and_never_its_text_is_on_the_underlay(rig
 
     assert until(control_seen)
     assert not any(b"plain secret marker" in p for p in seen)
+
+
+@pytest.mark.parametrize("family", [4, 6])
+def test_our_mark_on_a_socket_of_the_host_opens_nothing(rig: Rig, family: int) -> None:
+    """Whoever may set marks on host a, where web's identity is held by the host itself: the bit that says "accepted" is no verdict."""
+    rig.attach("web", "a", "")
+    rig.apply(("web", "api", ports("udp/9000")))
+    open_, denied, other = rig.udp("api", 9000, family), rig.udp("api", 9001, family), rig.udp("batch", 9000, family)
+    web, api, batch = (rig.address(n, family) for n in ("web", "api", "batch"))
+    kind = socket.AF_INET if family == 4 else socket.AF_INET6
+
+    def send(source: str, dst: str, port: int, mark: int) -> None:
+        def work() -> None:
+            with socket.socket(kind, socket.SOCK_DGRAM) as sock:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, struct.pack("I", mark))
+                if source:
+                    sock.bind((source, 0))
+                for _ in range(3):
+                    with contextlib.suppress(OSError):  # refused, or no route
+                        sock.sendto(b"marked", (dst, port))
+
+        inside(rig.hosts["a"].ns, work)
+
+    mark = accepted_mark(rig.hosts["a"].interface)
+    for source in (web, "", rig.hosts["a"].underlay[family == 6]):
+        for value in (mark, mark | 1, 0xFFFF_FFFF):
+            send(source, api, 9001, value)
+            send(source, batch, 9000, value)
+    assert [received(s) for s in (denied, other)] == [[], []]
+    for value in (0, mark):  # positive control: what is permitted passes, marked or not
+        send(web, api, 9000, value)
+        assert len(received(open_)) == 3, hex(value)

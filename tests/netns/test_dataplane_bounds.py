@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 
@@ -11,6 +13,7 @@ import pytest
 
 from identity.records import PolicyFile, PolicyRecord
 from mesh.compile import Compiler, LocalFacts
+from mesh.firewall_names import table_name
 from mesh.netfilter import listing
 from mesh.plan import Plan
 from mesh.snapshot import InstanceKey, Snapshot
@@ -82,11 +85,21 @@ def test_a_ceiling_changes_and_goes_without_a_new_table(rig: PolicyRig) -> None:
     with rig.server("api", 7000):
         sock = rig.connect("web", "api", 7000)
         assert echo(sock) == b"ping"
-        for rule in (f"id: r, {WEB_API}, on: tcp/7000, max_rate: 16Mbit", f"id: r, {WEB_API}, on: tcp/7000"):
+        table = _table(rig)
+        for rule in (f"id: r, {WEB_API}, on: tcp/7000, max_rate: 16Mbit", f"id: r, {WEB_API}, on: tcp/7000",
+                     f"id: r, {WEB_API}, on: tcp/7000, max_rate: 4Mbit"):  # fmt: skip
             rig.put(rule)
             assert echo(sock) == b"ping"
-    assert rig.hosts["a"].ask("verify") == []
-    assert rig.hosts["a"].ask("counters")["verdicts"]["accepted"] > 0  # counters of the same table
+            assert rig.hosts["a"].ask("verify") == []
+            assert _table(rig) == table
+
+
+def _table(rig: PolicyRig) -> int:
+    """The handle of host a's table: another one when it was put anew."""
+    name = table_name(rig.hosts["a"].interface)
+    listed = subprocess.run(["ip", "netns", "exec", rig.hosts["a"].ns, "nft", "-j", "list", "tables"], check=True, capture_output=True)
+    (handle,) = [e["table"]["handle"] for e in json.loads(listed.stdout)["nftables"] if e.get("table", {}).get("name") == name]
+    return int(handle)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from mesh import nft, nft_counts
 from mesh.compile import compile_plan
 from mesh.firewall import Firewall, fingerprint
 from mesh.firewall_names import accepted_mark, slot, table_name
-from mesh.firewall_rules import replacement, skeleton
+from mesh.firewall_rules import NO_PLAN, Shape, replacement, skeleton
 from mesh.firewall_sets import (
     LIMITS,
     Delta,
@@ -115,6 +115,24 @@ def test_the_table_denies_what_is_in_no_set_and_every_jump_has_its_chain() -> No
     assert "meta nfproto ipv6 drop" in skeleton("rtn0", close_v6=True)
     assert "meta nfproto ipv6 drop" not in skeleton("rtn0")
     assert replacement("rtn0", {}).startswith("add table inet retinue\ndelete table inet retinue\n")
+
+
+def test_the_shape_of_a_plan_and_what_it_costs_no_packet() -> None:
+    one = plan(allow("web", "api", "tcp/80"))
+    shape = Shape.of(one)
+    assert shape == Shape(overlay=one.overlay)
+    text = skeleton("rtn0", shape=shape)
+    assert "@rate4 " not in text
+    assert f"ip saddr != {one.overlay.v4} ip daddr != {one.overlay.v4} accept" in text
+    assert "!= 100." not in skeleton("rtn0"), "without a plan nobody knows what lies outside"
+    asking = skeleton("rtn0", shape=replace(shape, ceilings=True))
+    assert asking.count("limit name") == 4
+    assert "hook output priority mangle - 1" in text
+    assert "hook output priority mangle - 1" not in skeleton("rtn0", shape=Shape(levels=(1,))), "with units all is routed anew"
+    assert replace(shape, ceilings=True).serves(shape)
+    assert shape.serves(shape)
+    assert not shape.serves(replace(shape, ceilings=True))
+    assert not NO_PLAN.serves(shape)
 
 
 def test_the_fingerprint_ignores_counts_and_sees_everything_else() -> None:
