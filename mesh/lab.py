@@ -350,7 +350,7 @@ class Lab:
                                 seen = await agent.status()
                                 if holds(seen):
                                     return seen
-                    except Unreachable:  # it is only starting, or was killed meanwhile and starts anew
+                    except (Unreachable, TimedOut):  # it is only starting, was killed meanwhile and starts anew, or is slow
                         await asyncio.sleep(0.05)
         except TimeoutError:
             pass
