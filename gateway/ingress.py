@@ -125,6 +125,8 @@ class Ingress:
         for exchange in list(self.exchanges):
             if exchange.proven is None or exchange.route is None or exchange.ruling is None or self.view is None:
                 continue
+            if not exchange.ruling.allowed:
+                continue  # it is being refused, and is to hear why
             still = exchange.proven.caller in self.config.caller and exchange.route in self.config.route
             now = self._clock()
             ruling = rule_on(self.view, exchange.proven.caller, exchange.route, now, exchange.proven.spiffe_id)

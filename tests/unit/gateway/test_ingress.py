@@ -257,6 +257,29 @@ async def test_a_refusal_says_why(stage: Stage) -> None:
     assert "rule: none (default deny)" in text
 
 
+async def test_who_is_being_refused_hears_why_also_when_the_state_changes_meanwhile(stage: Stage) -> None:
+    asked, answer_now = asyncio.Event(), asyncio.Event()
+
+    async def explain(*_: object) -> dict[str, Any]:
+        asked.set()
+        await answer_now.wait()
+        return {"reason": "default deny: no rule", "smallest_change": "allow tcp/22 in edge"}
+
+    stage.ingress.explain = explain
+
+    async def call() -> tuple[int, dict[str, Any]]:
+        async with stage.get("/ssh") as answer:
+            return answer.status, await answer.json()
+
+    calling = asyncio.create_task(call())
+    await asked.wait()
+    stage.world.place("shop/api", "host-c", "127.0.0.41", role="api", epoch=2)
+    stage.ingress.update(stage.world.view(stage.ingress.view))
+    answer_now.set()
+    status, body = await calling
+    assert (status, body["smallest_change"]) == (403, "allow tcp/22 in edge")
+
+
 async def test_an_unknown_destination_is_a_denial(stage: Stage) -> None:
     async with stage.get("/db") as answer:
         assert answer.status == 403
