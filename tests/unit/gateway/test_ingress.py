@@ -258,9 +258,10 @@ async def test_a_refusal_says_why(stage: Stage) -> None:
 
 
 async def test_who_is_being_refused_hears_why_also_when_the_state_changes_meanwhile(stage: Stage) -> None:
-    asked, answer_now = asyncio.Event(), asyncio.Event()
+    asked, answer_now, calls = asyncio.Event(), asyncio.Event(), []
 
-    async def explain(*_: object) -> dict[str, Any]:
+    async def explain(*flow: object) -> dict[str, Any]:
+        calls.append(flow)
         asked.set()
         await answer_now.wait()
         return {"reason": "default deny: no rule", "smallest_change": "allow tcp/22 in edge"}
@@ -278,6 +279,7 @@ async def test_who_is_being_refused_hears_why_also_when_the_state_changes_meanwh
     answer_now.set()
     status, body = await calling
     assert (status, body["smallest_change"]) == (403, "allow tcp/22 in edge")
+    assert len(calls) == 1, "the client had to ask again"
 
 
 async def test_an_unknown_destination_is_a_denial(stage: Stage) -> None:
