@@ -331,13 +331,13 @@ fn serve(o: &Options, ready: impl FnOnce()) -> Result<i32> {
             return Err(e);
         }
     }
-    let spin = if o.low_power { 0 } else { o.poll_us };
+    let poll_us = if o.low_power { 0 } else { o.poll_us };
     let mut handles = Vec::with_capacity(threads);
     for thread in 0..threads {
         let (engine, queue, role) = (engine.clone(), thread / roles.len(), roles[thread % roles.len()]);
         let h = std::thread::Builder::new().name(format!("worker{thread}")).spawn(move || {
             let r = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                worker::run(&engine, thread, queue, role, spin)
+                worker::run(&engine, thread, queue, role, poll_us)
             }));
             if let Ok(Err(e)) = &r {
                 log(Level::Error, &format!("worker {thread}: {e}"));

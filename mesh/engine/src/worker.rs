@@ -160,7 +160,9 @@ pub fn run(engine: &Engine, thread: usize, queue: usize, role: Role, poll_us: u6
                         return Ok(());
                     }
                     if let Some(o) = &mut out {
-                        read = o.drain(engine, tun, sockets.as_ref().and_then(|s| s.get(queue)));
+                        let sent = o.drain(engine, tun, sockets.as_ref().and_then(|s| s.get(queue)));
+                        read.bytes += sent.bytes;
+                        read.singles += sent.singles;
                     }
                 }
                 token => {
