@@ -37,6 +37,9 @@ COUNTERS: Final = ("accepted", "denied", "strangers", "spoofed", "outside", "inv
 LOG_RATE: Final = 1000  # a second, of each kind
 LOG_BYTES: Final = 128  # of a packet: both headers
 NOTED: Final = ("denied", "audited")
+# By which a member elsewhere hears that it was refused.
+_RESETS: Final = """tcp flags & (syn|rst) == rst ip saddr @local4 ip daddr @member4 goto pass
+    tcp flags & (syn|rst) == rst ip6 saddr @local6 ip6 daddr @member6 goto pass"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,7 @@ def skeleton(interface: str, *, close_v6: bool = False, shape: Shape = NO_PLAN) 
     group = log_group(interface)
     parts = [f"table inet {table_name(interface)} {{"]
     parts += [f"counter {name} {{ }}" for name in (*COUNTERS, *((idle_rules.NOTED, idle_rules.CROWDED) if idle else ()))]
+    # The tunnel too: a packet of either kind has to be asked about in the same places.
     parts.append(f'set links {{ type ifname; elements = {{ "{interface}" }}; }}')
     parts.append("set taps { type ifname; }")
     for family in (4, 6):
@@ -185,8 +189,7 @@ chain output {{
     {_strange(shape.overlay, "goto elsewhere")}
     ip daddr @local4 goto to_local
     ip6 daddr @local6 goto to_local
-    tcp flags & (syn|rst) == rst ip saddr @local4 ip daddr @member4 goto pass
-    tcp flags & (syn|rst) == rst ip6 saddr @local6 ip6 daddr @member6 goto pass
+    {_RESETS}
     ip saddr @held4 goto here4
     ip6 saddr @held6 goto here6
     ip daddr @member4 goto here4
@@ -237,8 +240,7 @@ def _leaving(interface: str, mark: str, clear: str) -> str:
     oifname "{interface}" goto into_tunnel
 }}
 chain into_tunnel {{
-    tcp flags & (syn|rst) == rst ip saddr @local4 ip daddr @member4 goto pass
-    tcp flags & (syn|rst) == rst ip6 saddr @local6 ip6 daddr @member6 goto pass
+    {_RESETS}
     ip daddr @member4 ip saddr @held4 goto here4
     ip6 daddr @member6 ip6 saddr @held6 goto here6
 }}"""

@@ -136,7 +136,7 @@ def test_two_workers_keep_the_order_of_every_flow(family: int, tmp_path: Path) -
 
 SWITCHES = {
     "low-power": ["--low-power"],
-    "no-spin": ["--poll-us", "0"],
+    "no-poll": ["--poll-us", "0"],
     "no-tun-offload": ["--no-tun-offload"],
     "no-udp-gso": ["--no-udp-gso"],
     "no-udp-gro": ["--no-udp-gro"],

@@ -46,8 +46,6 @@ const FLOOD_NAP_US: u64 = 100;
 /// Single packets within a window from which on they are many: 80,000 a second. Acknowledgements of
 /// TCP at any speed are fewer.
 const FLOOD_PACKETS: usize = 16;
-/// A read that found nothing behind its only packet is not tried again so soon after it.
-const SINGLE_US: u64 = 200;
 
 /// Tells bulk traffic, where wake-ups are the dearest part, from sparse packets, which are to be
 /// handled the moment they come.
@@ -97,8 +95,6 @@ impl Load {
 struct Outbound {
     tx: Tx,
     buf: Box<[u8]>,
-    /// The last read, at this time (microseconds), brought one packet.
-    single: Option<u64>,
 }
 
 struct Inbound {
@@ -120,11 +116,8 @@ pub fn run(engine: &Engine, thread: usize, queue: usize, role: Role, poll_us: u6
     if role.outbound {
         epoll.add(tun.as_raw_fd(), TOKEN_TUN)?;
     }
-    let mut out = role.outbound.then(|| Outbound {
-        tx: Tx::default(),
-        buf: vec![0; READ_LEN].into_boxed_slice(),
-        single: None,
-    });
+    let mut out =
+        role.outbound.then(|| Outbound { tx: Tx::default(), buf: vec![0; READ_LEN].into_boxed_slice() });
     let mut inb = role.inbound.then(|| Inbound {
         rx: Rx::new(engine.offloads.coalescer()),
         receiver: Receiver::default(),
@@ -217,15 +210,12 @@ fn adopt(
 }
 
 impl Outbound {
-    /// Reads until the queue is empty or the budget is used; after a lonely packet one at a time.
+    /// Reads until the queue is empty or the budget is used.
     fn drain(&mut self, engine: &Engine, tun: &Queue, sockets: Option<&SocketPair>) -> Amount {
         let mut packets = 0;
         let mut read = Amount::default();
         let core = &engine.core;
-        let began = micros();
-        let lonely = self.single.is_some_and(|at| began > at + SINGLE_US);
-        let limit = if lonely { 1 } else { DRAIN_PACKETS };
-        while packets < limit && read.bytes < DRAIN_BYTES {
+        while packets < DRAIN_PACKETS && read.bytes < DRAIN_BYTES {
             match tun.read(&mut self.buf) {
                 Read::Packet(vnet, len) => {
                     // Before the first bind there is nobody to send to: the packet is dropped.
@@ -253,7 +243,6 @@ impl Outbound {
         if let (true, Some(mut io)) = (packets > 0, sockets) {
             self.tx.end(core, &mut io);
         }
-        self.single = (packets <= 1).then_some(began);
         read
     }
 }

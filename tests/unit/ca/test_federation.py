@@ -71,9 +71,8 @@ async def do(server: Running, job: Any) -> Any:
 
 async def shown(server: Running) -> None:
     """Until the server has looked at its certificates after a change of its authority."""
-    before = server.service.trust_changed
     await asyncio.sleep(0.05)  # the renewing task takes the event, and then
-    assert not before.is_set()
+    assert not server.service.trust_changed.is_set()
     await server.service.read(lambda: None)  # stands before us in the worker
     await asyncio.sleep(0.05)
 
