@@ -22,6 +22,7 @@ from policy.ports import proto_name, proto_number
 _CHANGING: Final = (*NOTED, idle_rules.NOTED, *idle_rules.VOLATILE)  # what packets and time write
 _COMPARE_LIMIT: Final = 20_000  # elements; larger tables are put back, not compared, when others touch them
 _CALM: Final = 3.0  # seconds after our own commit until the table is read to know how it looks
+_BEHIND: Final = 1.0  # seconds for which the kernel may keep a commit to itself before the table is looked at all the same
 
 
 # ---- the kernel's view, in a comparable form (pure)
@@ -87,7 +88,8 @@ class Firewall:
         self._half: tuple[Plan, Delta] | None = None  # narrowed towards this plan, not yet widened
         self._print: tuple[frozenset[str], Sets] | None = None  # the table as our last commit left it
         self._generation: int | None = None  # up to which nobody else touched the table; None when that is not known
-        self._awaited: int | None = None  # a generation that the kernel had not told of at the last look
+        self._own = 0  # commits of ours after it
+        self._behind: float | None = None  # since when the kernel has a commit in force that it has not told of
         self._calm = 0.0  # when the table is read
         self._lock = asyncio.Lock()
 
@@ -141,7 +143,7 @@ class Firewall:
         for name in [n for n in sets if n.startswith(unit_rules.GROUP)]:
             sets[name] = {e for e in sets[name] if units.exists(unit_rules.place_of(e))}
         shape = NO_PLAN if plan is None else Shape.of(plan)
-        await self._commit(replacement(self.interface, sets, close_v6=self.close_v6, shape=shape))
+        await self._commit(replacement(self.interface, sets, close_v6=self.close_v6, shape=shape), whole=True)
         self._shape = shape
 
     async def _replace(self, plan: Plan) -> None:
@@ -156,14 +158,38 @@ class Firewall:
             return False
         return True
 
-    async def _commit(self, text: str) -> None:
-        before = nft.generation()
-        self._print = None
-        await nft.run(text)
-        now = nft.generation()
-        alone = now == before + 1 or (self.touches is not None and self.touches.between(before, now) == 1)
-        self._generation = now if alone else None
+    async def _commit(self, text: str, *, whole: bool = False) -> None:
+        """One transaction. After a `whole` table it does not matter who touched the one before."""
+        since, own = (nft.generation(), 0) if whole else (self._generation, self._own)
+        kept = self._generation, self._own
+        self._print = self._generation = None  # whoever is interrupted here does not know whether it came into force
+        try:
+            await nft.run(text)
+        except nft.Rejected:
+            self._generation, self._own = kept
+            raise
+        self._generation, self._own = since, own + 1
+        self._only_ours(nft.generation())
         self._calm = 0.0 if self.touches is None else time.monotonic() + _CALM
+
+    def _only_ours(self, now: int) -> bool:
+        """Was each commit up to generation `now` that touched the table one of ours? False when that is not known (yet)."""
+        since = self._generation
+        if since is None:
+            return False
+        told = now == since + self._own or (self.touches is not None and self.touches.between(since, now) == self._own)
+        if told:
+            self._generation, self._own = now, 0
+        return told
+
+    def _untold(self, now: int) -> bool:
+        """Will the kernel tell in a moment who committed? That is a reason to look again; it may not take for ever."""
+        if self._generation is None or self.touches is None or not self.touches.behind(now):
+            self._behind = None
+            return False
+        if self._behind is None:
+            self._behind = time.monotonic()
+        return time.monotonic() < self._behind + _BEHIND
 
     async def verify(self) -> bool:
         """Compare the table with the plan and put it back when it differs. True when it had to be."""
@@ -171,13 +197,9 @@ class Firewall:
             if self.plan is None or self._half is not None:
                 return False
             now = nft.generation()
-            if self.touches is not None and now != self._generation is not None:
-                if self._awaited != now and self.touches.behind(now):
-                    self._awaited = now
-                    return False  # it tells in a moment, and that is a reason to look again
-                if self.touches.between(self._generation, now) == 0:
-                    self._generation = now
-            undisturbed = now == self._generation
+            undisturbed = self._only_ours(now)
+            if not undisturbed and self._untold(now):
+                return False
             known = self._print is not None or self.plan.element_count > _COMPARE_LIMIT or time.monotonic() < self._calm
             if undisturbed and known:
                 return False
@@ -187,7 +209,7 @@ class Firewall:
                 self._print = found  # nobody but us has committed: this is how our own transaction looks
                 return False
             if found is not None and found == self._print:
-                self._generation = now
+                self._generation, self._own = now, 0
                 return False
             await self._put(self.plan)
             return True

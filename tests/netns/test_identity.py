@@ -50,10 +50,10 @@ asyncio.run(main())
 FLOW = """
 import socket, sys, time
 
-def dial():
-    return socket.create_connection((sys.argv[1], 8080), timeout=2)
+def dial(timeout=2):
+    return socket.create_connection((sys.argv[1], 8080), timeout=timeout)
 
-flow = dial()
+flow = dial(20)  # the other host may be slow to hear of us
 print("open", flush=True)
 try:
     while True:

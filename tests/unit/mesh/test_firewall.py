@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from identity.errors import BadInput, NoPrivilege
+from identity.errors import BadInput, NoPrivilege, TimedOut
 from mesh import nft, nft_counts
 from mesh.compile import compile_plan
 from mesh.firewall import Firewall, fingerprint
@@ -35,6 +36,7 @@ from policy.ports import ANYTHING, NOTHING
 from policy.program import Process, Program
 from tests.unit.mesh.plans import TD, allow, endpoint, facts, placement, ports, program, snapshot
 from tests.unit.mesh.test_compile import WORKLOADS, programs, subject, worlds
+from tests.unit.mesh.test_nft_touches import OURS, Quiet, commit
 
 WORLD = [placement("web", "h0", 1), placement("batch", "h0", 2), placement("api", "h1", 3)]
 V4 = {n: str(TD.overlay(i)[0]) for i, n in enumerate(("web", "batch", "api"), 1)}
@@ -375,6 +377,83 @@ async def test_verify_puts_right_what_others_did(kernel: Kernel) -> None:
     await firewall.remove()
     assert kernel.table is None
     assert await firewall.verify() is False
+
+
+@pytest.mark.parametrize("limit", [20_000, 1])
+async def test_a_change_of_our_own_does_not_hide_what_others_did_just_before(kernel: Kernel, monkeypatch, limit: int) -> None:
+    from mesh import firewall as module
+
+    monkeypatch.setattr(module, "_COMPARE_LIMIT", limit)
+    firewall = Firewall("rtn0")
+    await firewall.apply(plan(*WIDE))
+    for wanted in (plan(*OTHER), plan(*WIDE)):
+        assert kernel.table is not None
+        kernel.table = {**kernel.table, "proto4": {"an extra one"}}
+        kernel.generation += 1
+        await firewall.apply(wanted)  # changes elements only
+        assert await firewall.verify() is True
+        assert same(kernel.table, all_sets(wanted))
+        assert await firewall.verify() is False
+
+
+async def test_a_transaction_of_unknown_end_is_looked_after(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    firewall = Firewall("rtn0")
+    await firewall.apply(plan(*WIDE))
+
+    async def slow(text: str) -> None:
+        await kernel.run(text)
+        raise TimedOut("firewall.slow", "in force, and nobody was told")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(nft, "run", slow)
+        with pytest.raises(TimedOut):
+            await firewall.narrow(plan(*OTHER))
+    assert await firewall.verify() is True
+    assert same(kernel.table, all_sets(plan(*WIDE)))
+
+
+async def test_commits_that_the_kernel_tells_of_late(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In force, looked at more than once, and only then told of."""
+    firewall = Firewall("rtn0")
+    firewall.touches = touches = Quiet(kernel.generation)
+    clock, told = 100.0, kernel.generation
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+
+    def tell(table: str) -> None:
+        nonlocal told
+        told += 1
+        touches.waiting += commit(told, table)
+
+    async def ours(wanted: Plan) -> None:
+        before = kernel.generation
+        await firewall.apply(wanted)
+        for _ in range(kernel.generation - before):
+            tell(OURS)
+
+    await ours(plan(*WIDE))
+    assert await firewall.verify() is False
+    kernel.generation += 1
+    for _ in range(3):
+        assert await firewall.verify() is False
+    tell("filter")
+    assert await firewall.verify() is False
+    kernel.generation += 1  # right before ours, and told of after it
+    await firewall.apply(plan(*OTHER))
+    committed = len(kernel.committed)
+    for table in ("filter", OURS, OURS):
+        tell(table)
+    assert told == kernel.generation
+    assert await firewall.verify() is False
+    assert len(kernel.committed) == committed
+    kernel.generation += 1  # told of late again and again, and then never
+    for wait in (0.0, 0.5, 0.4):
+        clock += wait
+        kernel.generation += 1
+        assert await firewall.verify() is False
+        tell("filter")
+    clock += 0.2
+    assert await firewall.verify() is True
+    assert same(kernel.table, all_sets(plan(*OTHER)))
 
 
 async def test_a_large_table_is_not_read_after_each_change(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
