@@ -26,7 +26,7 @@ system_packages() {
   done
   "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null || missing+=(python3-venv)
   [ -e /usr/include/stdio.h ] || missing+=(libc6-dev)
-  # A faster ChaCha20-Poly1305 for CPUs with AVX-512; the engine builds without it, too.
+  # Faster ciphers for CPUs with AVX-512; the engine builds without it, too.
   [ "$(uname -m)$(id -u)" != x86_640 ] || [ -e /usr/include/intel-ipsec-mb.h ] || missing+=(libipsec-mb-dev)
   [ ${#missing[@]} -eq 0 ] && return
   [ "$(id -u)" = 0 ] || die packages "missing system packages: ${missing[*]}" "run as root, or: apt-get install ${missing[*]}" 4

@@ -1,10 +1,10 @@
-//! Builds the ChaCha20-Poly1305 for CPUs with AVX-512 where the Intel Multi-Buffer Crypto library is installed
+//! Builds the ciphers for CPUs with AVX-512 where the Intel Multi-Buffer Crypto library is installed
 //! (Debian: libipsec-mb-dev), linked statically. Elsewhere the engine uses AWS-LC alone; `--version` says which.
 
 use std::path::Path;
 use std::{env, fs};
 
-const SHIM: &str = "native/chacha_imb.c";
+const SHIM: &str = "native/aead_imb.c";
 const ARCHIVE: &str = "libIPSec_MB.a";
 /// The first release whose job says by its features that it clears what it touched and that its self-test passed.
 const FIRST: (u32, u32) = (1, 3);

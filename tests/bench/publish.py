@@ -57,7 +57,7 @@ READING = """\
 
 `retinue-engine --low-power` never looks by the clock; `--poll-us N` sets for how long it does after bulk traffic; `--no-tun-offload`, `--no-udp-gso` and
 `--no-udp-gro` turn one kernel offload off each (the engine tests them when it starts and falls back by itself); `--no-avx512` leaves
-ChaCha20-Poly1305 to AWS-LC alone. `retinue-agent --engine-option low-power` (a switch's name without dashes; it may be given again, and the
+the ciphers to AWS-LC alone. `retinue-agent --engine-option low-power` (a switch's name without dashes; it may be given again, and the
 sidecar has it too) passes one on to the engine that the agent starts; so does RETINUE_ENGINE_OPTIONS in its environment. AES-256-GCM is used
 between two endpoints whose signed records both offer it, which `retinue enroll` does where our engine will be used and the CPU has vector AES;
 anybody else gets ChaCha20-Poly1305.

@@ -1,6 +1,7 @@
 //! Primitives: AEAD, X25519, BLAKE2s, HMAC and the WireGuard KDF, over AWS-LC and `blake2`.
 //!
-//! The only module that encrypts with AWS-LC; long packets of ChaCha20-Poly1305 go to `accelerated` where that is usable.
+//! The only module that encrypts with AWS-LC; AES-256-GCM and long packets of ChaCha20-Poly1305 go to `accelerated` where
+//! that is usable.
 //! Nothing here knows a message format.
 
 use std::ptr::NonNull;
@@ -11,7 +12,7 @@ use blake2::digest::{FixedOutput, KeyInit, Mac, Update};
 use blake2::{Blake2s256, Blake2sMac, Digest};
 use zeroize::{Zeroize, Zeroizing};
 
-use crate::accelerated;
+use crate::accelerated::{self, Gcm};
 
 /// Length of every AEAD tag used here, in bytes.
 pub const TAG_LEN: usize = 16;
@@ -56,31 +57,78 @@ impl Cipher {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Forged;
 
-/// A keyed AEAD. The key schedule lives in an AWS-LC allocation that is wiped when freed.
+/// A keyed AEAD. The key schedule lives in an allocation of its library that is wiped when freed.
 pub struct Aead {
-    ctx: NonNull<lc::EVP_AEAD_CTX>,
+    keyed: Keyed,
     /// What a session's was made of, for a hand-over to another process.
     made_of: Option<(Cipher, Secret)>,
 }
 
+enum Keyed {
+    AwsLc(Context),
+    Accelerated(Gcm),
+}
+
+struct Context(NonNull<lc::EVP_AEAD_CTX>);
+
 // SAFETY: EVP_AEAD_CTX has no thread affinity, and the library documents seal and open on a
 // const context as safe to call from several threads at once.
-unsafe impl Send for Aead {}
+unsafe impl Send for Context {}
 // SAFETY: as above.
-unsafe impl Sync for Aead {}
+unsafe impl Sync for Context {}
 
 impl Aead {
     pub fn new(cipher: Cipher, key: &Key) -> Self {
         let mut kept = blank_secret();
         kept.copy_from_slice(key);
-        // Not by struct update: that would copy the pointer and drop what it came from.
-        let mut made = Self::plain(cipher, key);
-        made.made_of = Some((cipher, kept));
-        made
+        let keyed = match cipher {
+            Cipher::Aes256Gcm => Gcm::new(key).map(Keyed::Accelerated),
+            Cipher::ChaCha20Poly1305 => None,
+        };
+        let keyed = keyed.unwrap_or_else(|| Keyed::AwsLc(Context::of(cipher, key)));
+        Self { keyed, made_of: Some((cipher, kept)) }
     }
 
     /// By AWS-LC alone, whatever the CPU has.
     pub fn plain(cipher: Cipher, key: &Key) -> Self {
+        Self { keyed: Keyed::AwsLc(Context::of(cipher, key)), made_of: None }
+    }
+
+    /// Cipher and key of a session's AEAD.
+    pub fn made_of(&self) -> Option<(Cipher, &Key)> {
+        self.made_of.as_ref().map(|(c, k)| (*c, &***k))
+    }
+
+    /// Encrypts `plain` into `out` (plain.len() + 16 bytes); returns the bytes written.
+    #[inline]
+    pub fn seal(&self, counter: u64, ad: &[u8], plain: &[u8], out: &mut [u8]) -> usize {
+        let nonce = nonce(counter);
+        match (&self.keyed, &self.made_of) {
+            (Keyed::Accelerated(gcm), _) => gcm.seal(&nonce, ad, plain, out),
+            (Keyed::AwsLc(context), Some((Cipher::ChaCha20Poly1305, key))) => {
+                accelerated::seal(key, &nonce, ad, plain, out)
+                    .unwrap_or_else(|| context.seal(&nonce, ad, plain, out))
+            }
+            (Keyed::AwsLc(context), _) => context.seal(&nonce, ad, plain, out),
+        }
+    }
+
+    /// Decrypts `data` (ciphertext and tag) in place; returns the plaintext length.
+    #[inline]
+    pub fn open(&self, counter: u64, ad: &[u8], data: &mut [u8]) -> Result<usize, Forged> {
+        let nonce = nonce(counter);
+        match (&self.keyed, &self.made_of) {
+            (Keyed::Accelerated(gcm), _) => gcm.open(&nonce, ad, data),
+            (Keyed::AwsLc(context), Some((Cipher::ChaCha20Poly1305, key))) => {
+                accelerated::open(key, &nonce, ad, data).unwrap_or_else(|| context.open(&nonce, ad, data))
+            }
+            (Keyed::AwsLc(context), _) => context.open(&nonce, ad, data),
+        }
+    }
+}
+
+impl Context {
+    fn of(cipher: Cipher, key: &Key) -> Self {
         // SAFETY: the getter returns a pointer to static data.
         let alg = unsafe {
             match cipher {
@@ -89,11 +137,6 @@ impl Aead {
             }
         };
         Self::with_algorithm(alg, key)
-    }
-
-    /// Cipher and key of a session's AEAD.
-    pub fn made_of(&self) -> Option<(Cipher, &Key)> {
-        self.made_of.as_ref().map(|(c, k)| (*c, &***k))
     }
 
     fn xchacha(key: &Key) -> Self {
@@ -105,17 +148,17 @@ impl Aead {
         // SAFETY: `alg` is static, `key` is 32 bytes, which every algorithm used here takes.
         let ctx = unsafe { lc::EVP_AEAD_CTX_new(alg, key.as_ptr(), key.len(), TAG_LEN) };
         // Null only when malloc fails: nothing sensible is left to do then.
-        Self { ctx: NonNull::new(ctx).expect("out of memory for an AEAD context"), made_of: None }
+        Self(NonNull::new(ctx).expect("out of memory for an AEAD context"))
     }
 
-    fn seal_with(&self, nonce: &[u8], ad: &[u8], plain: &[u8], out: &mut [u8]) -> usize {
+    fn seal(&self, nonce: &[u8], ad: &[u8], plain: &[u8], out: &mut [u8]) -> usize {
         let mut written = 0usize;
         assert!(out.len() >= plain.len() + TAG_LEN);
         // SAFETY: all pointers come with their slice's length; `out` and `plain` are distinct
         // borrows, so they do not overlap; the context is valid while self lives.
         let ok = unsafe {
             lc::EVP_AEAD_CTX_seal(
-                self.ctx.as_ptr(),
+                self.0.as_ptr(),
                 out.as_mut_ptr(),
                 &mut written,
                 out.len(),
@@ -131,13 +174,13 @@ impl Aead {
         written
     }
 
-    fn open_with(&self, nonce: &[u8], ad: &[u8], data: &mut [u8]) -> Result<usize, Forged> {
+    fn open(&self, nonce: &[u8], ad: &[u8], data: &mut [u8]) -> Result<usize, Forged> {
         let mut written = 0usize;
         // SAFETY: in-place operation with out == in is allowed by the library; lengths are the
         // slice's own; on failure the library zeroes the output.
         let ok = unsafe {
             lc::EVP_AEAD_CTX_open(
-                self.ctx.as_ptr(),
+                self.0.as_ptr(),
                 data.as_mut_ptr(),
                 &mut written,
                 data.len(),
@@ -157,36 +200,12 @@ impl Aead {
             Err(Forged)
         }
     }
-
-    /// Encrypts `plain` into `out` (plain.len() + 16 bytes); returns the bytes written.
-    #[inline]
-    pub fn seal(&self, counter: u64, ad: &[u8], plain: &[u8], out: &mut [u8]) -> usize {
-        let nonce = nonce(counter);
-        if let Some((Cipher::ChaCha20Poly1305, key)) = &self.made_of {
-            if let Some(written) = accelerated::seal(key, &nonce, ad, plain, out) {
-                return written;
-            }
-        }
-        self.seal_with(&nonce, ad, plain, out)
-    }
-
-    /// Decrypts `data` (ciphertext and tag) in place; returns the plaintext length.
-    #[inline]
-    pub fn open(&self, counter: u64, ad: &[u8], data: &mut [u8]) -> Result<usize, Forged> {
-        let nonce = nonce(counter);
-        if let Some((Cipher::ChaCha20Poly1305, key)) = &self.made_of {
-            if let Some(opened) = accelerated::open(key, &nonce, ad, data) {
-                return opened;
-            }
-        }
-        self.open_with(&nonce, ad, data)
-    }
 }
 
-impl Drop for Aead {
+impl Drop for Context {
     fn drop(&mut self) {
         // SAFETY: made by EVP_AEAD_CTX_new, freed once; free wipes the allocation.
-        unsafe { lc::EVP_AEAD_CTX_free(self.ctx.as_ptr()) }
+        unsafe { lc::EVP_AEAD_CTX_free(self.0.as_ptr()) }
     }
 }
 
@@ -200,12 +219,12 @@ pub fn nonce(counter: u64) -> [u8; 12] {
 
 /// XChaCha20-Poly1305 seal, for cookie replies.
 pub fn xchacha_seal(key: &Key, nonce: &[u8; 24], ad: &[u8], plain: &[u8], out: &mut [u8]) {
-    Aead::xchacha(key).seal_with(nonce, ad, plain, out);
+    Context::xchacha(key).seal(nonce, ad, plain, out);
 }
 
 /// XChaCha20-Poly1305 open, for cookie replies.
 pub fn xchacha_open(key: &Key, nonce: &[u8; 24], ad: &[u8], data: &mut [u8]) -> Result<usize, Forged> {
-    Aead::xchacha(key).open_with(nonce, ad, data)
+    Context::xchacha(key).open(nonce, ad, data)
 }
 
 /// An X25519 private key, clamped, wiped on drop.

@@ -43,7 +43,7 @@ Options:
   --no-tun-offload      no TSO/USO superpackets on the TUN
   --no-udp-gso          one send per datagram
   --no-udp-gro          one receive buffer per datagram
-  --no-avx512           ChaCha20-Poly1305 by AWS-LC alone
+  --no-avx512           ciphers by AWS-LC alone
   --log-level LEVEL     silent, error (default), info or verbose (LOG_LEVEL does the same)
   -h, --help            this text
   -V, --version         the version
@@ -199,11 +199,7 @@ pub fn main(args: &[String]) -> i32 {
             if all.iter().any(|word| word == "--no-avx512") {
                 accelerated::turn_off();
             }
-            let chacha = if accelerated::usable() { "AVX-512" } else { "AWS-LC" };
-            print_out(&format!(
-                "retinue-engine {} (ChaCha20-Poly1305: {chacha})\n",
-                env!("CARGO_PKG_VERSION")
-            ));
+            print_out(&format!("retinue-engine {} (ciphers: {})\n", env!("CARGO_PKG_VERSION"), ciphers()));
             Ok(0)
         }
         Command::Run(o) => start(&o),
@@ -221,6 +217,14 @@ pub fn main(args: &[String]) -> i32 {
 fn print_out(s: &str) {
     // A closed pipe is the reader's choice.
     let _ = io::stdout().write_all(s.as_bytes());
+}
+
+fn ciphers() -> &'static str {
+    if accelerated::usable() {
+        "AVX-512"
+    } else {
+        "AWS-LC"
+    }
 }
 
 fn start(o: &Options) -> Result<i32> {
@@ -348,9 +352,9 @@ fn serve(o: &Options, ready: impl FnOnce()) -> Result<i32> {
         });
         handles.push(h.map_err(os_failure("thread"))?);
     }
-    let chacha = if accelerated::usable() { "AVX-512" } else { "AWS-LC" }; // asked before the filter: it allocates
-                                                                           // This thread and those it starts: UAPI, handshakes, timers, the link. Not the packet threads, which exist already: with a
-                                                                           // filter on them a third of all small packets was lost at full rate.
+    let ciphers = ciphers(); // asked before the filter: it allocates
+                             // This thread and those it starts: UAPI, handshakes, timers, the link. Not the packet threads, which exist already: with a
+                             // filter on them a third of all small packets was lost at full rate.
     match confine::enter() {
         Ok(true) => {}
         Ok(false) => log(Level::Error, "this kernel has no system-call filter: running without one"),
@@ -362,7 +366,7 @@ fn serve(o: &Options, ready: impl FnOnce()) -> Result<i32> {
     log(
         Level::Info,
         &format!(
-            "started: {threads} thread(s), {queues} queue(s), TUN offloads {:?}, ChaCha20-Poly1305 {chacha}",
+            "started: {threads} thread(s), {queues} queue(s), TUN offloads {:?}, ciphers {ciphers}",
             engine.offloads
         ),
     );

@@ -50,6 +50,8 @@ pub mod udp;
 pub mod worker;
 
 #[cfg(test)]
+mod accelerated_tests;
+#[cfg(test)]
 mod attack_tests;
 #[cfg(test)]
 mod conformance_tests;

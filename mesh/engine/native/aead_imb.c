@@ -1,10 +1,12 @@
-/* ChaCha20-Poly1305 of the Intel Multi-Buffer Crypto library, for CPUs with AVX-512 and IFMA.
+/* ChaCha20-Poly1305 and AES-256-GCM of the Intel Multi-Buffer Crypto library, for CPUs with AVX-512, IFMA and VAES.
  *
- * A job a call: submitting one of this algorithm returns it done. One manager a thread. The layout of jobs and managers
- * belongs to a version of the library, so it is its header that is asked, not a copy of it. */
+ * The layout of jobs, managers and schedules belongs to a version of the library, so it is its header that is asked, not
+ * a copy of it. */
 #include <intel-ipsec-mb.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 
 #define WANTED (IMB_CPUFLAGS_AVX512_T2 | IMB_FEATURE_SAFE_DATA | IMB_FEATURE_SELF_TEST_PASS)
 
@@ -28,7 +30,8 @@ void retinue_imb_free(void *manager)
     free_mb_mgr(manager);
 }
 
-/* Seals or opens `length` bytes (1 or more; dst may be src) and writes the 16 bytes of the tag that belongs to them.
+/* Seals or opens `length` bytes (1 or more; dst may be src) and writes the 16 bytes of the tag that belongs to them. A job
+ * a call: submitting one of this algorithm returns it done. One manager a thread.
  * 1 when done; 0 when the library refused, and then dst means nothing. */
 int retinue_imb_chacha20poly1305(void *manager, int opening, const uint8_t *key, const uint8_t *nonce, const uint8_t *ad,
                                  size_t ad_length, const uint8_t *src, uint8_t *dst, size_t length, uint8_t *tag)
@@ -56,4 +59,39 @@ int retinue_imb_chacha20poly1305(void *manager, int opening, const uint8_t *key,
     if (job == NULL)
         job = IMB_FLUSH_JOB(m);
     return job != NULL && job->status == IMB_STATUS_COMPLETED;
+}
+
+/* What AES-256-GCM needs of a key of 32 bytes, or NULL without memory: round keys, and 48 powers of the hash key, which
+ * others compute for every packet. */
+void *retinue_imb_gcm_schedule(void *manager, const uint8_t *key)
+{
+    IMB_MGR *m = manager;
+    struct gcm_key_data *schedule = NULL;
+
+    if (posix_memalign((void **)&schedule, 64, sizeof *schedule) != 0)
+        return NULL;
+    memset(schedule, 0, sizeof *schedule);
+    IMB_AES256_GCM_PRE(m, key, schedule);
+    return schedule;
+}
+
+void retinue_imb_gcm_forget(void *schedule)
+{
+    explicit_bzero(schedule, sizeof(struct gcm_key_data));
+    free(schedule);
+}
+
+/* Seals or opens `length` bytes (dst may be src), and writes the tag that belongs to them. Of the manager only the table of
+ * functions is read, so that threads may share it. */
+void retinue_imb_gcm(const void *manager, int opening, const void *schedule, const uint8_t *nonce, const uint8_t *ad,
+                     size_t ad_length, const uint8_t *src, uint8_t *dst, size_t length, uint8_t *tag)
+{
+    const IMB_MGR *m = manager;
+    struct gcm_context_data context;
+
+    if (opening)
+        IMB_AES256_GCM_DEC(m, schedule, &context, dst, src, length, nonce, ad, ad_length, tag, 16);
+    else
+        IMB_AES256_GCM_ENC(m, schedule, &context, dst, src, length, nonce, ad, ad_length, tag, 16);
+    explicit_bzero(&context, sizeof context);
 }
