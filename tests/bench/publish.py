@@ -55,7 +55,7 @@ do not call it. The last run used such a build of commit 9c5d701 (2026-08-21).
 READING = """\
 ## Switches
 
-`retinue-engine --low-power` never looks by the clock; `--poll-us N` sets for how long it does after bulk traffic; `--no-tun-offload`, `--no-udp-gso` and
+`retinue-engine --low-power` never looks by the clock (as `--poll-us 0`); `--poll-us N` sets for how long it does after bulk traffic; `--no-tun-offload`, `--no-udp-gso` and
 `--no-udp-gro` turn one kernel offload off each (the engine tests them when it starts and falls back by itself); `--no-avx512` leaves
 the ciphers to AWS-LC alone. `retinue-agent --engine-option low-power` (a switch's name without dashes; it may be given again, and the
 sidecar has it too) passes one on to the engine that the agent starts; so does RETINUE_ENGINE_OPTIONS in its environment. AES-256-GCM is used

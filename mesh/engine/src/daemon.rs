@@ -23,7 +23,7 @@ use crate::sys::{
 use crate::tun;
 use crate::tx::Tx;
 use crate::udp::{self_test, UdpOptions};
-use crate::worker::{self, Role};
+use crate::worker;
 
 const HELP: &str = "\
 retinue-engine: a WireGuard device in userspace, driven over the UAPI socket
@@ -36,7 +36,7 @@ Options:
                         the cores, at least 1)
   --poll-us N           after bulk traffic, look by the clock for so many microseconds before
                         sleeping until called (default 200)
-  --low-power           never look by the clock; one blocking thread per direction
+  --low-power           never look by the clock: sleep until woken
   --take-over           go on in the place of the running engine of IFNAME, with its sessions, sockets
                         and queues; if that fails, it goes on itself
   --mtu N               MTU of the new interface (default 1420)
@@ -300,16 +300,8 @@ fn serve(o: &Options, ready: impl FnOnce()) -> Result<i32> {
     let control_wake = Arc::new(EventFd::new().map_err(os_failure("eventfd"))?);
     let waker = control_wake.clone();
     let wake: Box<dyn Fn() + Send + Sync> = Box::new(move || waker.signal());
-    let roles: &[Role] = if o.low_power {
-        &[Role { outbound: true, inbound: false }, Role { outbound: false, inbound: true }]
-    } else {
-        &[Role { outbound: true, inbound: true }]
-    };
     let make_wakes = |queues: usize| {
-        (0..queues * roles.len())
-            .map(|_| EventFd::new())
-            .collect::<io::Result<Vec<_>>>()
-            .map_err(os_failure("eventfd"))
+        (0..queues).map(|_| EventFd::new()).collect::<io::Result<Vec<_>>>().map_err(os_failure("eventfd"))
     };
     let (engine, server, claim) = if o.take_over {
         // Packets wait from the moment we ask: all that can be done before is.
@@ -328,7 +320,6 @@ fn serve(o: &Options, ready: impl FnOnce()) -> Result<i32> {
     };
     let engine = Arc::new(engine);
     let queues = engine.queues.len();
-    let threads = engine.wakes.len();
     if let Some(claim) = claim {
         if let Err(e) = claim.own(&o.name) {
             server.leave();
@@ -336,15 +327,15 @@ fn serve(o: &Options, ready: impl FnOnce()) -> Result<i32> {
         }
     }
     let poll_us = if o.low_power { 0 } else { o.poll_us };
-    let mut handles = Vec::with_capacity(threads);
-    for thread in 0..threads {
-        let (engine, queue, role) = (engine.clone(), thread / roles.len(), roles[thread % roles.len()]);
-        let h = std::thread::Builder::new().name(format!("worker{thread}")).spawn(move || {
+    let mut handles = Vec::with_capacity(queues);
+    for queue in 0..queues {
+        let engine = engine.clone();
+        let h = std::thread::Builder::new().name(format!("worker{queue}")).spawn(move || {
             let r = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                worker::run(&engine, thread, queue, role, poll_us)
+                worker::run(&engine, queue, poll_us)
             }));
             if let Ok(Err(e)) = &r {
-                log(Level::Error, &format!("worker {thread}: {e}"));
+                log(Level::Error, &format!("worker {queue}: {e}"));
             }
             // A worker that ended for whatever reason ends the engine: its supervisor restarts it.
             engine.shutdown();
@@ -353,8 +344,9 @@ fn serve(o: &Options, ready: impl FnOnce()) -> Result<i32> {
         handles.push(h.map_err(os_failure("thread"))?);
     }
     let ciphers = ciphers(); // asked before the filter: it allocates
-                             // This thread and those it starts: UAPI, handshakes, timers, the link. Not the packet threads, which exist already: with a
-                             // filter on them a third of all small packets was lost at full rate.
+
+    // This thread and those it starts: UAPI, handshakes, timers, the link. Not the packet threads, which exist already: with a
+    // filter on them a third of all small packets was lost at full rate.
     match confine::enter() {
         Ok(true) => {}
         Ok(false) => log(Level::Error, "this kernel has no system-call filter: running without one"),
@@ -365,10 +357,7 @@ fn serve(o: &Options, ready: impl FnOnce()) -> Result<i32> {
     }
     log(
         Level::Info,
-        &format!(
-            "started: {threads} thread(s), {queues} queue(s), TUN offloads {:?}, ciphers {ciphers}",
-            engine.offloads
-        ),
+        &format!("started: {queues} queue(s), TUN offloads {:?}, ciphers {ciphers}", engine.offloads),
     );
     ready();
     let outcome = control(&engine, &server, &o.name, signals.as_raw_fd());

@@ -14,6 +14,7 @@ pub mod accelerated;
 #[allow(unsafe_code)] // seccomp
 pub mod confine;
 pub mod cookie;
+pub mod courtesy;
 #[allow(unsafe_code)] // AWS-LC
 pub mod crypto;
 pub mod daemon;

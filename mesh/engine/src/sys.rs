@@ -223,14 +223,17 @@ struct SchedAttr {
 }
 
 /// Asks for short time slices for the calling thread: the same share of the CPU in smaller pieces,
-/// in exchange for being run promptly when a packet comes in on a busy machine.
-/// Kernels before 6.12 ignore or refuse it, which is as good as not asking.
-pub fn prefer_short_slices(slice_ns: u64) {
+/// in exchange for being run promptly when a packet comes in on a busy machine. With `batch` it does
+/// not interrupt who is running when it is woken.
+/// Kernels before 6.12 ignore or refuse the first, which is as good as not asking.
+pub fn schedule(slice_ns: u64, batch: bool) {
     let size = size_of::<SchedAttr>() as u32;
     let mut a = SchedAttr { size, ..SchedAttr::default() };
     // SAFETY: the kernel fills at most `size` bytes of the live structure.
     let got = unsafe { libc::syscall(libc::SYS_sched_getattr, 0, &raw mut a, size, 0) };
-    if got == 0 {
+    let ordinary = [libc::SCHED_OTHER, libc::SCHED_BATCH].iter().any(|p| a.policy == *p as u32);
+    if got == 0 && ordinary {
+        a.policy = if batch { libc::SCHED_BATCH } else { libc::SCHED_OTHER } as u32;
         a.runtime = slice_ns;
         // SAFETY: the kernel reads `size` bytes of the live structure.
         unsafe { libc::syscall(libc::SYS_sched_setattr, 0, &raw const a, 0) };

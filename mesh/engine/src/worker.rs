@@ -5,20 +5,14 @@ use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::sync::Arc;
 
+use crate::courtesy::Courtesy;
 use crate::engine::Engine;
 use crate::offload::{Buffers, Group, Segmenter};
 use crate::rx::Rx;
-use crate::sys::{exact_naps, micros, nap, now, now_ms, prefer_short_slices, yield_now, Epoll, Ready};
+use crate::sys::{exact_naps, micros, nap, now, now_ms, yield_now, Epoll, Ready};
 use crate::tun::{group_len, Queue, Read, READ_LEN};
 use crate::tx::{Tx, TAIL_ROOM};
 use crate::udp::{Receiver, RecvBuffers, SocketPair, BATCH};
-
-/// Which directions a thread serves.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Role {
-    pub outbound: bool,
-    pub inbound: bool,
-}
 
 const TOKEN_TUN: u64 = 0;
 const TOKEN_WAKE: u64 = 1;
@@ -30,9 +24,6 @@ const DRAIN_BYTES: usize = 256 * 1024;
 /// With full GRO buffers a few per call keep the working set in cache.
 const LARGE_BATCH: usize = 1;
 const LARGE: usize = 16 * 1024;
-
-/// Time slice asked of the scheduler: the shortest it grants.
-const SLICE_NS: u64 = 100_000;
 
 /// The kernel refused a superpacket once: none is written any more, by any worker.
 static NO_SUPERPACKETS: AtomicBool = AtomicBool::new(false);
@@ -104,31 +95,28 @@ struct Inbound {
     limit: usize,
 }
 
-/// Serves queue `queue` until the engine stops. `thread` indexes the wake descriptor; `poll_us`: for
-/// how long after bulk traffic it looks by the clock, 0 for never.
-pub fn run(engine: &Engine, thread: usize, queue: usize, role: Role, poll_us: u64) -> io::Result<()> {
-    prefer_short_slices(SLICE_NS);
+/// Serves queue `queue` in both directions until the engine stops. `poll_us`: for how long after bulk
+/// traffic it looks by the clock, 0 for never.
+pub fn run(engine: &Engine, queue: usize, poll_us: u64) -> io::Result<()> {
+    let mut courtesy = Courtesy::new();
     exact_naps();
     let epoll = Epoll::new()?;
-    let wake = &engine.wakes[thread];
+    let wake = &engine.wakes[queue];
     let tun = &engine.queues[queue];
     epoll.add(wake.as_raw_fd(), TOKEN_WAKE)?;
-    if role.outbound {
-        epoll.add(tun.as_raw_fd(), TOKEN_TUN)?;
-    }
-    let mut out =
-        role.outbound.then(|| Outbound { tx: Tx::default(), buf: vec![0; READ_LEN].into_boxed_slice() });
-    let mut inb = role.inbound.then(|| Inbound {
+    epoll.add(tun.as_raw_fd(), TOKEN_TUN)?;
+    let mut out = Outbound { tx: Tx::default(), buf: vec![0; READ_LEN].into_boxed_slice() };
+    let mut inb = Inbound {
         rx: Rx::new(engine.offloads.coalescer()),
         receiver: Receiver::default(),
         iov: Vec::with_capacity(256),
         limit: BATCH,
-    });
+    };
     let mut sockets: Option<Arc<Vec<SocketPair>>> = None;
     let mut ready = [Ready { token: 0, failed: false }; 8];
     let mut busy_until = 0;
     let mut load = Load::default();
-    adopt(engine, &epoll, &mut sockets, queue, role.inbound)?;
+    adopt(engine, &epoll, &mut sockets, queue)?;
     while !engine.stopping() {
         if engine.gate.closed() {
             engine.gate.wait(|| engine.control_wake.signal());
@@ -140,28 +128,28 @@ pub fn run(engine: &Engine, thread: usize, queue: usize, role: Role, poll_us: u6
             nap(BULK_NAP_US);
             continue;
         }
+        if !poll {
+            courtesy.woken();
+        }
         let mut read = Amount::default();
         for r in &ready[..n] {
             match r.token {
                 TOKEN_WAKE => {
                     wake.clear();
-                    adopt(engine, &epoll, &mut sockets, queue, role.inbound)?;
+                    adopt(engine, &epoll, &mut sockets, queue)?;
                 }
                 TOKEN_TUN => {
                     if r.failed {
                         engine.shutdown();
                         return Ok(());
                     }
-                    if let Some(o) = &mut out {
-                        let sent = o.drain(engine, tun, sockets.as_ref().and_then(|s| s.get(queue)));
-                        read.bytes += sent.bytes;
-                        read.singles += sent.singles;
-                    }
+                    let sent = out.drain(engine, tun, sockets.as_ref().and_then(|s| s.get(queue)));
+                    read.bytes += sent.bytes;
+                    read.singles += sent.singles;
                 }
                 token => {
-                    let pair = sockets.as_ref().and_then(|s| s.get(queue));
-                    if let (Some(i), Some(pair)) = (&mut inb, pair) {
-                        read.bytes += i.receive(engine, tun, pair, token);
+                    if let Some(pair) = sockets.as_ref().and_then(|s| s.get(queue)) {
+                        read.bytes += inb.receive(engine, tun, pair, token);
                     }
                 }
             }
@@ -185,23 +173,20 @@ fn adopt(
     epoll: &Epoll,
     mine: &mut Option<Arc<Vec<SocketPair>>>,
     queue: usize,
-    inbound: bool,
 ) -> io::Result<()> {
     let present = engine.sockets.load_full();
     if mine.as_ref().is_some_and(|m| Arc::ptr_eq(m, &present)) {
         return Ok(());
     }
-    if inbound {
-        if let Some(old) = mine.as_ref().and_then(|m| m.get(queue)) {
-            for s in old.each() {
-                epoll.remove(s.as_raw_fd());
-            }
+    if let Some(old) = mine.as_ref().and_then(|m| m.get(queue)) {
+        for s in old.each() {
+            epoll.remove(s.as_raw_fd());
         }
-        if let Some(pair) = present.get(queue) {
-            for (s, token) in [(&pair.v4, TOKEN_V4), (&pair.v6, TOKEN_V6)] {
-                if let Some(s) = s {
-                    epoll.add(s.as_raw_fd(), token)?;
-                }
+    }
+    if let Some(pair) = present.get(queue) {
+        for (s, token) in [(&pair.v4, TOKEN_V4), (&pair.v6, TOKEN_V6)] {
+            if let Some(s) = s {
+                epoll.add(s.as_raw_fd(), token)?;
             }
         }
     }
