@@ -22,7 +22,9 @@ const PATIENCE_NS: u64 = 8_000_000;
 const EVERY: u32 = 8;
 /// For how long a thread insists before it tries again: doubled with every trial that fails soon.
 const FIRST_PAUSE_US: u64 = 250_000;
-const LONGEST_PAUSE_US: u64 = 32_000_000;
+const LONGEST_PAUSE_US: u64 = 4_000_000;
+/// For how long it insists after bulk traffic, in which the other tasks of the same stream compute, too.
+const BULK_PAUSE_US: u64 = 1_000;
 
 /// How long a thread has waited for a CPU so far, and how often it was given one (/proc/thread-self/schedstat).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,6 +69,12 @@ impl Manners {
         self.wakes.is_multiple_of(EVERY)
     }
 
+    /// Bulk traffic at `now`: is it to insist from now on? That says nothing about what others do.
+    pub fn bulk(&mut self, now: u64) -> bool {
+        self.again = self.again.max(now + BULK_PAUSE_US);
+        std::mem::take(&mut self.giving_way)
+    }
+
     /// What a look says: to give way from now on (true), to insist (false), or to go on.
     pub fn judge(&mut self, now: u64, waited: Waited) -> Option<bool> {
         let (ns, runs) = (waited.ns - self.seen.ns, waited.runs - self.seen.runs);
@@ -96,6 +104,13 @@ impl Courtesy {
     pub fn new() -> Self {
         schedule(SLICE_NS, false);
         Self { stat: File::open("/proc/thread-self/schedstat").ok(), manners: Manners::default() }
+    }
+
+    /// To be called during bulk traffic.
+    pub fn bulk(&mut self, now: u64) {
+        if self.stat.is_some() && self.manners.bulk(now) {
+            schedule(SLICE_NS, false);
+        }
     }
 
     /// To be called when the thread has slept.
@@ -172,7 +187,7 @@ mod tests {
         let mut life = Life::new();
         // Two minutes of a packet every millisecond, beside a program that keeps a CPU for 4 ms.
         let gave = life.go(120_000, 1_000, 2_000, 4_000_000);
-        assert!((3 * EVERY..12 * EVERY).contains(&gave), "{gave} slow packets");
+        assert!((28 * EVERY..36 * EVERY).contains(&gave), "{gave} slow packets, of 120,000");
     }
 
     #[test]
@@ -194,6 +209,26 @@ mod tests {
                 101 - u32::from(life.now < 203_000)
             );
         }
+    }
+
+    #[test]
+    fn bulk_traffic_is_no_sign_of_others() {
+        let mut life = Life::new();
+        life.go(100, 1_000, 2_000, 5_000);
+        assert!(life.manners.bulk(life.now), "insists");
+        assert!(!life.manners.bulk(life.now), "once");
+        life.waited.ns += 1_000_000_000;
+        assert_eq!(life.go(9, 100, 2_000, 5_000), 0, "not while more of it may come");
+        assert_eq!(life.go(100, 100, 2_000, 5_000), 99);
+    }
+
+    #[test]
+    fn bulk_traffic_shortens_no_pause() {
+        let mut life = Life::new();
+        life.go(3 * EVERY, 1_000, 2_000, 4_000_000);
+        let again = life.manners.again;
+        life.manners.bulk(life.now);
+        assert_eq!(life.manners.again, again);
     }
 
     #[test]

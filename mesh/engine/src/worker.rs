@@ -158,6 +158,7 @@ pub fn run(engine: &Engine, queue: usize, poll_us: u64) -> io::Result<()> {
             let t = micros();
             if load.bulk(t, read) {
                 busy_until = t + poll_us;
+                courtesy.bulk(t);
             }
             if read.singles > 0 && read.singles < DRAIN_PACKETS && load.flood() {
                 nap(FLOOD_NAP_US);
