@@ -173,7 +173,10 @@ class Firewall:
         self._calm = 0.0 if self.touches is None else time.monotonic() + _CALM
 
     def _only_ours(self, now: int) -> bool:
-        """Was each commit up to generation `now` that touched the table one of ours? False when that is not known (yet)."""
+        """Was each commit up to generation `now` that touched the table one of ours? False when that is not known (yet).
+
+        If so, `now` is from where the next look begins.
+        """
         since = self._generation
         if since is None:
             return False
@@ -197,8 +200,9 @@ class Firewall:
             if self.plan is None or self._half is not None:
                 return False
             now = nft.generation()
+            untold = self._untold(now)  # before the count, which it may complete
             undisturbed = self._only_ours(now)
-            if not undisturbed and self._untold(now):
+            if untold and not undisturbed:
                 return False
             known = self._print is not None or self.plan.element_count > _COMPARE_LIMIT or time.monotonic() < self._calm
             if undisturbed and known:

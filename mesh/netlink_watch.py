@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import socket
 from collections.abc import Callable
@@ -17,6 +18,8 @@ _NETLINK_ROUTE: Final = 0
 _NETLINK_NETFILTER: Final = 12
 _NFNLGRP_NFTABLES: Final = 7
 _DATAGRAM: Final = 65536
+_SO_RCVBUFFORCE: Final = 33  # asm-generic/socket.h
+_BUFFER: Final = 4 * 1024 * 1024  # the messages of whole tables, while we are busy; the default lost them
 # linux/rtnetlink.h: links, addresses, routes and rules of both families, and what is forwarded
 _RTNLGRP: Final = (1, 5, 7, 8, 9, 11, 19, 24, 25)
 
@@ -46,6 +49,8 @@ class Watcher:
         """Subscribe. Raises NoPrivilege."""
         sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK, self._protocol)
         try:
+            with contextlib.suppress(PermissionError):
+                sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER)
             sock.bind((0, 0))
             for group in self._groups:
                 sock.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, group)

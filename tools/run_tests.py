@@ -5,17 +5,11 @@ Usage: python tools/run_tests.py [pytest arguments]
 Without arguments it runs in two lanes at once, because real packets mostly wait and pure tests mostly compute: what needs the
 machine's attention (processes, namespaces) in one, shown as it goes; the rest with lower priority in the other, shown when the
 first has ended. With CI set the second lane ends with the kernel's WireGuard in qemu (`make test-kernel`).
-
-Up to three tests of the first lane that failed get a second look, alone on the machine, and are named whatever comes of it: some of
-them wait for processes that a busy machine is late with. Those that look for what must never happen once (a leaked packet, a lost
-record, a wrong verdict) get none.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -25,12 +19,9 @@ from typing import IO
 
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "out"
-CACHE = OUT / "pytest-packets"
 FLOOR = 95  # percent of branches and lines
 PATIENT = ["tests/unit", "tests/judges", "tests/model", "tests/sim"]  # no result of theirs depends on who else is computing
 NICE = 10  # of the patient lane: a tenth of the weight of the other
-SECOND_LOOKS = 3  # more failures than that are no matter of a busy machine
-NEVER_ONCE = ("attack", "differential", "leak", "lost", "fenc", "secret", "judges", "model", "chaos", "bad_input", "privilege")
 # Pure: what they do follows from their arguments. The shells around them are held by tests/netns and tests/cli.
 PURE = [
     "identity/*",
@@ -73,31 +64,6 @@ def patient_lane(out: IO[bytes]) -> int:
     return next((status for status in done if status), 0)
 
 
-def may_fail_once(test: str) -> bool:
-    """May a busy machine be the reason that the test of this name failed?"""
-    return not any(word in test for word in NEVER_ONCE)
-
-
-def first_look(arguments: list[str]) -> int:
-    """The first lane; what failed in it is in CACHE afterwards."""
-    shutil.rmtree(CACHE, ignore_errors=True)
-    command = pytest("-o", f"cache_dir={CACHE}", *arguments)
-    return subprocess.run(command, cwd=ROOT, env=environment(".packets"), check=False).returncode
-
-
-def second_look() -> int:
-    """What failed in the first lane once more, now that nothing else runs; 1 when it may not be or fails again."""
-    record = CACHE / "v/cache/lastfailed"
-    failed = sorted(json.loads(record.read_text())) if record.is_file() else []
-    if not failed or len(failed) > SECOND_LOOKS or not all(map(may_fail_once, failed)):
-        return 1
-    print("\n==== a second look, alone, at what failed beside the others:", *failed, sep="\n  ", flush=True)
-    status = subprocess.run(pytest("--cov-append", *failed), cwd=ROOT, env=environment(".packets"), check=False).returncode
-    word = "passed alone, failed beside the others" if status == 0 else "failed again"
-    print(f"==== UNSTEADY ({word}):", *failed, sep="\n  ", flush=True)
-    return status
-
-
 def in_two_lanes() -> int:
     """Both lanes; the first status that is not 0."""
     OUT.mkdir(exist_ok=True)
@@ -106,13 +72,11 @@ def in_two_lanes() -> int:
     with log.open("wb") as out, ThreadPoolExecutor(1) as pool:
         patient = pool.submit(patient_lane, out)
         away = [f"--ignore={part}" for part in PATIENT]
-        packets = first_look(away)
+        packets = subprocess.run(pytest(*away), cwd=ROOT, env=environment(".packets"), check=False).returncode
         print(f"\n==== packets and processes: status {packets} after {time.monotonic() - began:.0f} s; beside them ran:", flush=True)
         computed = patient.result()
     print(log.read_text(errors="replace"), flush=True)
     print(f"==== pure parts, model, judges: status {computed}; all after {time.monotonic() - began:.0f} s", flush=True)
-    if packets == 1:  # tests failed, and nothing worse
-        packets = second_look()
     return packets or computed
 
 

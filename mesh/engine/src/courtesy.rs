@@ -101,7 +101,7 @@ pub struct Courtesy {
 }
 
 impl Courtesy {
-    pub fn new() -> Self {
+    pub fn of_this_thread() -> Self {
         schedule(SLICE_NS, false);
         Self { stat: File::open("/proc/thread-self/schedstat").ok(), manners: Manners::default() }
     }
@@ -135,17 +135,11 @@ impl Courtesy {
     }
 }
 
-impl Default for Courtesy {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    /// Wakes up every `gap` microseconds from `now` on, having waited `wait` nanoseconds each time.
+    /// A thread that is woken again and again.
     struct Life {
         now: u64,
         waited: Waited,
@@ -158,7 +152,7 @@ mod tests {
             Self { now: 5, waited: Waited { ns: 7, runs: 1 }, manners: Manners::default(), looks: 0 }
         }
 
-        /// How many of `n` wake-ups it gave way at.
+        /// How many of `n` wake-ups, one every `gap` microseconds, it gave way at; each waits `idle_ns` or, giving way, `giving_ns`.
         fn go(&mut self, n: u32, gap: u64, idle_ns: u64, giving_ns: u64) -> u32 {
             let mut gave = 0;
             for _ in 0..n {
@@ -247,7 +241,7 @@ mod tests {
     #[test]
     fn a_thread_can_give_way_and_insist_again() {
         std::thread::spawn(|| {
-            let mut c = Courtesy::new();
+            let mut c = Courtesy::of_this_thread();
             let policy = || -> i32 {
                 let text = std::fs::read_to_string("/proc/thread-self/stat").unwrap();
                 text.rsplit(')').next().unwrap().split_ascii_whitespace().nth(38).unwrap().parse().unwrap()

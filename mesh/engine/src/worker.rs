@@ -98,7 +98,7 @@ struct Inbound {
 /// Serves queue `queue` in both directions until the engine stops. `poll_us`: for how long after bulk
 /// traffic it looks by the clock, 0 for never.
 pub fn run(engine: &Engine, queue: usize, poll_us: u64) -> io::Result<()> {
-    let mut courtesy = Courtesy::new();
+    let mut courtesy = Courtesy::of_this_thread();
     exact_naps();
     let epoll = Epoll::new()?;
     let wake = &engine.wakes[queue];

@@ -6,7 +6,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -454,6 +454,30 @@ async def test_commits_that_the_kernel_tells_of_late(kernel: Kernel, monkeypatch
     clock += 0.2
     assert await firewall.verify() is True
     assert same(kernel.table, all_sets(plan(*OTHER)))
+
+
+async def test_a_commit_that_the_kernel_tells_of_while_we_look(kernel: Kernel) -> None:
+    """Not yet when the first question is asked, but when the second is."""
+
+    class Late(Quiet):
+        late: ClassVar[list[bytes | None]] = []
+
+        def drain(self) -> bool:
+            super().drain()
+            self.waiting, self.late = self.late, []
+            return True
+
+    firewall = Firewall("rtn0")
+    firewall.touches = touches = Late(kernel.generation)
+    await firewall.apply(plan(*WIDE))
+    touches.waiting = commit(kernel.generation, OURS)
+    assert await firewall.verify() is False
+    commits = len(kernel.committed)
+    kernel.generation += 1
+    touches.late = commit(kernel.generation, "filter")
+    for _ in range(3):
+        assert await firewall.verify() is False
+    assert len(kernel.committed) == commits
 
 
 async def test_a_large_table_is_not_read_after_each_change(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
